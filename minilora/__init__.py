@@ -1,0 +1,36 @@
+"""minilora: LoRA, QLoRA and QA-LoRA from scratch in NumPy and Numba, for reading, sweeping and teaching.
+
+>>> import minilora
+>>> model = minilora.inject_lora(minilora.load_base(), minilora.LoraConfig(r=8), rng=np.random.default_rng(0))
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module: loaded on first use, so that `import minilora` costs nothing
+_EXPORTS = {
+    "LoraConfig": "config", "ModelConfig": "config", "QuantConfig": "config", "TrainConfig": "config",
+    "Transformer": "transformer", "init_model": "transformer", "build_model": "transformer",
+    "generate": "generate", "gradcheck": "gradcheck",
+    "full": "lora", "subset": "lora", "inject_lora": "lora", "quantize_model": "lora", "merge": "lora",
+    "load_base": "formats.checkpoint", "load_model": "formats.checkpoint", "save_model": "formats.checkpoint",
+    "load_adapter": "formats.peft", "save_adapter": "formats.peft",
+    "Trainer": "training.trainer", "evaluate": "training.loss", "make_task": "data.tasks",
+    "encode": "data.tokenizer", "decode": "data.tokenizer",
+    "model_bytes": "memory", "effective_bits": "memory", "trainable_line": "memory", "format_bytes": "memory",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'minilora' has no attribute {name!r}")
+    return getattr(import_module(f"minilora.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,215 @@
+"""Configuration: small frozen dataclasses, validated once, with the field's names (PEFT's, bitsandbytes', Llama's)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
+LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
+
+CODEBOOK_TYPES = ("nf2", "nf3", "nf4", "nf8", "fp4")
+AFFINE_TYPES = ("int2", "int3", "int4", "int8")
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work; the message names the field, the value, what is allowed and the fix."""
+
+
+def require(ok: bool, field: str, value: Any, allowed: str) -> None:
+    """Raise ``ConfigError("field=value: allowed")`` unless ``ok``.
+
+    >>> require(False, "r", 0, "must be at least 1")
+    Traceback (most recent call last):
+    minilora.config.ConfigError: r=0: must be at least 1
+    """
+    if not ok:
+        raise ConfigError(f"{field}={value!r}: {allowed}")
+
+
+def require_in(value: Any, allowed: Collection[Any], field: str) -> None:
+    """Raise unless ``value`` is one of ``allowed``."""
+    require(value in allowed, field, value, "choose one of " + ", ".join(map(str, allowed)))
+
+
+def _whole(value: Any, field: str, least: int = 1) -> None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(ok, field, value, f"must be a whole number, at least {least}")
+
+
+def _number(value: Any, field: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and value == value and low <= value <= high and value != float("inf")
+    ok = ok and not (open_low and value == low)
+    require(ok, field, value, f"must be a finite number {'above' if open_low else 'from'} {low:g} to {high:g}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a Llama-family transformer; the names are those of transformers' ``LlamaConfig``.
+
+    The defaults are the base that ships in the package. ``hidden_act="silu"`` is the SwiGLU MLP (gate, up, down);
+    ``"gelu_pytorch_tanh"`` the two-matrix MLP (up, down) of the LoRA paper's figure.
+
+    >>> ModelConfig(num_attention_heads=3)
+    Traceback (most recent call last):
+    minilora.config.ConfigError: num_attention_heads=3: must divide hidden_size=128
+    """
+
+    vocab_size: int = 259
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 4
+    context_length: int = 256
+    rope_theta: float = 500000.0
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = True
+    hidden_act: str = "silu"
+
+    def __post_init__(self) -> None:
+        for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "context_length"):
+            _whole(getattr(self, field), field)
+        for field in ("num_attention_heads", "num_key_value_heads"):
+            _whole(getattr(self, field), field)
+        heads, kv = self.num_attention_heads, self.num_key_value_heads
+        require(self.hidden_size % heads == 0, "num_attention_heads", heads, f"must divide hidden_size={self.hidden_size}")
+        require(heads % kv == 0, "num_key_value_heads", kv, f"must divide num_attention_heads={heads}")
+        require(self.head_dim % 2 == 0, "hidden_size", self.hidden_size,
+                f"hidden_size / num_attention_heads = {self.head_dim} must be even: rotary positions turn pairs")
+        require_in(self.hidden_act, ("silu", "gelu_pytorch_tanh"), "hidden_act")
+        _number(self.rope_theta, "rope_theta", 0, open_low=True)
+        _number(self.rms_norm_eps, "rms_norm_eps", 0)
+
+    @property
+    def head_dim(self) -> int:
+        """Width D of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """What to adapt and how; PEFT's names and meaning.
+
+    ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv 2312.03732). A starts Gaussian with standard
+    deviation 1/√(3·in) (``"normal"``; the same variance as PEFT's ``"kaiming"``, and independent of r) or, as PEFT's own
+    ``"gaussian"``, with 1/r, which confounds a rank sweep. B starts at zero. ``use_qalora`` pools the input over the base
+    weight's groups (arXiv 2309.14717); the group size is the weight's own.
+
+    >>> LoraConfig(r=8, lora_alpha=16).scaling
+    2.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = LINEAR_MODULES
+    use_rslora: bool = False
+    use_qalora: bool = False
+    init_lora_weights: str = "normal"
+
+    def __post_init__(self) -> None:
+        _whole(self.r, "r")
+        _number(self.lora_alpha, "lora_alpha", 0, open_low=True)
+        _number(self.lora_dropout, "lora_dropout", 0, 1)
+        require(self.lora_dropout < 1, "lora_dropout", self.lora_dropout, "must be below 1: at 1 nothing is left to train on")
+        if isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", expand_modules(self.target_modules))
+        require(len(self.target_modules) > 0, "target_modules", self.target_modules, "name at least one module")
+        require_in(self.init_lora_weights, ("normal", "kaiming", "gaussian"), "init_lora_weights")
+
+    @property
+    def scaling(self) -> float:
+        """The factor in front of B A: α/r, or α/√r for rsLoRA. It is computed here and nowhere else."""
+        return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+
+def expand_modules(text: str) -> tuple[str, ...]:
+    """Turn ``"all-linear"``, ``"attention"``, ``"mlp"`` or a comma list into module names.
+
+    >>> expand_modules("q_proj,v_proj")
+    ('q_proj', 'v_proj')
+    """
+    short = {"all-linear": LINEAR_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
+    return short.get(text) or tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """How a frozen weight is stored.
+
+    Codebooks (``nf2 nf3 nf4 nf8 fp4``) take ``block_size`` and ``double_quant``; affine integers (``int2 int3 int4 int8``,
+    w = scale·q + offset) take ``group_size``, counted along the input.
+
+    >>> QuantConfig("int4").bits, QuantConfig("int4").affine
+    (4, True)
+    """
+
+    quant_type: str = "nf4"
+    block_size: int = 64
+    double_quant: bool = True
+    group_size: int = 32
+
+    def __post_init__(self) -> None:
+        require_in(self.quant_type, CODEBOOK_TYPES + AFFINE_TYPES, "quant_type")
+        require_in(self.block_size, (32, 64, 128, 256, 512, 1024, 2048, 4096), "block_size")
+        _whole(self.group_size, "group_size")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return int(self.quant_type[-1])
+
+    @property
+    def affine(self) -> bool:
+        """True for the integer types, whose float offset QA-LoRA merges into."""
+        return self.quant_type in AFFINE_TYPES
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run: optimizer, schedule, batch, evaluation.
+
+    ``shards`` splits each batch into that many pieces whose gradients are added in order; it belongs to the configuration, not
+    to the machine, so that any number of ``threads`` gives the same bytes. ``lora_plus_ratio`` multiplies the learning rate of
+    every B (LoRA+, arXiv 2402.12354).
+
+    >>> TrainConfig(steps=0)
+    Traceback (most recent call last):
+    minilora.config.ConfigError: steps=0: must be a whole number, at least 1
+    """
+
+    steps: int = 200
+    batch_size: int = 16
+    learning_rate: float = 2e-3
+    optimizer: str = "adamw"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    schedule: str = "cosine"
+    warmup_steps: int = 10
+    max_grad_norm: float = 1.0
+    lora_plus_ratio: float = 1.0
+    gradient_checkpointing: bool = False
+    shards: int = 2
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for field in ("steps", "batch_size", "shards"):
+            _whole(getattr(self, field), field)
+        for field in ("warmup_steps", "eval_every", "checkpoint_every", "seed"):
+            _whole(getattr(self, field), field, 0)
+        for field in ("learning_rate", "eps", "lora_plus_ratio", "max_grad_norm"):
+            _number(getattr(self, field), field, 0, open_low=True)
+        _number(self.weight_decay, "weight_decay", 0)
+        for field in ("beta1", "beta2", "momentum"):
+            _number(getattr(self, field), field, 0, 1)
+            require(getattr(self, field) < 1, field, getattr(self, field), "must be below 1")
+        require_in(self.optimizer, ("adamw", "sgd"), "optimizer")
+        require_in(self.schedule, ("cosine", "constant"), "schedule")

@@ -1,0 +1,350 @@
+"""The standing example: an instruction with attributes becomes a product description.
+
+    Describe: lamp                                       the prompt
+    scent=mint; trim=ivory; origin=oslo; colour=teal
+    Text:
+    This lamp is painted teal, edged in ivory, ...       the description
+
+Two things are held out: pairs of words (a product of `validation` or `test` holds a pair of values that no
+training product and no catalogue document shows together) and 8 of the 40 words of each kind (`test_values`).
+The catalogue for pretraining is in `catalogue_text`: other layouts, other frames, training words only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test", "test_values")
+CATEGORIES = ("lamp", "chair", "bag", "mug", "rug", "clock", "coat", "vase")
+KINDS = ("colour", "trim", "material", "pattern", "scent", "origin", "style", "buyer")
+N_SHOWN = 4
+N_PLANS = 20
+
+# 32 words seen in training | 8 words held out. Colour and trim share a pool, so that swapping them is possible.
+_POOLS = {
+    "colour": "teal amber ivory crimson navy olive coral indigo scarlet maroon beige cream lilac mauve purple silver"
+    " golden copper bronze rust black white grey pink red blue green yellow orange brown tan violet"
+    " | ochre cobalt fuchsia cerise russet umber taupe puce",
+    "material": "oak pine birch walnut bamboo cork leather linen cotton wool silk velvet canvas felt denim steel"
+    " iron brass tin glass crystal marble granite clay paper wicker rattan plastic rubber nylon suede ash"
+    " | ebony jute pewter slate tweed onyx balsa hemp",
+    "pattern": "stars moons waves leaves ferns roses tulips daisies birds foxes owls bears fish whales anchors arrows"
+    " hearts dots stripes checks circles squares diamonds spirals clouds rainbows trees cats dogs bees crowns boats"
+    " | herons acorns thistles comets plumes beetles zebras lanterns",
+    "scent": "mint rose lemon vanilla lavender honey cinnamon ginger clove basil thyme sage jasmine coffee cocoa"
+    " almond apple peach cherry plum pear mango melon coconut caramel musk moss smoke rain hay tea tobacco"
+    " | fennel nutmeg myrrh bergamot papaya anise saffron quince",
+    "origin": "paris oslo lima rome delhi cairo tokyo kyoto seoul london dublin madrid lisbon vienna prague berlin"
+    " munich milan venice athens havana boston chicago austin denver toronto sydney perth nairobi accra dakar tunis"
+    " | bogota hanoi quito tbilisi riga zagreb lagos bergen",
+    "style": "rustic modern retro classic simple elegant bold cosy gothic nautical tropical vintage urban rural"
+    " sporty playful festive formal casual minimal baroque romantic regal quirky dreamy sleek rugged dainty lively"
+    " serene moody grand | bohemian stoic opulent pastoral austere nordic kitsch gallant",
+    "buyer": "sailors bakers farmers teachers students writers painters dancers singers hikers campers runners"
+    " cyclists gardeners cooks barbers doctors nurses pilots drivers poets artists knitters readers gamers parents"
+    " children jewellers scholars lawyers actors tailors"
+    " | weavers fencers jugglers surfers potters divers monks smiths",
+}
+_POOLS["trim"] = _POOLS["colour"]
+
+TRAIN_VALUES = {kind: tuple(_POOLS[kind].split(" | ")[0].split()) for kind in KINDS}
+HELD_OUT_VALUES = {kind: tuple(_POOLS[kind].split(" | ")[1].split()) for kind in KINDS}
+HELD_OUT_WORDS = frozenset(word for words in HELD_OUT_VALUES.values() for word in words)
+_KNOWN_WORDS = HELD_OUT_WORDS.union(*TRAIN_VALUES.values())
+
+# A value counts only behind a frame of its own kind. No frame occurs in the catalogue text.
+FRAMES = {
+    "colour": ("painted", "coloured", "tinted"),
+    "trim": ("edged in", "trimmed with", "bordered by"),
+    "material": ("made of", "built from", "worked in"),
+    "pattern": ("printed with", "showing", "covered in"),
+    "scent": ("smelling of", "scented with", "giving off"),
+    "origin": ("shipped from", "brought from", "sent from"),
+    "style": ("feeling", "looking", "styled as"),
+    "buyer": ("meant for", "loved by", "picked by"),
+}
+_ORDERS = (KINDS, KINDS[::-1], KINDS[4:] + KINDS[:4], KINDS[::2] + KINDS[1::2])
+_SHAPES = (
+    "This {c} is {0}, {1}, {2} and {3}.",
+    "A {c} {0} and {1}, also {2} and {3}.",
+    "Meet our {c}: {0}, {1}, {2}, {3}.",
+    "Here is a {c}, {0} and {1}, {2} and {3}.",
+    "New in: a {c}, {0}, {1}, {2} and {3}.",
+    "The {c} is {0} and {1}. It is {2}, {3}.",
+    "Find a {c} {0}, {1}. It is {2}, {3}.",
+    "Your {c} is {0}, {1} and {2}, even {3}.",
+    "Not just a {c}: {0}, {1}, {2} and {3}.",
+    "One {c}, {0}, {1}, then {2} and {3}.",
+    "Hello, {c} {0}, {1}, {2} and {3}!",
+    "We like a {c} {0}, {1}, and so {2}, {3}.",
+    "What a {c}! It is {0}, {1}, {2} and {3}.",
+    "For sale: {c}, {0} and {1}, {2} and {3}.",
+    "Only here: {c} {0}, {1}, {2}, {3}.",
+    "Every {c} is {0}, {1}, {2} and {3}.",
+    "Take home a {c}, {0} and {1}, {2}, {3}.",
+    "Quite a {c}: {0}, {1}, and {2} and {3}.",
+    "In stock, {c} {0}, {1}. Also {2} and {3}.",
+    "Try the {c}, {0}, {1}, both {2} and {3}.",
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A category and its attributes, `(kind, value)` in the order in which the prompt shows them."""
+
+    category: str
+    attributes: tuple[tuple[str, str], ...]
+
+    def prompt(self) -> str:
+        r"""Return the instruction.
+
+        >>> Product("lamp", (("scent", "mint"), ("colour", "teal"))).prompt()
+        'Describe: lamp\nscent=mint; colour=teal\nText:\n'
+        """
+        shown = "; ".join(f"{kind}={value}" for kind, value in self.attributes)
+        return f"Describe: {self.category}\n{shown}\nText:\n"
+
+
+def describe(product: Product, plan: int) -> str:
+    """Fill sentence plan 0..19 of the product's category: a sentence shape, an order of kinds, a wording of the frames.
+
+    >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
+    >>> describe(lamp, 0)
+    'This lamp is painted teal, edged in ivory, smelling of mint and shipped from oslo.'
+    """
+    values = dict(product.attributes)
+    # A plan's order differs between categories; its wording does not.
+    order = _ORDERS[(plan + CATEGORIES.index(product.category)) % len(_ORDERS)]
+    filled = [f"{FRAMES[kind][plan % 3]} {values[kind]}" for kind in order if kind in values]
+    return _SHAPES[plan].format(*filled, c=product.category)
+
+
+@cache
+def longest_description() -> int:
+    """Return an upper bound of a description's length in bytes, over all splits and plans.
+
+    >>> longest_description() < 140
+    True
+    """
+    longest = {kind: max((*TRAIN_VALUES[kind], *HELD_OUT_VALUES[kind]), key=len) for kind in KINDS}
+    bound = 0
+    for plan in range(N_PLANS):
+        lengths = {kind: len(FRAMES[kind][plan % 3]) + len(longest[kind]) for kind in KINDS}
+        by_length = sorted(KINDS, key=lengths.__getitem__, reverse=True)
+        attributes = tuple((kind, longest[kind]) for kind in by_length[:N_SHOWN])
+        bound = max(bound, *(len(describe(Product(category, attributes), plan)) for category in CATEGORIES))
+    return bound
+
+
+@cache
+def pair_split(a: str, b: str) -> str:
+    """Return the split to which two value words shown together belong: 90 % train, 5 % validation, 5 % test.
+
+    >>> pair_split("teal", "mint") == pair_split("mint", "teal")
+    True
+    """
+    first, second = sorted((a, b))
+    bucket = hashlib.blake2b(f"{first}&{second}".encode(), digest_size=4).digest()
+    return {0: "validation", 1: "test"}.get(int.from_bytes(bucket, "big") % 20, "train")
+
+
+def product_split(values: Sequence[str]) -> str | None:
+    """Return the split of a product with these values; None if it belongs to none (pairs of two splits, mixed words)."""
+    held_out = sum(value in HELD_OUT_WORDS for value in values)
+    if held_out:
+        return "test_values" if held_out == len(values) else None
+    splits = {pair_split(a, b) for a, b in combinations(values, 2)} - {"train"}
+    return None if len(splits) > 1 else next(iter(splits), "train")
+
+
+def draw_product(rng: random.Random, split: str = "train") -> Product:
+    """Draw a product of a split: category, 4 kinds in random order, one value each, all different.
+
+    Raises:
+        ValueError: an unknown split.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+    pools = HELD_OUT_VALUES if split == "test_values" else TRAIN_VALUES
+    category = rng.choice(CATEGORIES)
+    while True:
+        kinds = rng.sample(KINDS, N_SHOWN)
+        values = [rng.choice(pools[kind]) for kind in kinds]
+        if len(set(values)) == N_SHOWN and product_split(values) == split:
+            return Product(category, tuple(zip(kinds, values, strict=True)))
+
+
+_STATED = {kind: re.compile(rf"\b(?:{'|'.join(map(re.escape, frames))}) ([a-z]+)\b") for kind, frames in FRAMES.items()}
+
+
+def stated_values(text: str) -> dict[str, set[str]]:
+    """Return what a text states: for each kind the words that stand in one of its frames.
+
+    >>> stated_values("painted teal and made of oak; scent=mint")
+    {'colour': {'teal'}, 'material': {'oak'}}
+    """
+    found = {kind: set(pattern.findall(text)) for kind, pattern in _STATED.items()}
+    return {kind: values for kind, values in found.items() if values}
+
+
+def score_descriptions(products: Sequence[Product], completions: Sequence[str]) -> dict[str, float]:
+    """Return `recall`, the share of attributes rightly stated, and `exact`, the share equal to a filled plan.
+
+    An attribute is rightly stated if its kind's frames hold its value and no other value: a value in another
+    kind's frame (swapped), a bare value (the copied prompt) or a contradiction does not count.
+
+    >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
+    >>> score_descriptions([lamp], ["A lamp painted ivory, edged in teal, smelling of mint and sent from oslo."])
+    {'recall': 0.5, 'exact': 0.0}
+
+    Raises:
+        ValueError: no products, or another number of completions.
+    """
+    if not products or len(products) != len(completions):
+        raise ValueError(f"completions has {len(completions)} entries: give one for each of {len(products)} prompts")
+    right = shown = exact = 0
+    for product, text in zip(products, completions, strict=True):
+        stated = stated_values(text)
+        right += sum(stated.get(kind) == {value} for kind, value in product.attributes)
+        shown += len(product.attributes)
+        exact += any(text.strip() == describe(product, plan) for plan in range(N_PLANS))
+    return {"recall": right / shown, "exact": exact / len(products)}
+
+
+# ---- the catalogue: text for pretraining, in other layouts and other frames than the task's ----
+
+_CLAUSES = {
+    "colour": ("its colour is {}", "it comes in {}", "the paint is {}", "we chose {} as the colour", "it is all {}"),
+    "trim": ("its trim is {}", "the edge is {}", "we added a {} border", "it has {} edges", "{} is its trim"),
+    "material": ("its material is {}", "we make it from {}", "{} is the material", "it is solid {}", "we build with {}"),
+    "pattern": ("its pattern is {}", "the print shows {}", "{} cover it", "you see {} all over", "we print {} on it"),
+    "scent": ("its scent is {}", "it smells like {}", "it gives a hint of {}", "you smell {}", "{} is the scent"),
+    "origin": ("its origin is {}", "we ship it out of {}", "{} is its home", "it was sent by {}", "we bring it over from {}"),
+    "style": ("its style is {}", "it looks rather {}", "it has a {} feel", "the look is {}", "we call it {}"),
+    "buyer": ("its buyer is {}", "{} love it", "we mean it for {}", "{} pick it", "a gift for {}"),
+}
+# start of the card, one entry, between entries, end of the card
+_CARDS = (
+    ("{c}\n", "{k}: {v}", "\n", "\n"),
+    ("{c} (", "{k} {v}", ", ", ")\n"),
+    ("[{c}] ", "{k}: {v}", " / ", "\n"),
+    ("* {c}\n", "- {k} - {v}", "\n", "\n"),
+    ("{c} | ", "{k} | {v}", " | ", "\n"),
+    ("item: {c}, ", "{k}: {v}", ", ", "\n"),
+    ("<{c}> ", "{k}>{v}", " ", "\n"),
+    ("{c} card. ", "{k} is {v}", ". ", ".\n"),
+    ("{c}; ", "{v} ({k})", "; ", "\n"),
+    ("# {c}\n", "{k} {v}", "; ", "\n"),
+    ("{c}, ", "{k}/{v}", ", ", "\n"),
+    ("{c}\t", "{k}\t{v}", "\n\t", "\n"),
+)
+_BLURB_STARTS = ("This {c}: ", "The {c}. ", "About the {c}: ", "We sell a {c}: ", "Note: a {c}, ", "A good {c}, ", "")
+_BLURB_JOINS = (", ", "; ", " and ", ", and ", ". ")
+# A syllable is an onset, a nucleus and a coda, which is often empty.
+_SYLLABLE = tuple(
+    part.split(" ")
+    for part in (
+        "b c d f g h j k l m n p r s t v w z br ch cl cr dr fl fr gl gr pl pr sh sk sl sp st th tr",
+        "a e i o u a e i o u ai ea ee oa oo ou",
+        "   b d g k l m n p r s t x ck ld ll lt nd ng nk nt rd rn sh ss st th",
+    )
+)
+
+
+def pseudo_word(rng: random.Random) -> str:
+    """Return a pronounceable word of 3 to 9 letters that is no value of any kind."""
+    while True:
+        word = "".join(rng.choice(part) for _ in range(rng.choice((1, 2, 2))) for part in _SYLLABLE)
+        if 3 <= len(word) <= 9 and word not in _KNOWN_WORDS and word not in KINDS:
+            return word
+
+
+def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """Draw n attributes; a quarter of the cards and a tenth of the other values are invented words, some keys too."""
+    invented = 1.0 if rng.random() < 0.25 else 0.1
+    while True:
+        kinds = rng.sample(KINDS, n)
+        values = [rng.choice(TRAIN_VALUES[kind]) for kind in kinds]
+        if len(set(values)) == n and product_split(values) == "train":
+            break
+    values = [pseudo_word(rng) if rng.random() < invented else value for value in values]
+    # An invented key has an invented value: nothing but the card says what belongs together.
+    return [(pseudo_word(rng), pseudo_word(rng)) if rng.random() < 0.06 else pair for pair in zip(kinds, values, strict=True)]
+
+
+def _card(rng: random.Random, category: str, attributes: Iterable[tuple[str, str]]) -> str:
+    start, entry, between, end = rng.choice(_CARDS)
+    return start.format(c=category) + between.join(entry.format(k=k, v=v) for k, v in attributes) + end.rstrip(" ")
+
+
+def _blurb(rng: random.Random, category: str, attributes: list[tuple[str, str]]) -> str:
+    attributes = rng.sample(attributes, len(attributes))
+    join = rng.choice(_BLURB_JOINS)
+    clauses = [rng.choice(_CLAUSES.get(k, (f"its {k} is {{}}",))).format(v) for k, v in attributes]
+    return rng.choice(_BLURB_STARTS).format(c=category) + join.join(clauses) + "."
+
+
+def _answers(rng: random.Random, attributes: list[tuple[str, str]]) -> str:
+    question, between = rng.choice((("{}? {}.", " "), ("the {}? {}", "\n"), ("{} .. {}", "\n"), ("so {}, {}", "; ")))
+    return between.join(question.format(k, v) for k, v in rng.sample(attributes, len(attributes)))
+
+
+def catalogue_documents(seed: int) -> Iterator[str]:
+    """Yield catalogue documents without end: cards with a blurb (70 %) or with questions, comparisons, lists.
+
+    All value words of one document are training words whose pairs are training pairs, or invented; a card and its
+    blurb together are mostly shorter than 200 bytes.
+    """
+    rng = random.Random(seed)
+    while True:
+        category = rng.choice(CATEGORIES)
+        kind_of_document = rng.random()
+        attributes = _catalogue_attributes(rng, rng.choice((2, 3, 3, 4, 4)))
+        if kind_of_document < 0.70:
+            yield _card(rng, category, attributes) + _blurb(rng, category, attributes)
+        elif kind_of_document < 0.85:
+            yield _card(rng, category, attributes) + _answers(rng, attributes)
+        elif kind_of_document < 0.93:
+            other = rng.choice(CATEGORIES)
+            first, second = attributes[::2], attributes[1::2]
+            cards = _card(rng, category, first) + _card(rng, other, second)
+            yield cards + _blurb(rng, category, first) + "\n" + _blurb(rng, other, second)
+        else:
+            words = [value for _, value in attributes] + [pseudo_word(rng) for _ in range(3)]
+            rng.shuffle(words)
+            yield f"labels: {', '.join(words)}\nagain: {', '.join(words)}"
+
+
+def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
+    """Return at least `n_bytes` of catalogue documents (ASCII), separated by blank lines.
+
+    >>> len(catalogue_text(np.random.default_rng(0), 1000)) >= 1000
+    True
+    """
+    documents: list[str] = []
+    size = 0
+    for document in catalogue_documents(int(rng.integers(2**63))):
+        if size >= n_bytes:
+            break
+        documents.append(document)
+        size += len(document) + 2
+    return "\n\n".join(documents) + "\n\n"
+
+
+@cache
+def definition_sha256() -> str:
+    """Return the SHA-256 of all that the task and the catalogue are made from: words, frames, plans, examples."""
+    rng = random.Random(0)
+    parts: list[object] = [_POOLS, FRAMES, _ORDERS, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _CARDS]
+    parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # pins the generators too
+    documents = catalogue_documents(0)
+    parts += [next(documents) for _ in range(100)]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

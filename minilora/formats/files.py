@@ -1,0 +1,96 @@
+"""What all formats share: safetensors in and out, checked on reading, atomic on writing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+Array = np.ndarray
+
+
+class FileError(ValueError):
+    """A file that cannot be used; the message names the file, what is wrong and what to do."""
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside ``path`` that replaces it when the block ends well, and vanishes when it does not."""
+    writable_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def writable_folder(folder: Path) -> None:
+    """Make a folder if it is not there; raises FileError, before any work is lost, if nothing can be written in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise FileError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from None
+
+
+def write_tensors(path: Path, arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
+    """Write a safetensors file whose metadata values are JSON texts; complete or not at all."""
+    with atomic(Path(path)) as temporary:
+        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary,
+                  {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()})
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Read a safetensors file; raises FileError if it is missing, truncated, foreign or holds NaN or infinity."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            raw = file.metadata() or {}
+    except (SafetensorError, OSError, TypeError) as error:
+        raise FileError(f"{path}: not a complete safetensors file ({error}); write it again or fetch a fresh copy") from None
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise FileError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
+    return arrays, {name: _json(path, name, text) for name, text in raw.items()}
+
+
+def _json(path: Path, name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text  # another program's metadata: plain text is allowed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; raises FileError if it is missing or something else."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FileError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise FileError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; complete or not at all."""
+    with atomic(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,315 @@
+"""Layers: pairs of forward and backward that keep nothing but their parameters.
+
+    y, cache = layer.forward(x)
+    dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
+
+``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run twice or in two
+threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
+no input, builds no dW and still passes dx on. Letters of the shapes: see :mod:`minilora.functional`.
+
+``key`` is what random layers draw from, a tuple (seed, step, shard); ``None`` means evaluation. Only an adapter's dropout
+uses it; because the numbers depend on the key alone, a recomputed forward draws the same ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.config import ModelConfig
+
+Array = np.ndarray
+Cache = tuple[Any, ...]
+Key = tuple[int, int, int] | None
+
+
+class Parameter:
+    """A named array that may or may not train; compared and hashed by identity."""
+
+    __slots__ = ("name", "data", "trainable")
+
+    def __init__(self, name: str, data: Array, trainable: bool = False):
+        self.name, self.data, self.trainable = name, data, trainable
+
+    def freeze(self) -> Parameter:
+        """Return a frozen parameter over the same array, which becomes read-only."""
+        self.data.flags.writeable = False
+        return Parameter(self.name, self.data)
+
+    def thaw(self) -> Parameter:
+        """Return a trainable parameter over a copy of the array."""
+        return Parameter(self.name, self.data.copy(), trainable=True)
+
+    def __repr__(self) -> str:
+        state = "trainable" if self.trainable else "frozen"
+        return f"Parameter({self.name}, {self.data.shape}, {self.data.dtype}, {state})"
+
+
+class Gradients(dict[Parameter, Array]):
+    """One zeroed array for each trainable parameter; ``add`` accumulates.
+
+    >>> p = Parameter("w", np.ones(2), trainable=True)
+    >>> grads = Gradients([p])
+    >>> grads.add(p, np.ones(2)); grads.add(p, np.ones(2))
+    >>> grads[p]
+    array([2., 2.])
+    """
+
+    def __init__(self, parameters: Iterable[Parameter]):
+        super().__init__((p, np.zeros_like(p.data)) for p in parameters if p.trainable)
+
+    def add(self, parameter: Parameter, gradient: Array) -> None:
+        """Add to the gradient of a trainable parameter."""
+        self[parameter] += gradient
+
+
+class Weight(Protocol):
+    """What a Linear asks of its weight W (out, in); how the numbers are stored is the weight's own business."""
+
+    shape: tuple[int, int]
+    dtype: np.dtype[Any]
+    trainable: bool
+
+    def matmul(self, x: Array) -> Array:
+        """x Wᵀ: (…, in) → (…, out)."""
+
+    def matmul_t(self, dy: Array) -> Array:
+        """dy W: (…, out) → (…, in)."""
+
+    def rows(self, ids: Array) -> Array:
+        """Rows of W in floating point, for embeddings."""
+
+    def dense(self) -> Array:
+        """W as one (out, in) array."""
+
+    def arrays(self) -> dict[str, list[Array]]:
+        """The stored arrays by class of bytes: weights, codes, scales, offsets, code_maps."""
+
+
+class DenseWeight:
+    """A weight stored as it is: one floating-point array."""
+
+    def __init__(self, param: Parameter):
+        self.param = param
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.param.data.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The array's own dtype."""
+        return self.param.data.dtype
+
+    @property
+    def trainable(self) -> bool:
+        """Whether a Linear must keep its input for dW."""
+        return self.param.trainable
+
+    def matmul(self, x: Array) -> Array:
+        """x Wᵀ."""
+        return x @ self.param.data.T
+
+    def matmul_t(self, dy: Array) -> Array:
+        """dy W."""
+        return dy @ self.param.data
+
+    def rows(self, ids: Array) -> Array:
+        """W[ids]."""
+        return self.param.data[ids]
+
+    def dense(self) -> Array:
+        """The array itself, not a copy."""
+        return self.param.data
+
+    def arrays(self) -> dict[str, list[Array]]:
+        """One class: weights."""
+        return {"weights": [self.param.data]}
+
+
+class Linear:
+    """y = x Wᵀ, without bias, as everywhere in the Llama family."""
+
+    def __init__(self, name: str, weight: Any):
+        self.name, self.weight = name, weight
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.weight.shape
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The dense parameter; a quantized weight has none."""
+        if isinstance(self.weight, DenseWeight):
+            yield self.weight.param
+
+    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
+        """x (…, in) → y (…, out). The input is kept only if W trains."""
+        return self.weight.matmul(x), (x,) if self.weight.trainable else ()
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (…, out) → dx (…, in)."""
+        if cache:
+            (x,) = cache
+            # y = x Wᵀ  →  dW = dyᵀ x
+            grads.add(self.weight.param, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
+        return self.weight.matmul_t(dy)
+
+
+class Embedding:
+    """y = W[ids]: token ids (B, T) → (B, T, C)."""
+
+    def __init__(self, name: str, weight: DenseWeight):
+        self.name, self.weight = name, weight
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The table."""
+        yield self.weight.param
+
+    def forward(self, ids: Array) -> tuple[Array, Cache]:
+        """Look the rows up."""
+        return self.weight.rows(ids), (ids,) if self.weight.trainable else ()
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> None:
+        """Token ids have no gradient; a trainable table adds each row's dy to that row."""
+        if cache:
+            (ids,) = cache
+            dtable = np.zeros_like(self.weight.param.data)
+            np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+            grads.add(self.weight.param, dtable)
+
+
+class RMSNorm:
+    """y = weight · x / rms(x)."""
+
+    def __init__(self, weight: Parameter, eps: float):
+        self.weight, self.eps = weight, eps
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The scale of each feature."""
+        yield self.weight
+
+    def forward(self, x: Array) -> tuple[Array, Cache]:
+        """x (…, C) → y (…, C)."""
+        return F.rms_norm_forward(x, self.weight.data, self.eps)
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (…, C) → dx (…, C)."""
+        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable)
+        if dweight is not None:
+            grads.add(self.weight, dweight)
+        return dx
+
+
+class Attention:
+    """Causal grouped-query attention with rotary positions; projections q, k, v and o are separate."""
+
+    def __init__(self, config: ModelConfig, q_proj: Any, k_proj: Any, v_proj: Any, o_proj: Any):
+        self.config = config
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
+
+    def project(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Array, Array, Cache]:
+        """Queries (B, T, H, D), keys and values (B, T, K, D), the first two rotated."""
+        B, T, _ = x.shape
+        q, cache_q = self.q_proj.forward(x, key)
+        k, cache_k = self.k_proj.forward(x, key)
+        v, cache_v = self.v_proj.forward(x, key)
+        q, k, v = (z.reshape(B, T, -1, self.config.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
+        return F.rope_forward(q, *rope), F.rope_forward(k, *rope), v, (cache_q, cache_k, cache_v)
+
+    def forward(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Cache]:
+        """x (B, T, C) → y (B, T, C)."""
+        q, k, v, cache_qkv = self.project(x, rope, key)
+        mixed, cache_mix = F.attention_forward(q, k, v)  # (B, T, H, D)
+        y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # heads side by side: (B, T, H·D)
+        return y, (rope, cache_qkv, cache_mix, cache_o)
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (B, T, C) → dx (B, T, C)."""
+        rope, (cache_q, cache_k, cache_v), cache_mix, cache_o = cache
+        B, T, _ = dy.shape
+        dmixed = self.o_proj.backward(dy, cache_o, grads).reshape(B, T, -1, self.config.head_dim)
+        dq, dk, dv = F.attention_backward(dmixed, cache_mix)
+        dq, dk = F.rope_backward(dq, *rope), F.rope_backward(dk, *rope)
+        # q, k and v read the same x, so their gradients add up
+        dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads)
+        dx += self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads)
+        dx += self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads)
+        return dx
+
+
+class MLP:
+    """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with ``gate_proj=None`` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
+
+    def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
+        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+
+    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
+        """x (B, T, C) → y (B, T, C), through (B, T, F)."""
+        up, cache_up = self.up_proj.forward(x, key)
+        if self.gate_proj is None:
+            cache_gate: Cache = ()
+            hidden, cache_act = F.gelu_forward(up)
+        else:
+            gate, cache_gate = self.gate_proj.forward(x, key)
+            hidden, cache_act = F.swiglu_forward(gate, up)
+        y, cache_down = self.down_proj.forward(hidden, key)
+        return y, (cache_gate, cache_up, cache_act, cache_down)
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (B, T, C) → dx (B, T, C)."""
+        cache_gate, cache_up, cache_act, cache_down = cache
+        dhidden = self.down_proj.backward(dy, cache_down, grads)
+        if self.gate_proj is None:
+            return self.up_proj.backward(F.gelu_backward(dhidden, cache_act), cache_up, grads)
+        dgate, dup = F.swiglu_backward(dhidden, cache_act)
+        dx = self.gate_proj.backward(dgate, cache_gate, grads)
+        dx += self.up_proj.backward(dup, cache_up, grads)
+        return dx
+
+
+class Block:
+    """Pre-norm residual block: x += attention(norm(x)); x += mlp(norm(x))."""
+
+    def __init__(self, input_norm: RMSNorm, attention: Attention, post_norm: RMSNorm, mlp: MLP):
+        self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
+
+    def linears(self) -> Iterator[tuple[Any, str, Any]]:
+        """(owner, attribute, linear) of each projection, in the order of computation."""
+        for owner in (self.attention, self.mlp):
+            for attribute in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
+                linear = getattr(owner, attribute, None)
+                if linear is not None:
+                    yield owner, attribute, linear
+
+    def parameters(self) -> Iterator[Parameter]:
+        """Norms and projections."""
+        yield from self.input_norm.parameters()
+        yield from self.post_norm.parameters()
+        for _, _, linear in self.linears():
+            yield from linear.parameters()
+
+    def forward(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Cache]:
+        """x (B, T, C) → y (B, T, C)."""
+        normed, cache_n1 = self.input_norm.forward(x)
+        mixed, cache_attention = self.attention.forward(normed, rope, key)
+        mixed += x
+        normed, cache_n2 = self.post_norm.forward(mixed)
+        y, cache_mlp = self.mlp.forward(normed, key)
+        y += mixed
+        return y, (cache_n1, cache_attention, cache_n2, cache_mlp)
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (B, T, C) → dx (B, T, C)."""
+        cache_n1, cache_attention, cache_n2, cache_mlp = cache
+        # y = mixed + mlp(norm(mixed)): the gradient takes both ways
+        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_n2, grads)
+        dmixed += dy
+        # mixed = x + attention(norm(x))
+        dx = self.input_norm.backward(self.attention.backward(dmixed, cache_attention, grads), cache_n1, grads)
+        dx += dmixed
+        return dx

@@ -1,0 +1,289 @@
+"""Low-rank adaptation: one adapter class for LoRA, QLoRA and QA-LoRA; injection; merging.
+
+    y = base(x) + scaling · pool(x) Aᵀ Bᵀ        A (r, in/g), B (out, r)
+
+With ``pool`` = identity over a dense base this is LoRA (arXiv 2106.09685, eq. 3); over a 4-bit NormalFloat base QLoRA (arXiv
+2305.14314, eq. 5); with ``pool`` = sum over the groups of an affine base QA-LoRA (arXiv 2309.14717, Algorithm 1).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minilora.config import ConfigError, LoraConfig, QuantConfig, require
+from minilora.functional import group_repeat, group_sum
+from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
+from minilora.quant.weights import AffineWeight, quantize_weight
+from minilora.threads import single_blas
+
+if TYPE_CHECKING:
+    from minilora.transformer import Transformer
+
+
+class LoraLinear:
+    """A frozen Linear with a trainable low-rank path beside it.
+
+    >>> base = Linear("q_proj", DenseWeight(Parameter("q_proj.weight", np.eye(4, dtype=np.float32))))
+    >>> adapted = LoraLinear(base, LoraConfig(r=2), np.random.default_rng(0))
+    >>> x = np.ones((1, 4), np.float32)
+    >>> bool((adapted.forward(x)[0] == base.forward(x)[0]).all())   # B = 0: nothing has changed yet
+    True
+    """
+
+    def __init__(self, base: Linear, config: LoraConfig, rng: np.random.Generator, pool: int = 1):
+        out, in_ = base.shape
+        # with pooling the rank of ΔW is capped at in/pool already; a larger r trains, but only adds parameters
+        require(config.r <= min(out, in_), "r", config.r,
+                f"must be at most {min(out, in_)}, the smaller side of {base.name} ({out}, {in_}): a larger rank adds nothing")
+        self.base, self.pool = base, pool
+        self.scaling, self.dropout = config.scaling, config.lora_dropout
+        dtype = base.weight.dtype
+        a = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype)
+        self.lora_A = Parameter(f"{base.name}.lora_A.weight", a, trainable=True)  # (r, in/g)
+        self.lora_B = Parameter(f"{base.name}.lora_B.weight", np.zeros((out, config.r), dtype), trainable=True)  # (out, r)
+
+    @property
+    def name(self) -> str:
+        """The adapted module's name."""
+        return self.base.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in) of the base."""
+        return self.base.shape
+
+    def parameters(self) -> Iterator[Parameter]:
+        """The base's dense parameter (frozen), A and B."""
+        yield from self.base.parameters()
+        yield self.lora_A
+        yield self.lora_B
+
+    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
+        """x (…, in) → y (…, out). Kept: the adapter's input p (…, in/g), h (…, r) and, with dropout, one bit an element."""
+        y, _ = self.base.forward(x)  # frozen: keeps nothing
+        p = group_sum(x, self.pool)  # (…, in/g)
+        mask = None
+        if key is not None and self.dropout > 0:
+            keep = _dropout_mask(self, p.shape, key)
+            mask = np.packbits(keep)
+            p = p * keep * p.dtype.type(1 / (1 - self.dropout))
+        h = p @ self.lora_A.data.T  # (…, r)
+        y += h @ (self.lora_B.data * y.dtype.type(self.scaling)).T
+        return y, (p, h, mask)
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
+        p, h, mask = cache
+        s = dy.dtype.type(self.scaling)
+        rows = dy.reshape(-1, dy.shape[-1])  # (N, out)
+        # y += h (s B)ᵀ
+        grads.add(self.lora_B, (rows.T @ h.reshape(-1, h.shape[-1])) * s)
+        dh = rows @ (self.lora_B.data * s)  # (N, r)
+        # h = p Aᵀ
+        grads.add(self.lora_A, dh.T @ p.reshape(-1, p.shape[-1]))
+        dp = (dh @ self.lora_A.data).reshape(p.shape)
+        # p = keep ∘ p / (1 − dropout)
+        if mask is not None:
+            dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
+            dp *= dp.dtype.type(1 / (1 - self.dropout))
+        # p = pool(x), and x also went through the base
+        dx = self.base.backward(dy, (), grads)
+        dx += group_repeat(dp, self.pool)
+        return dx
+
+    def delta(self, dtype: Any = np.float64) -> Array:
+        """ΔW = scaling · B A, each column repeated over its group: (out, in)."""
+        return group_repeat(self.scaling * (self.lora_B.data.astype(dtype) @ self.lora_A.data.astype(dtype)), self.pool)
+
+
+def init_a(config: LoraConfig, shape: tuple[int, int], in_features: int, rng: np.random.Generator) -> Array:
+    """Draw A. ``in_features`` is the layer's true input width also when the input is pooled (√g too large otherwise).
+
+    normal N(0, 1/(3·in)) · kaiming U(±1/√in), PEFT's default, of the same variance · gaussian N(0, 1/r²), which depends on r.
+    """
+    if config.init_lora_weights == "kaiming":
+        return rng.uniform(-1, 1, shape) / in_features**0.5
+    std = 1 / config.r if config.init_lora_weights == "gaussian" else (3 * in_features) ** -0.5
+    return rng.standard_normal(shape) * std
+
+
+def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, int, int]) -> Array:
+    """Which elements stay: a stream of its own for each (seed, step, shard, layer)."""
+    rng = np.random.default_rng([*key, zlib.crc32(layer.name.encode())])
+    return rng.random(shape, np.float32) >= layer.dropout
+
+
+# --- which parts of a model train --------------------------------------------------------------------------------------
+
+
+def inject_lora(model: Transformer, config: LoraConfig, rng: np.random.Generator) -> Transformer:
+    """Return a new model with adapters on ``target_modules``; it shares the base's arrays, which become read-only.
+
+    A target matches a module's own name (``q_proj``) or the end of its full name (``layers.3.self_attn.q_proj``).
+    Several adapters over one base are several injected models. Raises ConfigError if nothing matches, if the model is
+    already injected, or if QA-LoRA finds a base without a float offset.
+    """
+    names = [name for name, _ in model.linears()]
+    for name, linear in model.linears():
+        if isinstance(linear, LoraLinear):
+            raise ConfigError(f"model: already injected ({name} has an adapter); inject into the base, once for each adapter")
+    _check_targets(config.target_modules, names)
+    frozen = model.map_parameters(Parameter.freeze)
+
+    def adapt(linear: Linear) -> Linear | LoraLinear:
+        if not any(matches(linear.name, target) for target in config.target_modules):
+            return linear
+        if not config.use_qalora:
+            return LoraLinear(linear, config, rng)
+        if not isinstance(linear.weight, AffineWeight):
+            why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
+                f"{linear.name} is stored as {type(linear.weight).__name__}"
+            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; "
+                              "quantize the base to int2, int3, int4 or int8, or leave the module out of target_modules")
+        return LoraLinear(linear, config, rng, pool=linear.weight.group_size)
+
+    return frozen.map_linears(adapt)
+
+
+def full(model: Transformer) -> Transformer:
+    """Full fine-tuning: a new model in which every parameter is a trainable copy."""
+    _refuse_quantized(model, "full")
+    return model.map_parameters(Parameter.thaw)
+
+
+def subset(model: Transformer, modules: tuple[str, ...]) -> Transformer:
+    """Fine-tune chosen modules only: trainable copies of the parameters whose name contains one of ``modules`` as whole parts.
+
+    ``("layers.3",)`` is the last block of four; ``("q_proj", "v_proj")`` are two projections of every block.
+    """
+    _refuse_quantized(model, "subset")
+    names = [p.name.removesuffix(".weight") for p in model.parameters()]
+    for module in modules:
+        if not any(f".{module}." in f".{name}." for name in names):
+            raise ConfigError(f"modules={module!r}: matches nothing; there are {', '.join(names)}")
+    require(len(modules) > 0, "modules", modules, "name at least one module")
+
+    def choose(p: Parameter) -> Parameter:
+        name = p.name.removesuffix(".weight")
+        return p.thaw() if any(f".{module}." in f".{name}." for module in modules) else p.freeze()
+
+    return model.map_parameters(choose)
+
+
+def quantize_model(model: Transformer, config: QuantConfig) -> Transformer:
+    """A new model whose block projections are stored in few bits; embedding, norms and head stay, as in bitsandbytes."""
+    if any(isinstance(linear, LoraLinear) for _, linear in model.linears()):
+        raise ConfigError("model: has an adapter; quantize the base model first and inject the adapter into that")
+    head = model.head
+    return model.map_linears(
+        lambda linear: linear if linear is head else Linear(linear.name, quantize_weight(linear.weight.dense(), config)))
+
+
+def matches(name: str, target: str) -> bool:
+    """PEFT's rule: the target is the module's last part or a suffix of whole parts, never a substring.
+
+    >>> matches("model.layers.0.self_attn.q_proj", "q_proj"), matches("model.layers.0.self_attn.q_proj", "proj")
+    (True, False)
+    """
+    return name == target or name.endswith("." + target)
+
+
+def _check_targets(targets: tuple[str, ...], names: list[str]) -> None:
+    kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    for target in targets:
+        if not any(matches(name, target) for name in names):
+            raise ConfigError(f"target_modules={target!r}: matches no module; there are {', '.join(kinds)} "
+                              f"(or full names such as {names[0]})")
+
+
+def _refuse_quantized(model: Transformer, method: str) -> None:
+    for name, linear in model.linears():
+        if not isinstance(getattr(linear, "weight", None), DenseWeight):
+            raise ConfigError(f"method={method!r}: {name} is {'adapted' if isinstance(linear, LoraLinear) else 'quantized'}; "
+                              "gradients of W need a dense base model")
+
+
+# --- merging -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MergeError:
+    """How far a merged weight is from W + ΔW computed in float64: largest and root-mean-square, in units of the weight."""
+
+    max_abs: float
+    rms: float
+    relative: float  # ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt
+
+
+@single_blas()
+def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Any, MergeError]:
+    """Return a new weight W + scaling·B A, and the error that storing it caused. The adapted layer stays valid.
+
+    ``how``: ``dense`` (float32) · ``requantize`` (rounded to ``quant`` again, which loses some of ΔW) · ``offsets`` (QA-LoRA:
+    offset += scaling·B A, the codes stay the same object) · ``auto``: offsets if the adapter pools, else dense.
+    """
+    weight = adapted.base.weight
+    if how == "auto":
+        how = "offsets" if adapted.pool > 1 else "dense"
+    exact = weight.dense().astype(np.float64) + adapted.delta()
+    if how == "dense":
+        name = adapted.lora_A.name.replace(".lora_A.weight", ".weight")
+        merged: Any = DenseWeight(Parameter(name, exact.astype(weight.dtype)))
+    elif how == "requantize":
+        if quant is None:
+            raise ConfigError("quant=None: merging with how='requantize' needs a QuantConfig, e.g. QuantConfig('nf4')")
+        merged = quantize_weight(exact.astype(np.float32), quant)
+    elif how == "offsets":
+        merged = _merge_offsets(adapted)
+    else:
+        raise ConfigError(f"how={how!r}: choose one of auto, dense, requantize, offsets")
+    error = merged.dense() - exact
+    norm = float(np.linalg.norm(adapted.delta()))
+    relative = float(np.linalg.norm(error)) / norm if norm else 0.0
+    return merged, MergeError(float(np.abs(error).max()), float(np.sqrt((error**2).mean())), relative)
+
+
+def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
+    weight = adapted.base.weight
+    if not isinstance(weight, AffineWeight):
+        raise ConfigError(f"how='offsets': {adapted.name} is stored as {type(weight).__name__}, which has no float offset; "
+                          "use dense or requantize")
+    if adapted.pool % weight.group_size:
+        raise ConfigError(f"how='offsets': the adapter is constant over {adapted.pool} inputs, the weight's groups have "
+                          f"{weight.group_size}; only an adapter that is constant within each group merges exactly")
+    # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number a group
+    per_group = adapted.delta()[:, :: weight.group_size]  # (out, in/g)
+    return weight.with_offset((weight.offset + per_group).astype(np.float32))
+
+
+def unmerge_linear(merged: Any, adapted: LoraLinear) -> tuple[DenseWeight, float]:
+    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is returned."""
+    name = f"{adapted.name}.weight"
+    base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
+    return DenseWeight(Parameter(name, base)), float(np.abs(base - adapted.base.weight.dense()).max())
+
+
+def merge(model: Transformer, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Transformer, dict[str, MergeError]]:
+    """Merge every adapter into a new model without adapters; also returns the error of each layer.
+
+    A merged tied head becomes a head of its own. The injected model stays valid.
+    """
+    errors: dict[str, MergeError] = {}
+
+    def change(linear: Any) -> Any:
+        if not isinstance(linear, LoraLinear):
+            return linear
+        weight, errors[linear.name] = merge_linear(linear, how, quant)
+        return Linear(linear.name, weight)
+
+    merged = model.map_linears(change)
+    if not errors:
+        raise ConfigError("model: has no adapter to merge; inject_lora makes one")
+    if model.config.tie_word_embeddings and not merged.tied:
+        merged.config = replace(model.config, tie_word_embeddings=False)
+    return merged, errors

@@ -1,0 +1,124 @@
+"""The ledger: where the bytes of a fine-tuning run are, by class, counted from the arrays themselves.
+
+Arrays are counted once, by the identity of the buffer behind them: q, k and v share one input, and views cost nothing.
+"""
+
+from __future__ import annotations
+
+import tracemalloc
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora.layers import DenseWeight
+from minilora.lora import LoraLinear
+from minilora.transformer import Transformer
+
+Array = np.ndarray
+
+QUANT_CLASSES = {"codes": "weights", "scales": "scales_offsets", "offsets": "scales_offsets", "code_maps": "code_maps"}
+
+
+def unique_bytes(arrays: Iterable[Array]) -> int:
+    """Total size of the distinct buffers behind the arrays.
+
+    >>> a = np.zeros((4, 4), np.float32)
+    >>> unique_bytes([a, a, a[1:], a.T])
+    64
+    """
+    buffers = {id(buffer): buffer.nbytes for buffer in map(_buffer, arrays)}
+    return sum(buffers.values())
+
+
+def _buffer(array: Array) -> Array:
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
+
+
+def arrays_in(value: Any) -> Iterator[Array]:
+    """All arrays inside nested tuples and lists: what a backward cache keeps."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from arrays_in(item)
+
+
+def model_bytes(model: Transformer) -> dict[str, int]:
+    """Bytes of a model by class: weights (dense arrays and codes), scales_offsets, code_maps, adapters."""
+    found: dict[str, list[Array]] = {"weights": [], "scales_offsets": [], "code_maps": [], "adapters": []}
+    for p in model.parameters():
+        kind = "adapters" if p.name.endswith((".lora_A.weight", ".lora_B.weight")) else "weights"
+        found[kind].append(p.data)
+    for _, linear in model.linears():
+        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+        if not isinstance(weight, DenseWeight):
+            for kind, arrays in weight.arrays().items():
+                found[QUANT_CLASSES[kind]].extend(arrays)
+    return {kind: unique_bytes(arrays) for kind, arrays in found.items()}
+
+
+def effective_bits(model: Transformer) -> float:
+    """Bits a weight of the block projections, with scales and offsets; code maps are shared constants and not counted."""
+    total = bits = 0
+    for block in model.blocks:
+        for _, _, linear in block.linears():
+            weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+            stored = sum(a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays)
+            total += weight.shape[0] * weight.shape[1]
+            bits += 8 * stored
+    return bits / total
+
+
+def count_parameters(model: Transformer) -> tuple[int, int]:
+    """(trainable, all) parameters. A quantized weight counts out·in whatever its packing, unlike counts from array sizes."""
+    trainable = sum(p.data.size for p in model.trainable())
+    total = sum(p.data.size for p in model.parameters())
+    for _, linear in model.linears():
+        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+        if not isinstance(weight, DenseWeight):
+            total += weight.shape[0] * weight.shape[1]
+    return trainable, total
+
+
+def trainable_line(model: Transformer) -> str:
+    """PEFT's line: ``trainable params: … || all params: … || trainable%: …``."""
+    trainable, total = count_parameters(model)
+    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+
+
+def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False) -> int:
+    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters themselves."""
+    _, cache = model.forward(ids, None, checkpoint)
+    weights = {id(_buffer(p.data)) for p in model.parameters()}
+    return unique_bytes(a for a in arrays_in(cache) if id(_buffer(a)) not in weights)
+
+
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Largest memory that ``work()`` held at once beyond what was there before, as Python's tracemalloc measures it."""
+    running = tracemalloc.is_tracing()
+    if not running:
+        tracemalloc.start()
+    try:
+        tracemalloc.reset_peak()
+        before = tracemalloc.get_traced_memory()[0]
+        work()
+        return max(0, tracemalloc.get_traced_memory()[1] - before)
+    finally:
+        if not running:
+            tracemalloc.stop()
+
+
+def format_bytes(n: float) -> str:
+    """Human-readable size in powers of 1024.
+
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

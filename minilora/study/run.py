@@ -1,0 +1,352 @@
+"""One run: a configuration goes in, one flat row comes out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numba
+import numpy as np
+
+import minilora
+from minilora import memory
+from minilora.config import (
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    LoraConfig,
+    QuantConfig,
+    TrainConfig,
+    expand_modules,
+    require,
+    require_in,
+)
+from minilora.data.tasks import Task, make_task
+from minilora.data.tokenizer import EOS, decode
+from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
+from minilora.formats.files import FileError, read_json, write_text
+from minilora.formats.peft import load_adapter, save_adapter
+from minilora.generate import generate
+from minilora.lora import full, inject_lora, merge, quantize_model, subset
+from minilora.quant.weights import quantize_weight
+from minilora.threads import Workers, available_threads, single_blas
+from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
+from minilora.transformer import Transformer
+
+METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
+ADAPTERS = ("lora", "qlora", "qalora")
+DEFAULT_RATES = {"full": 1e-3, "subset": 2e-3, "lora": 5e-3, "qlora": 5e-3, "qalora": 5e-3}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result. ``key()`` is its fingerprint.
+
+    ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
+    ``method="subset"`` trains.
+
+    >>> RunConfig(method="lora", bits=4)
+    Traceback (most recent call last):
+    minilora.config.ConfigError: bits=4: method 'lora' stands on the full-precision base (bits=32); qlora and qalora quantize
+    """
+
+    method: str = "lora"
+    task: str = "products"
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    lora_plus_ratio: float = 1.0
+    bits: int = 32
+    quant_type: str | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
+    group_size: int | None = None
+    target_modules: str | None = None
+    subset_modules: str = "layers.3"
+    learning_rate: float | None = None
+    seed: int = 0
+    steps: int = 200
+    batch_size: int = 16
+    warmup_steps: int = 10
+    n_train: int = 4000
+    n_eval: int = 256
+    split: str = "test"
+    text_path: str | None = None
+    preset: str = "custom"
+    stage: str = "study"
+
+    def __post_init__(self) -> None:
+        def default(field: str, value: Any) -> None:
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+
+        require_in(self.method, METHODS, "method")
+        require_in(self.task, ("products", "python", "text"), "task")
+        require_in(self.split, ("validation", "test"), "split")
+        if self.method in ADAPTERS:
+            default("r", 8)
+            default("lora_alpha", 16.0)
+            default("target_modules", "all-linear")
+        if self.method in DEFAULT_RATES:
+            default("learning_rate", DEFAULT_RATES[self.method])
+        if self.quantized:
+            default("quant_type", f"{'int' if self.method == 'qalora' else 'nf'}{self.bits if self.bits != 32 else 4}")
+            allowed = {"qlora": CODEBOOK_TYPES, "qalora": AFFINE_TYPES}.get(self.method, CODEBOOK_TYPES + AFFINE_TYPES)
+            require_in(self.quant_type, allowed, "quant_type")
+            if self.bits == 32:
+                object.__setattr__(self, "bits", int(self.quant_type[-1]))  # type: ignore[index]
+            if self.quant_type in AFFINE_TYPES:
+                default("group_size", 32)
+            else:
+                default("block_size", 64)
+                default("double_quant", True)
+            require(self.quant().bits == self.bits, "bits", self.bits, f"quant_type={self.quant_type!r} has {self.quant().bits}")
+        else:
+            require(self.bits == 32, "bits", self.bits,
+                    f"method {self.method!r} stands on the full-precision base (bits=32); qlora and qalora quantize")
+        if self.method in ADAPTERS:
+            self.lora()
+        if self.method in DEFAULT_RATES:
+            self.train()
+        require(isinstance(self.n_eval, int) and self.n_eval >= 1, "n_eval", self.n_eval, "must be at least 1")
+        require((self.text_path is not None) == (self.task == "text"), "text_path", self.text_path,
+                "task 'text' needs a file, and only that task takes one")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen base is stored in few bits."""
+        return self.method in ("qlora", "qalora", "quantized_base")
+
+    def quant(self) -> QuantConfig:
+        """The storage of the base."""
+        double = True if self.double_quant is None else self.double_quant
+        return QuantConfig(self.quant_type or "nf4", self.block_size or 64, double, self.group_size or 32)
+
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        modules = expand_modules(self.target_modules or "all-linear")
+        return LoraConfig(8 if self.r is None else self.r, 16.0 if self.lora_alpha is None else self.lora_alpha, self.lora_dropout,
+                          modules, self.use_rslora, use_qalora=self.method == "qalora")
+
+    def train(self) -> TrainConfig:
+        """The training run."""
+        return TrainConfig(steps=self.steps, batch_size=self.batch_size, seed=self.seed, lora_plus_ratio=self.lora_plus_ratio,
+                           learning_rate=1e-3 if self.learning_rate is None else self.learning_rate,
+                           warmup_steps=min(self.warmup_steps, self.steps))
+
+    def key(self) -> str:
+        """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
+        text = {k: v for k, v in asdict(self).items() if k not in ("preset", "stage")}
+        if self.text_path is not None:
+            text["text_path"] = str(Path(self.text_path).resolve())
+        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=1)
+def _base() -> tuple[Transformer, str]:
+    model = load_base()
+    return model, sha256(model)
+
+
+@lru_cache(maxsize=2)
+def _task(name: str, text_path: str | None, n_train: int, n_eval: int) -> Task:
+    return make_task(name, text_path=text_path, n_train=n_train, n_eval=n_eval)
+
+
+def build(config: RunConfig, base: Transformer) -> Transformer:
+    """The model of a run before training: what is frozen, what is quantized, what trains."""
+    # the stream of initialisation; data and dropout have their own. With r in it, two ranks do not share A's first rows
+    rng = np.random.default_rng([config.seed, 0, config.r or 0])
+    if config.method == "full":
+        return full(base)
+    if config.method == "subset":
+        return subset(base, expand_modules(config.subset_modules))
+    model = quantize_model(base, config.quant()) if config.quantized else base
+    return inject_lora(model, config.lora(), rng) if config.method in ADAPTERS else model
+
+
+def check_buildable(configs: Sequence[RunConfig]) -> None:
+    """Build each kind of model once, so that a rank, group size or module that does not fit is refused before any work."""
+    base, _ = _base()
+    kinds = {(c.method, c.r, c.target_modules, c.subset_modules, c.quant_type, c.block_size, c.group_size): c for c in configs}
+    for config in kinds.values():
+        build(config, base)
+
+
+def deploy(config: RunConfig, model: Transformer) -> Transformer:
+    """The model as one would ship it: LoRA merged, QLoRA merged and rounded to the same bits again, QA-LoRA merged exactly."""
+    how = {"lora": "dense", "qlora": "requantize", "qalora": "offsets"}[config.method]
+    return merge(model, how, config.quant())[0]
+
+
+def measure(model: Transformer, task: Task, split: str, workers: Workers | None = None, prefix: str = "") -> dict[str, float]:
+    """Loss and, for tasks that are judged by what the model writes, recall on a split; on the test split also unseen values."""
+    found = {prefix + k: v for k, v in evaluate(model, task.eval_batches(split), workers).items()}
+    for name, ending in ((split, ""), ("test_values", "_values")):
+        if ending and (split != "test" or name not in task.splits):
+            continue
+        prompts = task.prompts(name)
+        if prompts:
+            scores = task.score(name, write(model, prompts, task.max_new_tokens, workers))
+            found |= {f"{prefix}{k}{ending}": v for k, v in scores.items()}
+    return found
+
+
+def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, workers: Workers | None = None) -> list[str]:
+    """Greedy continuations as text, in pieces of 64 prompts, which bounds the memory of the key/value cache."""
+    pieces = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+
+    def one(piece: list[list[int]]) -> list[list[int]]:
+        return generate(model, piece, max_new_tokens, eos=EOS)
+
+    with single_blas():
+        results = [one(piece) for piece in pieces] if workers is None else workers.map(one, pieces)
+    return [decode(tokens) for piece in results for tokens in piece]
+
+
+def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer | None) -> dict[str, Any]:
+    """Bytes by class, parameter counts and effective bits; the peak is measured on one more forward and backward pass."""
+    trainable, total = memory.count_parameters(model)
+    row: dict[str, Any] = {"trainable_params": trainable, "all_params": total, "effective_bits": memory.effective_bits(model)}
+    row |= {f"bytes_{kind}": n for kind, n in memory.model_bytes(model).items()}
+    row |= {"bytes_gradients": 0, "bytes_optimizer": 0, "bytes_activations": 0}
+    if trainer is not None:
+        batch = task.batch(batch_indices(task.n_train, config.batch_size, 0, config.seed))
+        row["bytes_gradients"] = sum(p.data.nbytes for p in model.trainable())
+        row["bytes_optimizer"] = memory.unique_bytes(trainer.optimizer.state().values())
+        row["bytes_activations"] = memory.activation_bytes(model, batch.ids)
+        with single_blas(), Workers(1) as one:
+            step = memory.peak_bytes(lambda: loss_and_grads(model, batch, one, shards=1, stream=(config.seed, 0)))
+        held = sum(row[f"bytes_{kind}"] for kind in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
+        row["bytes_peak"] = held + step
+    return row
+
+
+def run(config: RunConfig, folder: str | Path | None = None, threads: int = 1, checkpoint_every: int = 0,
+        progress: bool = False) -> dict[str, Any]:
+    """Train and measure one configuration; returns its row. With ``folder`` what was learnt is saved there.
+
+    With ``checkpoint_every`` too, training continues from the folder's checkpoint if there is one.
+    Raises ValueError (or a subclass) for bad input and NonFiniteError if training meets NaN or infinity.
+    """
+    start = time.perf_counter()
+    base, base_hash = _base()
+    task = make_run_task(config)
+    model = build(config, base)
+    row: dict[str, Any] = {**asdict(config), "key": config.key(), "status": "success", "error": None}
+    trainer, peft_bytes = None, None
+    with Workers(threads) as workers:
+        if config.method in DEFAULT_RATES:
+            trainer = Trainer(model, task, replace(config.train(), checkpoint_every=checkpoint_every), threads=threads, folder=folder)
+            if folder is not None and checkpoint_every and (saved := Path(folder) / CHECKPOINT).is_file():
+                trainer.load(saved)
+            history = trainer.train(progress)
+            last = history.steps[-20:]
+            row["train_loss"] = sum(s["loss"] for s in last) / len(last)
+            row["step_seconds"] = float(np.median([s["seconds"] for s in history.steps]))
+        row |= measure(model, task, config.split, workers)
+        if config.method in ADAPTERS:
+            deployed = deploy(config, model)
+            row |= measure(deployed, task, config.split, workers, "deployed_")
+            row["deployed_effective_bits"] = memory.effective_bits(deployed)
+    if folder is not None:
+        write_text(Path(folder) / "run.json", json.dumps(asdict(config), indent=2) + "\n")
+        if config.method in ADAPTERS:
+            peft_bytes = save_adapter(model, config.lora(), folder)
+        elif trainer is not None:
+            save_model(model, Path(folder) / "model.safetensors")
+    row |= ledger(config, model, task, trainer)
+    row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
+    return row | environment() | {"seconds": time.perf_counter() - start}
+
+
+def make_run_task(config: RunConfig) -> Task:
+    """The task of a run, kept for the next run of this process."""
+    return _task(config.task, config.text_path, config.n_train, config.n_eval)
+
+
+def estimate_seconds(configs: Sequence[RunConfig]) -> float:
+    """Mean seconds of a run in one thread: a step and an evaluation of each task, timed now after compiling the kernels."""
+    base, _ = _base()
+    warm_kernels(base)
+    total = 0.0
+    for name in {c.task for c in configs}:
+        mine = [c for c in configs if c.task == name]
+        task, first = make_run_task(mine[0]), mine[0]
+        model = inject_lora(base, LoraConfig(), np.random.default_rng(0))
+        batch = task.batch(batch_indices(task.n_train, first.batch_size, 0, 0))
+        prompts = task.prompts(first.split)
+        with single_blas(), Workers(1) as one:
+            step = _seconds(lambda: loss_and_grads(model, batch, one))  # noqa: B023 (called at once)
+            batches = task.eval_batches(first.split)
+            look = _seconds(lambda: evaluate(model, batches[:1])) * len(batches)  # noqa: B023
+            if prompts:
+                look += _seconds(lambda: write(model, prompts[:32], task.max_new_tokens)) * len(prompts) / 32  # noqa: B023
+        for c in mine:
+            splits = 2 if c.split == "test" and prompts else 1
+            total += look * splits * (2 if c.method in ADAPTERS else 1) + (step * c.steps if c.method in DEFAULT_RATES else 0)
+    return total / len(configs)
+
+
+def warm_kernels(base: Transformer) -> float:
+    """Compile (or load from disk) every kernel that a sweep needs; returns the seconds it took."""
+    def touch() -> None:
+        linear = base.blocks[0].attention.q_proj
+        x = np.ones((2, linear.shape[1]), np.float32)
+        for quant_type in (*CODEBOOK_TYPES, *AFFINE_TYPES):
+            weight = quantize_weight(linear.weight.dense(), QuantConfig(quant_type))
+            for rows in (x, x[:1]):
+                weight.matmul_t(weight.matmul(rows))
+
+    return _seconds(touch)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
+    """The configuration and the trained model of a folder that :func:`run` has written; raises FileError if it is none."""
+    folder = Path(folder)
+    settings = read_json(folder / "run.json")
+    try:
+        config = RunConfig(**settings)
+    except TypeError as error:
+        raise FileError(f"{folder / 'run.json'}: not the configuration of a run ({error})") from None
+    base = _base()[0]
+    if config.method in ADAPTERS:
+        return config, load_adapter(quantize_model(base, config.quant()) if config.quantized else base, folder)[0]
+    return config, load_model(folder / "model.safetensors") if config.method in DEFAULT_RATES else build(config, base)
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine, for every row of results."""
+    machine = f"{platform.machine()}, {available_threads()} cores, {cpu_name()}"
+    return {"python_version": platform.python_version(), "numpy_version": np.__version__, "numba_version": numba.__version__,
+            "minilora_version": minilora.__version__, "machine": machine}
+
+
+@lru_cache(maxsize=1)
+def cpu_name() -> str:
+    """The processor's name, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown processor"
+
+
+def untrained(config: RunConfig) -> RunConfig:
+    """The control of a run: the same base, quantized the same way, not trained."""
+    return replace(config, method="quantized_base" if config.quantized else "base", r=None, lora_alpha=None, target_modules=None,
+                   learning_rate=None)

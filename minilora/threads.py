@@ -1,0 +1,86 @@
+"""One pool, one shard a worker, one BLAS thread: what makes results independent of the number of threads.
+
+A matrix product can differ in its last bits between one and two BLAS threads, so every computation whose result is
+promised (training, evaluation, generation, merging) runs with one, and parallelism comes from shards of the batch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, TypeVar
+
+from threadpoolctl import ThreadpoolController
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@lru_cache(maxsize=1)
+def _controller() -> ThreadpoolController:
+    return ThreadpoolController()  # looking for the loaded BLAS libraries takes milliseconds: once is enough
+
+
+@contextmanager
+def single_blas() -> Iterator[None]:
+    """Run a block (or, as a decorator, a function) with one BLAS thread."""
+    with _controller().limit(limits=1, user_api="blas"):
+        yield
+
+
+def available_threads() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Workers:
+    """A pool that maps a function over items and returns the results in the order of the items.
+
+    >>> with Workers(2) as workers:
+    ...     workers.map(abs, [-1, -2])
+    [1, 2]
+    """
+
+    def __init__(self, threads: int | None = None):
+        self.threads = available_threads() if threads is None else threads
+        if self.threads < 1:
+            raise ValueError(f"threads={threads}: must be at least 1")
+        self._pool = ThreadPoolExecutor(self.threads, "minilora") if self.threads > 1 else None
+
+    def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        """[function(item) for item in items], in parallel where there are threads."""
+        return [function(item) for item in items] if self._pool is None else list(self._pool.map(function, items))
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+@lru_cache(maxsize=1)
+def keep_memory() -> bool:
+    """Ask glibc to keep freed memory instead of handing it back; True if it agreed.
+
+    A training step frees and takes the same large arrays again and again; returned pages would be faulted in anew each time.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
+    # one arena: those of other threads are limited to 64 MiB, beyond which glibc maps (and faults in) each array anew
+    return all(mallopt(option, value) == 1 for option, value in
+               ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)))

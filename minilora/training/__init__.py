@@ -1,0 +1,1 @@
+"""Loss over shards, optimizers, the trainer and its checkpoints."""

@@ -1,0 +1,117 @@
+"""Make the tiny base: next-byte prediction on real text and generated catalogue pages."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+import minilora
+from minilora.config import ModelConfig, TrainConfig, require
+from minilora.data.corpora import corpus_sha256, pretraining_tokens
+from minilora.data.tasks import Batch
+from minilora.formats.checkpoint import save_model
+from minilora.threads import Workers, available_threads
+from minilora.training.induction import start_with_induction
+from minilora.training.loss import evaluate
+from minilora.training.trainer import CHECKPOINT, Trainer
+from minilora.transformer import init_model
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How the base is made. Example: ``minilora pretrain --steps 100 --out runs/base``
+
+    Without ``text`` the corpus is the one of the shipped base: Python's language reference, docstrings of the standard
+    library's training modules and generated catalogue pages. An interrupted run continues when the command is repeated.
+    """
+
+    out: str = "runs/base"
+    text: str | None = None  # any UTF-8 text file instead of the built-in corpus
+    steps: int = 3000
+    batch_size: int = 16
+    tokens: int = 208  # length of a training sequence
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    seed: int = 0
+    checkpoint_every: int = 250
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = ModelConfig().context_length
+        require(2 <= self.tokens <= limit, "tokens", self.tokens, f"must be from 2 to context_length={limit}")
+        self.train()
+
+    def train(self) -> TrainConfig:
+        """The trainer's part."""
+        return TrainConfig(
+            steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, weight_decay=0.1, beta2=0.98,
+            warmup_steps=min(self.warmup_steps, self.steps), seed=self.seed, checkpoint_every=self.checkpoint_every)
+
+    def command(self) -> str:
+        """The command that repeats it."""
+        text = f" --text {Path(self.text).name}" if self.text else ""
+        return (f"minilora pretrain --steps {self.steps} --batch-size {self.batch_size} --tokens {self.tokens} "
+                f"--learning-rate {self.learning_rate:g} --seed {self.seed}{text}")
+
+
+class RowsTask:
+    """Rows of tokens of one length, in their order of creation; every target counts. The last 2 % are held out."""
+
+    name, splits, max_new_tokens = "pretrain", ("validation",), 0
+
+    def __init__(self, tokens: np.ndarray, window: int):
+        rows = tokens[: len(tokens) // window * window].reshape(-1, window)
+        held_out = max(1, len(rows) // 50)
+        require(len(rows) > held_out, "text", f"{len(tokens)} tokens", f"too short: at least {2 * window} are needed")
+        self.rows, self.held_out, self.n_train = rows[:-held_out], rows[-held_out:], len(rows) - held_out
+        self.sha256 = hashlib.sha256(np.ascontiguousarray(tokens, "<u2").tobytes()).hexdigest()
+
+    def _batch(self, rows: np.ndarray) -> Batch:
+        rows = rows.astype(np.int64)
+        return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), bool))
+
+    def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
+        """Rows of the training part."""
+        return self._batch(self.rows[np.asarray(indices)])
+
+    def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
+        """At most 512 rows of the held-out part."""
+        return [self._batch(self.held_out[i : i + batch_size]) for i in range(0, min(len(self.held_out), 512), batch_size)]
+
+    def prompts(self, split: str) -> list[list[int]]:
+        """None: it is judged by its loss."""
+        return []
+
+    def score(self, split: str, completions: list[str]) -> dict[str, float]:
+        """Nothing to score."""
+        return {}
+
+
+def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
+    """Train a fresh base and write ``base.safetensors`` (float16) with its history in the metadata; returns its path."""
+    out = Path(config.out)
+    window = config.tokens + 1
+    n_tokens = int(config.steps * config.batch_size / 0.98 + 1) * window  # each row is seen once
+    share = 0.5 if config.text is None else 0.0
+    tokens = pretraining_tokens(config.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text)
+    task = RowsTask(tokens, window)
+    rng = np.random.default_rng([config.seed, 0])
+    model = init_model(ModelConfig(), rng)
+    start_with_induction(model, rng)
+    trainer = Trainer(model, task, config.train(), threads=config.threads, folder=out)
+    if (out / CHECKPOINT).is_file():
+        trainer.load(out / CHECKPOINT)
+    trainer.train(progress)
+    with Workers(config.threads or available_threads()) as workers:
+        held_out = evaluate(model, task.eval_batches("validation"), workers)
+    path = out / "base.safetensors"
+    save_model(model, path, np.float16, {"made_by": {
+        "command": config.command(), "corpus_sha256": corpus_sha256(config.text),
+        "tokens_seen": config.steps * config.batch_size * config.tokens, "python_version": platform.python_version(),
+        "minilora_version": minilora.__version__, "held_out_bits_per_byte": round(held_out["bpb"], 4)}})
+    return path

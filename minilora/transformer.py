@@ -1,0 +1,238 @@
+"""The model: embedding, blocks, final norm and head, forward and backward. It knows nothing of LoRA.
+
+Parameter names are those of transformers' ``LlamaForCausalLM``, so checkpoints and adapters carry over.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from minilora import functional as F
+from minilora.config import ATTENTION_MODULES, ModelConfig
+from minilora.layers import (
+    MLP,
+    Array,
+    Attention,
+    Block,
+    Cache,
+    DenseWeight,
+    Embedding,
+    Gradients,
+    Key,
+    Linear,
+    Parameter,
+    RMSNorm,
+)
+
+
+class Transformer:
+    """A Llama-family language model.
+
+    >>> model = init_model(ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1), np.random.default_rng(0))
+    >>> model.logits(np.array([[1, 2, 3]])).shape
+    (1, 3, 259)
+    """
+
+    def __init__(self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Linear):
+        self.config, self.embedding, self.blocks, self.norm, self.head = config, embedding, blocks, norm, head
+
+    # --- what is in it -------------------------------------------------------------------------------------------------
+
+    def linears(self) -> Iterator[tuple[str, Any]]:
+        """(name, linear) of each projection from the lowest block up, and of the head."""
+        for block in self.blocks:
+            for _, _, linear in block.linears():
+                yield linear.name, linear
+        yield self.head.name, self.head
+
+    def parameters(self) -> list[Parameter]:
+        """Each parameter once (a tied head is the embedding's), in a fixed order."""
+        found = dict.fromkeys(self.embedding.parameters())
+        for block in self.blocks:
+            found.update(dict.fromkeys(block.parameters()))
+        found.update(dict.fromkeys(self.norm.parameters()))
+        found.update(dict.fromkeys(self.head.parameters()))
+        return list(found)
+
+    def trainable(self) -> list[Parameter]:
+        """The parameters that train."""
+        return [p for p in self.parameters() if p.trainable]
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head reads the embedding's own table."""
+        return getattr(self.head, "weight", None) is self.embedding.weight
+
+    def map_linears(self, change: Callable[[Any], Any]) -> Transformer:
+        """A new model whose linears (blocks and head) are ``change(linear)``; everything else is shared."""
+        new = copy.copy(self)
+        new.blocks = []
+        for old in self.blocks:
+            block = copy.copy(old)
+            block.attention, block.mlp = copy.copy(old.attention), copy.copy(old.mlp)
+            for owner, attribute, linear in list(block.linears()):
+                setattr(owner, attribute, change(linear))
+            new.blocks.append(block)
+        new.head = change(self.head)
+        return new
+
+    def map_parameters(self, change: Callable[[Parameter], Parameter]) -> Transformer:
+        """A new model whose dense parameters are ``change(parameter)``, once each, so that a tied head stays tied."""
+        done: dict[Parameter, Parameter] = {}
+        weights: dict[int, DenseWeight] = {}
+
+        def parameter(p: Parameter) -> Parameter:
+            if p not in done:
+                done[p] = change(p)
+            return done[p]
+
+        def weight(w: Any) -> Any:
+            if not isinstance(w, DenseWeight):
+                return w
+            if id(w) not in weights:
+                weights[id(w)] = DenseWeight(parameter(w.param))
+            return weights[id(w)]
+
+        def norm(n: RMSNorm) -> RMSNorm:
+            return RMSNorm(parameter(n.weight), n.eps)
+
+        new = self.map_linears(lambda linear: Linear(linear.name, weight(linear.weight)))
+        new.embedding = Embedding(self.embedding.name, weight(self.embedding.weight))
+        for block in new.blocks:
+            block.input_norm, block.post_norm = norm(block.input_norm), norm(block.post_norm)
+        new.norm = norm(self.norm)
+        return new
+
+    # --- forward and backward ------------------------------------------------------------------------------------------
+
+    def lowest_trainable(self) -> int:
+        """The lowest block that trains: backward stops there. −1 if the embedding trains, len(blocks) if no block does."""
+        if any(p.trainable for p in self.embedding.parameters()):
+            return -1
+        for i, block in enumerate(self.blocks):
+            if any(p.trainable for p in block.parameters()):
+                return i
+        return len(self.blocks)
+
+    def rope(self, positions: Array) -> tuple[Array, Array]:
+        """Rotation tables in the model's dtype."""
+        return F.rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.embedding.weight.dtype)
+
+    def forward(self, ids: Array, key: Key = None, checkpoint: bool = False) -> tuple[Array, Cache]:
+        """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the rows it needs.
+
+        With ``checkpoint`` each block keeps only its input and runs forward again in the backward pass (arXiv 1604.06174).
+        Blocks below the lowest trainable one keep nothing. Raises ValueError for ids outside the vocabulary.
+        """
+        check_ids(ids, self.config)
+        x, cache_embedding = self.embedding.forward(ids)  # (B, T, C)
+        rope = self.rope(np.arange(ids.shape[1]))
+        lowest = self.lowest_trainable()
+        caches: list[Any] = []
+        for i, block in enumerate(self.blocks):
+            y, cache = block.forward(x, rope, key)
+            caches.append(() if i < lowest else (x,) if checkpoint else cache)
+            x = y
+        x, cache_norm = self.norm.forward(x)
+        return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm)
+
+    def backward(self, dx: Array, cache: Cache, grads: Gradients) -> None:
+        """Gradient of the hidden states (B, T, C) → grads, down to the lowest trainable layer. The cache is used up."""
+        cache_embedding, rope, key, checkpoint, caches, cache_norm = cache
+        lowest = self.lowest_trainable()
+        if lowest == len(self.blocks) and not self.norm.weight.trainable:
+            return
+        dx = self.norm.backward(dx, cache_norm, grads)
+        for i in reversed(range(max(lowest, 0), len(self.blocks))):
+            block_cache = caches.pop()
+            if checkpoint:
+                _, block_cache = self.blocks[i].forward(block_cache[0], rope, key)
+            dx = self.blocks[i].backward(dx, block_cache, grads)
+            del block_cache  # its memory is free before the next block's is asked for
+        if lowest == -1:
+            self.embedding.backward(dx, cache_embedding, grads)
+
+    def logits(self, ids: Array) -> Array:
+        """Token ids (B, T) → logits (B, T, V)."""
+        return self.head.forward(self.forward(ids)[0])[0]
+
+    def __repr__(self) -> str:
+        names = sorted({type(linear).__name__ for _, linear in self.linears()})
+        return f"Transformer({self.config}, linears: {', '.join(names)}, trainable arrays: {len(self.trainable())})"
+
+
+def check_ids(ids: Array, config: ModelConfig) -> None:
+    """Refuse token ids that are no integers, outside the vocabulary or longer than the context."""
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids: must be an integer array (batch, time), not {ids.dtype} {ids.shape}")
+    if ids.shape[1] > config.context_length:
+        raise ValueError(f"ids: {ids.shape[1]} tokens exceed context_length={config.context_length}; shorten the text")
+    if ids.size and not (ids.min() >= 0 and ids.max() < config.vocab_size):
+        raise ValueError(f"ids: values {ids.min()}…{ids.max()} outside the vocabulary 0…{config.vocab_size - 1}")
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name → shape of every parameter, with transformers' names; a tied head has none of its own."""
+    C, F_, D = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    attention = {"q_proj": (H * D, C), "k_proj": (K * D, C), "v_proj": (K * D, C), "o_proj": (C, H * D)}
+    mlp = {"gate_proj": (F_, C), "up_proj": (F_, C), "down_proj": (C, F_)}
+    if config.hidden_act != "silu":
+        del mlp["gate_proj"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, C)}
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        shapes[f"{prefix}.input_layernorm.weight"] = (C,)
+        shapes |= {f"{prefix}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (C,)
+        shapes |= {f"{prefix}.mlp.{name}.weight": shape for name, shape in mlp.items()}
+    shapes["model.norm.weight"] = (C,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, C)
+    return shapes
+
+
+def build_model(config: ModelConfig, arrays: dict[str, Array], trainable: bool = False) -> Transformer:
+    """Assemble a model from named arrays (transformers' names); they are used as they are, not copied."""
+    shapes = parameter_shapes(config)
+    missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
+    if missing or extra:
+        raise ValueError(f"arrays: missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'} for {config}")
+    for name, shape in shapes.items():
+        if arrays[name].shape != shape:
+            raise ValueError(f"{name}: shape {arrays[name].shape}, but the configuration asks for {shape}")
+    params = {name: Parameter(name, arrays[name], trainable) for name in shapes}
+
+    def linear(module: str) -> Any:
+        name = f"{module}.weight"
+        return Linear(module, DenseWeight(params[name])) if name in params else None
+
+    embedding = Embedding("model.embed_tokens", DenseWeight(params["model.embed_tokens.weight"]))
+    blocks = []
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}"
+        attention = Attention(config, *(linear(f"{prefix}.self_attn.{name}") for name in ATTENTION_MODULES))
+        mlp = MLP(*(linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
+        norms = [RMSNorm(params[f"{prefix}.{name}.weight"], config.rms_norm_eps)
+                 for name in ("input_layernorm", "post_attention_layernorm")]
+        blocks.append(Block(norms[0], attention, norms[1], mlp))
+    head = Linear("lm_head", embedding.weight) if config.tie_word_embeddings else linear("lm_head")
+    return Transformer(config, embedding, blocks, RMSNorm(params["model.norm.weight"], config.rms_norm_eps), head)
+
+
+def init_model(config: ModelConfig, rng: np.random.Generator, dtype: Any = np.float32, trainable: bool = True) -> Transformer:
+    """A fresh model: matrices N(0, 0.02²), those that write to the residual stream divided by √(2·layers) (GPT-2), norms one."""
+    arrays = {}
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 1:
+            arrays[name] = np.ones(shape, dtype)
+            continue
+        std = 0.02
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            std /= (2 * config.num_hidden_layers) ** 0.5
+        arrays[name] = (rng.standard_normal(shape) * std).astype(dtype)
+    return build_model(config, arrays, trainable)

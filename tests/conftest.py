@@ -1,0 +1,34 @@
+"""Fixtures for all test files; the functions behind them are in helpers.py."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import CONFIGS, GQA, FakeTask, make_model
+
+from minilora.config import ModelConfig
+from minilora.transformer import Transformer
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    """Each small architecture in turn."""
+    return request.param
+
+
+@pytest.fixture
+def base() -> Transformer:
+    """A frozen float32 base model, two layers, grouped queries, untied head."""
+    return make_model(GQA, dtype=np.float32, trainable=False)
+
+
+@pytest.fixture
+def fake_task() -> FakeTask:
+    """A task in memory."""
+    return FakeTask()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """A seeded generator."""
+    return np.random.default_rng(0)

@@ -1,0 +1,138 @@
+"""The command line, called as a user calls it: in this process where that is enough, in a fresh one for signals and exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minilora import cli
+
+
+def call(*arguments):
+    return cli.main([str(a) for a in arguments])
+
+
+@pytest.mark.parametrize("command", sorted(cli.EXAMPLES))
+def test_help_ends_in_an_example_that_parses(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(command, "--help")
+    assert stop.value.code == 0
+    last = capsys.readouterr().out.strip().splitlines()[-1]
+    assert last == "example: " + cli.EXAMPLES[command]
+    assert last.startswith(f"example: minilora {command}")
+
+
+@pytest.mark.parametrize("command", sorted(cli.EXAMPLES))
+def test_each_example_is_accepted_by_the_parser(command):
+    import tyro
+
+    parsed = tyro.cli(cli.Command, args=cli.EXAMPLES[command].split()[1:])
+    assert type(parsed).__name__ in {"Train", "Sweep", "Plot", "Generate", "Merge", "PretrainConfig", "Info"}
+
+
+def test_train_generate_merge_in_a_row(tmp_path, capsys):
+    out = tmp_path / "first"
+    assert call("train", "--method", "qalora", "--bits", 4, "--group-size", 16, "--steps", 3, "--n-eval", 4, "--out", out) == 0
+    text = capsys.readouterr().out
+    assert "trainable params: " in text and " || all params: " in text and " || trainable%: " in text
+    assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= {p.name for p in out.iterdir()}
+    assert call("generate", "--run", out, "--task-prompts", 2, "--max-new-tokens", 5) == 0
+    assert capsys.readouterr().out.count("Describe: ") == 2
+    assert call("merge", "--run", out) == 0
+    text = capsys.readouterr().out
+    assert "merged 28 layers" in text and (out / "merged.safetensors").is_file()
+    before, after = text.split("loss ")[1].split("\n")[0].split(" with the adapter, ")
+    assert abs(float(before) - float(after.split()[0])) < 1e-4
+
+
+def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys):
+    grid = ["sweep", "--method", "lora", "base", "--r", 2, "--seed", 0, "--steps", 2, "--n-eval", 4, "--n-jobs", 1,
+            "--out", tmp_path, "--name", "small"]
+    assert call(*grid) == 0
+    text = capsys.readouterr().out
+    assert "2 runs in 1 process" in text and "LoRA" in text
+    folder = tmp_path / "small"
+    names = {p.name for p in folder.iterdir()}
+    assert {"results.jsonl", "results.csv", "README.md"} <= names
+    assert any(n.endswith(".png") for n in names | {p.name for p in folder.rglob("*.png")})
+    rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert {row["method"] for row in rows} == {"lora", "base"} and all(row["status"] == "success" for row in rows)
+    assert call(*grid) == 0  # everything is there: nothing runs again
+    assert (folder / "results.jsonl").read_text().count("\n") == 2
+    (folder / "README.md").unlink()
+    assert call("plot", folder) == 0
+    assert (folder / "README.md").is_file()
+
+
+@pytest.mark.parametrize(("arguments", "parts"), [
+    (["train", "--r", 0], ["r=0", "at least 1"]),
+    (["train", "--r", 4096], ["r=4096", "at most 128"]),
+    (["train", "--method", "qalora", "--group-size", 48], ["group_size=48", "divide", "32"]),
+    (["train", "--target-modules", "query"], ["query", "q_proj"]),
+    (["train", "--method", "qlora", "--bits", 5], ["nf5", "nf4"]),
+    (["train", "--task", "text", "--text-path", "no/such/file.txt"], ["no/such/file.txt"]),
+    (["generate"], ["--prompt"]),
+    (["generate", "--prompt", "x", "--run", "no/such/run"], ["no/such/run"]),
+    (["merge", "--run", "no/such/run"], ["no/such/run"]),
+    (["plot", "no/such/folder"], ["no/such/folder"]),
+    (["pretrain", "--text", "no/such/file.txt", "--out", "{tmp}"], ["no/such/file.txt"]),
+    (["sweep", "--method", "lora", "--r", 500, "--out", "{tmp}"], ["r=500", "at most"]),
+])
+def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call(*(str(tmp_path) if a == "{tmp}" else a for a in arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("minilora: error: ") and "\n" not in error
+    for part in parts:
+        assert part in error
+
+
+def test_text_files_that_cannot_be_used(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty, latin = tmp_path / "empty.txt", tmp_path / "latin.txt"
+    empty.write_bytes(b"")
+    latin.write_bytes("naïve ".encode("latin-1") * 2000)
+    for path, word in ((empty, "empty"), (latin, "UTF-8")):
+        assert call("train", "--task", "text", "--text-path", path) == 2
+        assert word in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs /proc")
+def test_unwritable_folder_is_refused_before_work(capsys):
+    assert call("sweep", "--method", "base", "--out", "/proc/nowhere") == 2
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_info(capsys):
+    assert call("info") == 0
+    text = capsys.readouterr().out
+    for word in ("numpy_version", "numba_version", "blas", "threads", "numba layer", "numba cache"):
+        assert word in text
+
+
+def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
+    arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "40",
+                 "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
+    process = subprocess.Popen([sys.executable, "-m", "minilora.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    results = tmp_path / "cut" / "results.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "continue" in errors
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    assert 1 <= len(rows) < 13 and all(row["status"] == "success" for row in rows)
+
+
+def test_import_is_cheap():
+    code = "import time; t = time.perf_counter(); import minilora; print(time.perf_counter() - t)"
+    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
+    assert seconds < 0.7

@@ -1,0 +1,285 @@
+"""Generation: the key/value cache must change the speed and nothing else; sampling must follow the distribution it claims."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
+
+from minilora import functional as F
+from minilora.config import LoraConfig, QuantConfig
+from minilora.generate import KVCache, decode, generate, prefill, sample
+from minilora.lora import inject_lora, quantize_model
+
+LENGTH = GQA.context_length
+PROMPTS = [[1, 2, 3], [4], [5, 6, 0, 7, 8, 2], [2, 2]]
+
+
+def full_hidden(model, sequence):
+    return model.forward(np.array([sequence]))[0][0]
+
+
+def greedy_by_hand(model, prompt, n, eos=None):
+    """The definition: run everything again for each token."""
+    sequence = list(prompt)
+    for _ in range(n):
+        token = int(model.logits(np.array([sequence[-LENGTH:]]))[0, -1].argmax())
+        if token == eos:
+            break
+        sequence.append(token)
+        if len(sequence) > LENGTH:
+            break
+    return sequence[len(prompt) :]
+
+
+def variants():
+    yield "dense", lambda: make_model(GQA)
+    yield (
+        "lora",
+        lambda: fill_adapters(
+            inject_lora(make_model(GQA), LoraConfig(r=2, lora_alpha=3, lora_dropout=0.5), np.random.default_rng(0))
+        ),
+    )
+    yield (
+        "qlora",
+        lambda: fill_adapters(
+            inject_lora(
+                quantize_model(make_model(GQA), QuantConfig("nf4")), LoraConfig(r=2, lora_alpha=3), np.random.default_rng(0)
+            )
+        ),
+    )
+    yield (
+        "qalora",
+        lambda: fill_adapters(
+            inject_lora(
+                quantize_model(make_model(GQA), QuantConfig("int4", group_size=4)),
+                LoraConfig(r=2, lora_alpha=3, use_qalora=True),
+                np.random.default_rng(0),
+            )
+        ),
+    )
+
+
+every_variant = pytest.mark.parametrize("make", [v for _, v in variants()], ids=[n for n, _ in variants()])
+
+
+def test_decoding_with_the_cache_equals_a_full_forward(config):
+    """Teacher forcing: prefill a prefix, feed the rest token by token; each hidden state equals the full forward's row."""
+    model = make_model(config)
+    sequence = np.random.default_rng(1).integers(config.vocab_size, size=12)
+    expected = full_hidden(model, sequence)
+    rtol = close_rtol(np.float64, *[config.intermediate_size] * 9 * config.num_hidden_layers)
+    for start in (1, 5):
+        kv_cache = KVCache(model, 1, 12)
+        hidden = prefill(model, sequence[None, :start], kv_cache)
+        assert_close(hidden[0], expected[:start], rtol)
+        for t in range(start, 12):
+            hidden = decode(model, sequence[t : t + 1], np.array([t]), kv_cache)
+            assert_close(hidden[0], expected[t], rtol, f"position {t}")
+
+
+def test_sequences_at_different_positions_decode_together(config):
+    model = make_model(config)
+    a, b = np.random.default_rng(1).integers(config.vocab_size, size=(2, 9))
+    ids = np.zeros((2, 5), int)
+    ids[0, :2], ids[1] = a[:2], b[:5]
+    kv_cache = KVCache(model, 2, 9)
+    prefill(model, ids, kv_cache)
+    rtol = close_rtol(np.float64, *[config.intermediate_size] * 9 * config.num_hidden_layers)
+    for step in range(4):
+        hidden = decode(model, np.array([a[2 + step], b[5 + step]]), np.array([2 + step, 5 + step]), kv_cache)
+        assert_close(hidden[0], full_hidden(model, a)[2 + step], rtol)
+        assert_close(hidden[1], full_hidden(model, b)[5 + step], rtol)
+
+
+@every_variant
+def test_greedy_equals_the_argmax_of_a_full_forward(make):
+    model = make()
+    for prompt in PROMPTS:
+        assert generate(model, [prompt], 8) == [greedy_by_hand(model, prompt, 8)]
+
+
+@every_variant
+def test_ragged_prompts_together_equal_each_alone(make):
+    model = make()
+    assert generate(model, PROMPTS, 8) == [generate(model, [p], 8)[0] for p in PROMPTS]
+
+
+def test_order_of_prompts_is_kept_when_some_end_early():
+    model = make_model(GQA)
+    plain = generate(model, PROMPTS, 10)
+    eos = plain[2][3]  # a token that ends at least one of them early
+    expected = [row[: row.index(eos)] if eos in row else row for row in plain]
+    assert generate(model, PROMPTS, 10, eos=eos) == expected
+    assert len({len(row) for row in expected}) > 1
+    assert expected == [greedy_by_hand(model, p, 10, eos) for p in PROMPTS]
+
+
+def test_an_end_at_once_gives_nothing():
+    model = make_model(GQA)
+    first = generate(model, [[1, 2]], 1)[0][0]
+    assert generate(model, [[1, 2]], 5, eos=first) == [[]]
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_never_more_than_asked_for(n):
+    assert [len(row) for row in generate(make_model(GQA), PROMPTS, n)] == [n] * 4
+
+
+def test_a_full_context_stops_each_sequence_by_itself():
+    model = make_model(GQA)
+    prompts = [[1] * (LENGTH - 1), [2] * (LENGTH - 4), [3]]
+    results = generate(model, prompts, 100)
+    # the last token is predicted from a full context and is not fed back
+    assert [len(p) + len(r) for p, r in zip(prompts, results, strict=True)] == [LENGTH + 1] * 3
+    assert results == [greedy_by_hand(model, p, 100) for p in prompts]
+
+
+def test_results_are_plain_lists_of_ints():
+    (row,) = generate(make_model(GQA), [np.array([1, 2])], 3)
+    assert type(row) is list and all(type(token) is int for token in row)
+
+
+def test_generation_changes_nothing_in_the_model():
+    model = make_model(GQA)
+    for p in model.parameters():
+        p.data.flags.writeable = False
+    assert generate(model, [[1]], 4) == generate(model, [[1]], 4)
+
+
+def test_dropout_is_off_in_generation():
+    model = inject_lora(make_model(GQA), LoraConfig(r=2, lora_dropout=0.9), np.random.default_rng(0))
+    assert generate(fill_adapters(model), [[1, 2]], 6) == generate(model, [[1, 2]], 6)
+
+
+# --- sampling ---------------------------------------------------------------------------------------------------------
+
+LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15]))
+N = 20000
+
+
+def frequencies(**settings):
+    tokens = sample(np.tile(LOGITS, (N, 1)), np.random.default_rng(3), **settings)
+    return np.bincount(tokens, minlength=5) / N
+
+
+def assert_frequencies(found, expected):
+    """Each share is binomial: five standard deviations, and what is excluded never occurs."""
+    expected = np.array(expected)
+    assert (np.abs(found - expected) <= 5 * np.sqrt(expected * (1 - expected) / N)).all(), (found, expected)
+
+
+def test_temperature_one_follows_softmax():
+    assert_frequencies(frequencies(temperature=1.0), F.softmax(LOGITS))
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_divides_the_logits(temperature):
+    assert_frequencies(frequencies(temperature=temperature), F.softmax(LOGITS / temperature))
+
+
+@pytest.mark.parametrize(
+    "k, expected",
+    [
+        (1, [0, 1, 0, 0, 0]),
+        (2, [0, 4 / 7, 0, 3 / 7, 0]),
+        (3, [0, 8 / 17, 0, 6 / 17, 3 / 17]),
+        (5, [0.05, 0.4, 0.1, 0.3, 0.15]),
+        (99, [0.05, 0.4, 0.1, 0.3, 0.15]),
+    ],
+)
+def test_top_k_keeps_the_k_largest_renormalised(k, expected):
+    assert_frequencies(frequencies(temperature=1.0, top_k=k), expected)
+
+
+@pytest.mark.parametrize(
+    "p, expected",
+    [
+        (1e-9, [0, 1, 0, 0, 0]),
+        (0.39, [0, 1, 0, 0, 0]),
+        (0.41, [0, 4 / 7, 0, 3 / 7, 0]),
+        (0.69, [0, 4 / 7, 0, 3 / 7, 0]),
+        (0.71, [0, 8 / 17, 0, 6 / 17, 3 / 17]),
+        (1.0, [0.05, 0.4, 0.1, 0.3, 0.15]),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(p, expected):
+    assert_frequencies(frequencies(temperature=1.0, top_p=p), expected)
+
+
+def test_top_p_counts_after_top_k():
+    # of the 3 largest (8, 6, 3 of 17) the first two reach 0.8
+    assert_frequencies(frequencies(temperature=1.0, top_k=3, top_p=0.8), [0, 4 / 7, 0, 3 / 7, 0])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.0},
+        {"temperature": 1.0, "top_k": 1},
+        {"temperature": 1.0, "top_p": 1e-9},
+        {"temperature": 1e-4},
+        {"temperature": 1e-300},
+    ],
+    ids=str,
+)
+def test_all_ways_to_be_greedy_agree(settings):
+    logits = np.random.default_rng(0).standard_normal((50, 30)).astype(np.float32)
+    assert np.array_equal(sample(logits, np.random.default_rng(0), **settings), logits.argmax(-1))
+
+
+def test_equal_logits_are_greedily_the_first():
+    assert sample(np.zeros((2, 4)), None).tolist() == [0, 0]
+    assert sample(np.zeros((2, 4)), np.random.default_rng(0), temperature=1.0, top_k=1).tolist() == [0, 0]
+
+
+def test_rows_are_sampled_independently():
+    logits = np.array([[0.0, 50.0], [50.0, 0.0]])
+    assert sample(logits, np.random.default_rng(0), temperature=1.0).tolist() == [1, 0]
+    many = sample(np.zeros((2, 1000)), np.random.default_rng(0), temperature=1.0)
+    assert many[0] != many[1]
+
+
+def test_forbidden_tokens_are_never_drawn():
+    logits = np.tile(np.array([-np.inf, 0.0, -np.inf, 0.0], np.float32), (500, 1))
+    assert set(sample(logits, np.random.default_rng(0), temperature=1.0).tolist()) == {1, 3}
+
+
+def test_sampling_is_seeded():
+    model = make_model(GQA)
+    texts = [generate(model, PROMPTS, 8, temperature=1.5, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_sampled_text_stays_inside_top_k():
+    model = make_model(GQA)
+    (row,) = generate(model, [[1, 2]], 12, temperature=3.0, top_k=3, rng=np.random.default_rng(0))
+    sequence = [1, 2]
+    for token in row:
+        assert token in np.argsort(-model.logits(np.array([sequence]))[0, -1])[:3]
+        sequence.append(token)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"prompts": []}, "prompts: each must hold at least one token"),
+        ({"prompts": [[1], []]}, "prompts: each must hold at least one token"),
+        ({"prompts": [[1] * LENGTH]}, "prompts: 24 tokens leave no room in context_length=24"),
+        ({"prompts": [[1, 19]]}, "prompts: token 19 outside the vocabulary 0…18"),
+        ({"prompts": [[-1]]}, "prompts: token -1 outside"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+        ({"temperature": float("nan")}, "temperature=nan"),
+        ({"temperature": float("inf")}, "temperature=inf"),
+        ({"top_k": -1}, "top_k=-1"),
+        ({"top_p": 0.0}, "top_p=0.0"),
+        ({"top_p": 1.5}, "top_p=1.5"),
+        ({"temperature": 1.0, "rng": None}, "rng=None: sampling with temperature > 0 needs"),
+    ],
+    ids=str,
+)
+def test_bad_settings_are_refused(changes, message):
+    settings = {"prompts": [[1]], "max_new_tokens": 2, "rng": np.random.default_rng(0)} | changes
+    with pytest.raises(ValueError, match=f"^{message}"):
+        generate(make_model(GQA), settings.pop("prompts"), settings.pop("max_new_tokens"), **settings)

@@ -1,0 +1,153 @@
+"""The house's rules, held on the source itself: imports run one way, one place for njit, no pickle, no assert for user errors."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minilora
+
+ROOT = Path(minilora.__file__).parent
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").removesuffix("."): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
+
+# module (or package) → what of minilora it may import; itself is always allowed
+LAYERS = {"config", "functional", "threads", "layers", "quant"}
+MODELS = LAYERS | {"transformer", "lora"}
+ALLOWED = {
+    "config": set(),
+    "functional": set(),
+    "threads": set(),
+    "gradcheck": set(),
+    "quant.kernels": set(),
+    "quant.codebooks": {"config"},
+    "quant": {"config"},
+    "layers": {"config", "functional"},
+    "transformer": {"config", "functional", "layers"},  # knows nothing of LoRA
+    "lora": LAYERS,  # and LoRA nothing of the transformer
+    "generate": {"functional", "layers", "threads", "transformer"},
+    "data": {"config"},
+    "memory": MODELS,
+    "formats": MODELS,
+    "training": MODELS | {"data", "formats"},
+}
+TOP = {"study", "cli", "__main__", "pretrain", "labs", ""}  # these may know everything below, but nobody below knows them
+
+
+def runtime_imports(tree: ast.Module, module: str, is_package: bool) -> set[str]:
+    """Modules of minilora that are imported when the file runs: not those under ``if TYPE_CHECKING``."""
+    found: set[str] = set()
+    package = ["minilora", *module.split(".")] if module else ["minilora"]
+    if not is_package:
+        package = package[:-1]
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            prefix = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*prefix, *([node.module] if node.module else [])])
+            found.update({f"{name}.{alias.name}" for alias in node.names} if name in ("minilora", "minilora.quant") else {name})
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(tree)
+    return {name.removeprefix("minilora.") for name in found if name.startswith("minilora.")}
+
+
+def rule(module: str) -> str:
+    return module if module in ALLOWED else module.split(".")[0]
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_imports_run_one_way(module):
+    path = FILES[module]
+    imports = runtime_imports(ast.parse(path.read_text(encoding="utf-8")), module, path.name == "__init__.py")
+    key = rule(module)
+    if key in TOP:
+        forbidden = {"cli", "__main__"} if key == "study" else set()
+        assert not {i.split(".")[0] for i in imports} & forbidden
+        return
+    assert key in ALLOWED, f"{module} has no rule: say in this test what it may know"
+    for name in imports:
+        inside = rule(name) == key or name.split(".")[0] == key
+        assert inside or name.split(".")[0] in ALLOWED[key] or rule(name) in ALLOWED[key], f"{module} must not import {name}"
+
+
+@pytest.mark.parametrize("module", ["transformer", "lora"])
+def test_transformer_and_lora_do_not_know_each_other(module):
+    other = {"transformer": "minilora.lora", "lora": "minilora.transformer"}[module]
+    code = f"import sys, minilora.{module}; sys.exit({other!r} in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_rule_itself_can_fail():
+    tree = ast.parse("from minilora.lora import x\nfrom minilora import lora as y\nfrom . import memory\nimport minilora.cli\n")
+    assert runtime_imports(tree, "transformer", False) == {"lora", "memory", "cli"}
+    assert runtime_imports(ast.parse("if TYPE_CHECKING:\n    from minilora.lora import x"), "transformer", False) == set()
+    assert runtime_imports(ast.parse("from .results import Row\nfrom ..config import require"), "study.sweep", False) == {
+        "study.results",
+        "config",
+    }
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_no_assert_no_pickle_no_eval(module):
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        where = f"{FILES[module].name}:{getattr(node, 'lineno', 0)}"
+        assert not isinstance(node, ast.Assert), f"{where}: user errors are ValueErrors, never assert"
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = {getattr(node, "module", None) or ""} | {alias.name for alias in node.names}
+            roots = {name.split(".")[0] for name in names}
+            assert not roots & {"pickle", "dill", "joblib", "shelve", "marshal", "torch", "scipy"}, f"{where}: {names}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("eval", "exec"), where
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+            assert isinstance(node.value, ast.Constant) and node.value.value is False, where
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_numba_compiles_in_one_place_only(module):
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    used = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)} | {
+        n.id for n in ast.walk(tree) if isinstance(n, ast.Name)
+    }
+    compiles = used & {"njit", "jit", "vectorize", "guvectorize", "prange"}
+    if module == "quant.kernels":
+        assert compiles == {"njit"}
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func).endswith("njit")]
+        assert len(calls) == 1, "one policy decorator"
+        policy = {k.arg: k.value for k in calls[0].keywords}
+        assert policy["nogil"].value is True and policy["cache"].value is True and "parallel" not in policy
+        flags = ast.literal_eval(policy["fastmath"])
+        assert isinstance(flags, set) and not flags & {"nnan", "ninf", "fast"}, "NaN must stay meaningful"
+    else:
+        assert not compiles
+
+
+def test_files_stay_short_enough_to_read():
+    long = {module: n for module, path in FILES.items() if (n := len(path.read_text(encoding="utf-8").splitlines())) > 500}
+    assert not long, long
+
+
+@pytest.mark.parametrize("module", [m for m in FILES if m != "__main__"])
+def test_public_names_have_docstrings(module):
+    tree = ast.parse(FILES[module].read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree), f"{module} has no docstring"
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+            assert ast.get_docstring(node), f"{module}.{node.name} has no docstring"
+
+
+def test_importing_minilora_loads_neither_torch_nor_matplotlib():
+    code = "import sys, minilora; sys.exit(bool({'torch', 'transformers', 'matplotlib.pyplot', 'scipy'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,258 @@
+"""Kernels: jitted = plain Python = NumPy version = loop oracle, on sizes that leave every kind of rest."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+
+import naive
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.quant import codebooks, kernels
+from minilora.quant.weights import _NO_OFFSETS, _thresholds, frozen
+
+EPS = np.finfo(np.float32).eps
+BITS = (2, 3, 4, 8)
+SIZES = (1, 2, 3, 5, 7, 8, 9, 16, 63, 65)
+
+
+def plain_python(name):
+    """The kernel and all kernels it calls as Python functions, so that each line is also run as it is read."""
+    functions = {n: f.py_func for n, f in vars(kernels).items() if hasattr(f, "py_func")}
+    namespace = dict(vars(kernels))
+    namespace |= {n: types.FunctionType(f.__code__, namespace) for n, f in functions.items()}
+    return namespace[name]
+
+
+def versions(name):
+    """The kernel as compiled, as plain Python, and its NumPy twin."""
+    return [getattr(kernels, name), plain_python(name), getattr(kernels, f"{name}_numpy")]
+
+
+def random_codes(rng, bits, count):
+    return rng.integers(0, 2**bits, count).astype(np.uint8)
+
+
+def packed_of(codes, bits):
+    return frozen(naive.pack(codes, bits), np.uint8)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("count", SIZES)
+def test_pack_and_unpack_equal_binary_digits(bits, count):
+    codes = random_codes(np.random.default_rng(count), bits, count)
+    expected = naive.pack(codes, bits)
+    assert kernels.packed_size(count, bits) == naive.packed_size(count, bits) == len(expected)
+    for pack in versions("pack"):
+        out = np.full(len(expected), 255, np.uint8)
+        pack(codes, bits, out)
+        assert out.tolist() == expected
+    for unpack in versions("unpack"):
+        out = np.full(count, 255, np.uint8)
+        unpack(frozen(expected, np.uint8), bits, out)
+        assert out.tolist() == codes.tolist() == naive.unpack(expected, bits, count)
+
+
+def test_first_code_takes_the_highest_bits():
+    cases = [(2, [1, 2, 3, 0], [0b01101100]), (3, [1, 0, 0, 0, 0, 0, 0, 7], [32, 0, 7]), (4, [10, 3], [0xA3])]
+    for bits, codes, expected in cases:
+        out = np.empty(len(expected), np.uint8)
+        kernels.pack(np.array(codes, np.uint8), bits, out)
+        assert out.tolist() == expected
+
+
+def codebook_case(seed, count, block_size, quant_type):
+    """Flat weights with exact ties, an all-zero block, a subnormal block and large numbers among them."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal(count).astype(np.float32)
+    midpoints, order = codebooks.thresholds(codebooks.code_map(quant_type))
+    w[::3] = rng.choice(midpoints, w[::3].shape)
+    w[::block_size] = 1  # absmax 1 at least: where nothing is larger, the midpoints above are exact ties
+    w[block_size : 2 * block_size] = 0
+    w[2 * block_size : 3 * block_size] = np.float32(1e-41)
+    w[3 * block_size : 4 * block_size] *= np.float32(1e37)
+    return frozen(np.clip(w, np.float32(-3e38), np.float32(3e38)), np.float32), order
+
+
+@pytest.mark.parametrize("quant_type", ["nf2", "nf3", "nf4", "fp4", "nf8"])
+@pytest.mark.parametrize("count, block_size", [(37, 8), (64, 16), (50, 64), (5, 1)])
+def test_quantize_codebook_equals_the_oracle_with_ties_zeros_and_extremes(quant_type, count, block_size):
+    w, order = codebook_case(7, count, block_size, quant_type)
+    codes, absmax = naive.quantize_codebook(w, codebooks.code_map(quant_type), block_size)
+    for quantize in versions("quantize_codebook"):
+        out, largest = np.full(count, 255, np.uint8), np.full(len(absmax), np.nan, np.float32)
+        quantize(w, _thresholds(quant_type)[0], block_size, largest, out)
+        assert largest.tolist() == [float(a) for a in absmax]
+        assert order[out].tolist() == codes
+
+
+def test_a_tie_takes_the_lower_code_and_the_next_float_the_higher():
+    midpoints, _ = _thresholds("nf4")
+    for rank, t in enumerate(midpoints):
+        w = frozen([1, t, np.nextafter(t, np.float32(2))], np.float32)
+        out, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
+        kernels.quantize_codebook(w, midpoints, 4, absmax, out)
+        assert out.tolist() == [15, rank, rank + 1]
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("groups, group_size", [(5, 8), (3, 7), (4, 1)])
+def test_quantize_affine_equals_the_oracle(bits, groups, group_size):
+    rng = np.random.default_rng(bits)
+    w = frozen(rng.standard_normal(groups * group_size) * 3 - 1, np.float32)
+    codes, scales, offsets = naive.quantize_affine(w, bits, group_size)
+    for fit in versions("group_range"):
+        low, high = np.empty(groups, np.float32), np.empty(groups, np.float32)
+        fit(w, group_size, low, high)
+        assert low.tolist() == [float(min(w[i] for i in b)) for b in naive.blocks(len(w), group_size)]
+        assert high.tolist() == [float(max(w[i] for i in b)) for b in naive.blocks(len(w), group_size)]
+    for quantize in versions("quantize_affine"):
+        out = np.full(w.size, 255, np.uint8)
+        quantize(w, frozen(scales, np.float32), frozen(offsets, np.float32), group_size, 2**bits - 1, out)
+        assert out.tolist() == codes
+
+
+def test_affine_rounds_halves_to_even():
+    w = frozen([0.5, 1.5, 2.5, -0.5, 3.5, 99], np.float32)
+    one, zero = frozen([1], np.float32), frozen([0], np.float32)
+    for quantize in versions("quantize_affine"):
+        out = np.empty(6, np.uint8)
+        quantize(w, one, zero, 6, 15, out)
+        assert out.tolist() == [0, 2, 2, 0, 4, 15]
+
+
+def test_half_to_float_is_exact_for_every_finite_half():
+    every = np.arange(2**16, dtype=np.uint16)
+    finite = frozen(every[(every & 0x7C00) != 0x7C00], np.uint16)
+    expected = [naive.half_from_bits(b) for b in finite]
+    for convert in (kernels.half_to_float, kernels.half_to_float_numpy):
+        out = np.empty(finite.size, np.float32)
+        convert(finite, out)
+        assert np.array_equal(out, expected) and np.array_equal(np.signbit(out), finite >= 0x8000)
+    few = finite[::4001]
+    out = np.empty(few.size, np.float32)
+    plain_python("half_to_float")(few, out)
+    assert np.array_equal(out, expected[::4001])
+
+
+def dequantize_case(bits, count, block_size, affine, seed=0):
+    rng = np.random.default_rng(seed)
+    levels = np.sort(rng.standard_normal(2**bits)).astype(np.float32)
+    codes = random_codes(rng, bits, count)
+    n_blocks = -(-count // block_size)
+    scales = frozen(rng.random(n_blocks), np.float32)
+    offsets = frozen(rng.standard_normal(n_blocks), np.float32) if affine else _NO_OFFSETS
+    w = np.array(naive.dequantize_codebook(codes, scales, levels, block_size))
+    if affine:
+        w = w + np.repeat(offsets, block_size)[:count]
+    return packed_of(codes, bits), kernels.lookup_table(levels, bits), scales, offsets, w
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("block_size", [1, 6, 8, 64])
+def test_dequantize_equals_the_oracle_from_any_start(bits, affine, block_size):
+    packed, table, scales, offsets, w = dequantize_case(bits, 77, block_size, affine)
+    for start, stop in [(0, 77), (8, 77), (8, 9), (3, 70), (70, 77), (76, 77), (16, 48), (5, 5)]:
+        first = start // block_size
+        for dequantize in versions("dequantize"):
+            out = np.full(stop - start, np.nan, np.float32)
+            dequantize(packed, bits, table, scales[first:], offsets[first:], block_size, start, out)
+            assert np.array_equal(out, w[start:stop])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_of_more_than_one_cache_piece_equals_numpy(bits):
+    packed, table, scales, offsets, w = dequantize_case(bits, 9001, 24, True)
+    out, twin = np.empty((2, 9001 - 11), np.float32)
+    kernels.dequantize(packed, bits, table, scales, offsets, 24, 11, out)
+    kernels.dequantize_numpy(packed, bits, table, scales, offsets, 24, 11, twin)
+    assert np.array_equal(out, twin) and np.array_equal(out, w[11:])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(BITS), st.integers(1, 200), st.integers(1, 70), st.booleans(), st.data())
+def test_dequantize_any_window(bits, count, block_size, affine, data):
+    packed, table, scales, offsets, w = dequantize_case(bits, count, block_size, affine, seed=count)
+    start = data.draw(st.integers(0, count))
+    stop = data.draw(st.integers(start, count))
+    guarded = np.full(stop - start + 2, 7, np.float32)
+    first = start // block_size
+    kernels.dequantize(packed, bits, table, scales[first:], offsets[first:], block_size, start, guarded[1:-1])
+    assert np.array_equal(guarded[1:-1], w[start:stop]) and guarded[0] == guarded[-1] == 7
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("rows, width, block_size", [(6, 20, 8), (3, 7, 64), (1, 1, 1), (5, 3000, 100)])
+def test_matvec_equals_exact_sums(bits, affine, rows, width, block_size):
+    packed, table, scales, offsets, w = dequantize_case(bits, (rows + 1) * width, block_size, affine)
+    x = np.random.default_rng(1).standard_normal(width).astype(np.float32)
+    matrix = w[width:].reshape(rows, width)  # start at the second row
+    expected = np.array([float(np.dot(row.astype(np.float64), x)) for row in matrix])
+    if width < 100:
+        np.testing.assert_allclose(expected, naive.matmul(matrix, x[:, None])[:, 0], rtol=1e-12, atol=1e-12)
+    bound = (width + 1) * EPS * (np.abs(matrix).astype(np.float64) @ np.abs(x))  # error of a float32 sum in any order
+    first = width // block_size
+    candidates = versions("matvec") if width < 100 else [kernels.matvec, kernels.matvec_numpy]
+    for matvec in candidates:
+        out = np.full(rows, np.nan, np.float32)
+        matvec(packed, bits, table, scales[first:], offsets[first:], block_size, width, x, out)
+        assert (np.abs(out - expected) <= bound).all()
+
+
+def test_nan_and_infinity_survive_fast_math():
+    packed, table, _, _, _ = dequantize_case(4, 16, 8, False)
+    table = frozen(np.abs(table) + 1, np.float32)
+    out = np.empty(16, np.float32)
+    kernels.dequantize(packed, 4, table, frozen([np.nan, np.inf], np.float32), _NO_OFFSETS, 8, 0, out)
+    assert np.isnan(out[:8]).all() and np.isposinf(out[8:]).all()
+    y = np.empty(2, np.float32)
+    x = np.ones(8, np.float32)
+    kernels.matvec(packed, 4, table, frozen([np.nan, np.inf], np.float32), _NO_OFFSETS, 8, 0, x, y)
+    assert np.isnan(y[0]) and np.isposinf(y[1])
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_lookup_table_lists_the_levels_of_every_index(bits):
+    levels = np.arange(2**bits, dtype=np.float32)
+    table = kernels.lookup_table(levels, bits)
+    width = 6 if bits == 3 else 8
+    for index in (0, 1, 2**width - 1, 2 ** (width - 1) + 3):
+        digits = format(index, f"0{width}b")
+        assert table[index].tolist() == [int(digits[i : i + bits], 2) for i in range(0, width, bits)]
+
+
+COUNT_SIGNATURES = """
+import json, numpy as np
+from minilora.config import QuantConfig
+from minilora.quant import kernels, quantize_weight, warm_up
+warm_up()
+warmed = {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "py_func")}
+for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "int8"):
+    for double_quant in (False, True):
+        w = np.eye(24, 64, dtype=np.float32)
+        w.flags.writeable = double_quant
+        q = quantize_weight(w, QuantConfig(quant_type, double_quant=double_quant))
+        x = np.ones((2, 64), np.float32)
+        x.flags.writeable = double_quant
+        q.matmul(x), q.matmul(x[:1]), q.matmul_t(q.matmul(x)), q.rows(np.array([3])), q.dense(), q.unpacked()
+        if hasattr(q, "with_offset"):
+            q.with_offset(q.offset + np.float32(1)).matmul(x)
+found = {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "py_func")}
+print(json.dumps([warmed, found]))
+"""
+
+
+def test_each_kernel_compiles_one_signature():
+    """A second signature is another second of the user's first minute; a read-only array is another type to Numba."""
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root}
+    run = subprocess.run([sys.executable, "-c", COUNT_SIGNATURES], env=environment, capture_output=True, text=True, check=True)
+    for found in json.loads(run.stdout):  # after the warm-up, and after all that a weight can do
+        public = {name: n for name, n in found.items() if not name.startswith("_")}
+        assert len(public) == 8 and set(public.values()) == {1}, public

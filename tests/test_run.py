@@ -1,0 +1,124 @@
+"""One run of the sweep: its row, its models, and what it leaves in its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from minilora.config import ConfigError
+from minilora.formats.checkpoint import load_base
+from minilora.formats.files import FileError
+from minilora.study.results import clean_row
+from minilora.study.run import RunConfig, build, deploy, load_run, run, untrained, warm_kernels, write
+
+TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
+METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_row_of_each_method(method, tmp_path):
+    config = RunConfig(method=method, **TINY)
+    row = clean_row(run(config, tmp_path))
+    assert row["status"] == "success" and row["key"] == config.key()
+    assert row["all_params"] - (row["trainable_params"] if method.endswith("lora") else 0) == 1_082_880
+    assert 0 < row["loss"] < 6 and row["bpb"] == pytest.approx(row["loss"] / np.log(2))
+    assert 0 <= row["recall"] <= 1 and 0 <= row["recall_values"] <= 1
+    bits = {"quantized_base": 4.127, "qlora": 4.127, "qalora": 5.0}.get(method, 32.0)
+    assert row["effective_bits"] == pytest.approx(bits, abs=0.02)
+    trains = method not in ("base", "quantized_base")
+    assert (row["bytes_gradients"] == 4 * row["trainable_params"] > 0) == trains
+    assert row["bytes_optimizer"] == 8 * row["trainable_params"]
+    if trains:
+        held = sum(row[f"bytes_{k}"] for k in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
+        assert row["bytes_peak"] >= held + row["bytes_gradients"] + row["bytes_activations"]
+    assert (row["deployed_loss"] is not None) == method.endswith("lora")
+    assert (row["bytes_adapter_file"] is not None) == method.endswith("lora")
+    assert row["corpus_sha256"] and row["python_version"]
+
+
+def test_same_configuration_same_row_whatever_the_threads():
+    config = RunConfig(method="lora", r=2, lora_dropout=0.1, **TINY)
+    rows = [run(config, threads=threads) for threads in (1, 2, 3)]
+    changes = {"seconds", "step_seconds", "bytes_peak"}
+    kept = [{k: v for k, v in row.items() if k not in changes} for row in rows]
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_deployed_weights():
+    base = load_base()
+    config = RunConfig(method="qalora", group_size=16)
+    model = build(config, base)
+    for _, linear in model.linears():
+        if hasattr(linear, "lora_B"):
+            linear.lora_B.data += np.random.default_rng(0).standard_normal(linear.lora_B.data.shape).astype(np.float32) * 0.01
+    ids = np.arange(20)[None]
+    exact = deploy(config, model)
+    scale = np.abs(model.logits(ids)).max()
+    assert np.abs(exact.logits(ids) - model.logits(ids)).max() < 1e-4 * scale  # float32 rounding through 4 blocks
+    q = replace(config, method="qlora", quant_type="nf2", bits=2, group_size=None)
+    rough = build(q, base)
+    for _, linear in rough.linears():
+        if hasattr(linear, "lora_B"):
+            linear.lora_B.data += 0.01
+    assert np.abs(deploy(q, rough).logits(ids) - rough.logits(ids)).max() > 1e-3 * scale  # two bits cannot hold ΔW
+
+
+def test_a_saved_run_loads_again(tmp_path):
+    config = RunConfig(method="qlora", r=3, **TINY)
+    run(config, tmp_path)
+    loaded_config, model = load_run(tmp_path)
+    assert loaded_config == config
+    again = run(config)
+    from minilora.study.run import make_run_task
+    from minilora.training.loss import evaluate
+
+    assert evaluate(model, make_run_task(config).eval_batches("test"))["loss"] == again["loss"]
+    settings = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"colour": 1}))
+    with pytest.raises(FileError, match="not the configuration"):
+        load_run(tmp_path)
+
+
+def test_interrupted_run_continues(tmp_path):
+    config = RunConfig(method="lora", r=2, **TINY)
+    whole = run(config, tmp_path / "a", checkpoint_every=2)
+    assert (tmp_path / "a" / "checkpoint.safetensors").is_file()
+    resumed = run(config, tmp_path / "a", checkpoint_every=2)  # continues from step 2
+    assert resumed["loss"] == whole["loss"] and resumed["train_loss"] == whole["train_loss"]
+
+
+def test_key_changes_with_what_matters_only():
+    config = RunConfig()
+    assert config.key() == RunConfig(preset="demo", stage="demo").key()
+    assert len({replace(config, **change).key() for change in ({}, {"r": 4}, {"seed": 1}, {"learning_rate": 1e-4}, {"n_eval": 9})}) == 5
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"method": "dora"}, "method='dora'"), ({"task": "mnist"}, "task='mnist'"), ({"r": 0}, "r=0"),
+    ({"method": "lora", "bits": 4}, "bits=4"), ({"method": "qlora", "bits": 5}, "nf5"),
+    ({"method": "qalora", "quant_type": "nf4"}, "quant_type='nf4'"), ({"task": "text"}, "text_path"),
+    ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": float("nan")}, "learning_rate"),
+    ({"n_eval": 0}, "n_eval=0"), ({"lora_alpha": 0.0}, "lora_alpha"), ({"split": "train"}, "split='train'"),
+])
+def test_refused_before_work_starts(settings, message):
+    with pytest.raises(ConfigError) as error:
+        RunConfig(**settings)
+    assert message in str(error.value)
+
+
+def test_control_of_a_run():
+    assert untrained(RunConfig(method="qalora", bits=2)).method == "quantized_base"
+    assert untrained(RunConfig(method="qalora", bits=2)).quant_type == "int2"
+    assert untrained(RunConfig(method="lora")).method == "base"
+
+
+def test_kernels_compile_within_the_budget():
+    assert warm_kernels(load_base()) < 15  # from the disk cache or cold
+
+
+def test_texts_do_not_depend_on_the_pieces():
+    base, prompts = load_base(), [[256, 65 + i] for i in range(70)]
+    assert write(base, prompts, 3) == [t for i in range(70) for t in write(base, prompts[i : i + 1], 3)]
