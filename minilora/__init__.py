@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "LoraConfig": "config", "ModelConfig": "config", "QuantConfig": "config", "TrainConfig": "config",
     "Transformer": "transformer", "init_model": "transformer", "build_model": "transformer",
-    "generate": "generate", "gradcheck": "gradcheck",
+    "generate": "generation", "gradcheck": "gradients",
     "full": "lora", "subset": "lora", "inject_lora": "lora", "quantize_model": "lora", "merge": "lora",
     "load_base": "formats.checkpoint", "load_model": "formats.checkpoint", "save_model": "formats.checkpoint",
     "load_adapter": "formats.peft", "save_adapter": "formats.peft",

@@ -102,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 some runs failed, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        command: Any = tyro.cli(Command, prog="minilora", args=arguments, description=__doc__)  # type: ignore[call-overload]
+        command: Any = tyro.cli(Command, prog="minilora", args=arguments, description=__doc__)
     except SystemExit as stop:
         name = next((a for a in arguments if a in EXAMPLES), None)
         if stop.code in (0, None):  # --help ends in an example that runs
@@ -225,7 +225,7 @@ def _generate(command: Generate) -> int:
     from minilora.data.tasks import make_task
     from minilora.data.tokenizer import BOS, EOS, decode, encode
     from minilora.formats.checkpoint import load_base
-    from minilora.generate import generate
+    from minilora.generation import generate
     from minilora.study.run import load_run
 
     if (command.prompt is None) == (command.task_prompts == 0):
@@ -275,7 +275,7 @@ def _pretrain(command: PretrainConfig) -> int:
     check_writable(command.out)
     path = pretrain(command)
     print(json.dumps(read_info(path), indent=2))
-    print(f"written to {path}, {path.stat().st_size / 1e6:.2f} MB; minilora/assets/base.safetensors is where the package keeps its base")
+    print(f"written to {path}, {path.stat().st_size / 1e6:.2f} MB; the package keeps its own base in minilora/assets")
     return 0
 
 
@@ -293,8 +293,9 @@ def _info(command: Info) -> int:
     for package in ("matplotlib", "safetensors", "tqdm", "tyro", "threadpoolctl", "llvmlite"):
         print(f"{package:<16} {md.version(package)}")
     for library in threadpool_info():
-        print(f"{library['user_api']:<16} {library.get('internal_api')} {library.get('version')} {library.get('architecture', '')}")
-    cache = Path(kernels.dequantize.stats.cache_path or "not on disk")
+        details = " ".join(str(library.get(name, "")) for name in ("internal_api", "version", "architecture"))
+        print(f"{library['user_api']:<16} {details}")
+    cache = cast(Any, kernels.dequantize).stats.cache_path or "not on disk"
     print(f"{'threads':<16} {available_threads()} (shards of a batch, one BLAS thread each)")
     print(f"{'numba layer':<16} {cast(Any, numba.config).THREADING_LAYER} (kernels themselves are single-threaded)")
     print(f"{'numba cache':<16} {cache}")

@@ -1,4 +1,4 @@
-"""The command line, called as a user calls it: in this process where that is enough, in a fresh one for signals and exit codes."""
+"""The command line, called as a user calls it: in this process where that is enough, in a fresh one for signals."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def test_info(capsys):
 def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
     arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "40",
                  "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
-    process = subprocess.Popen([sys.executable, "-m", "minilora.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "minilora.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     results = tmp_path / "cut" / "results.jsonl"
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
@@ -134,5 +135,5 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
 
 def test_import_is_cheap():
     code = "import time; t = time.perf_counter(); import minilora; print(time.perf_counter() - t)"
-    seconds = min(float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) for _ in range(2))
-    assert seconds < 0.7
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert min(float(run.stdout) for run in runs) < 0.7

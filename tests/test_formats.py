@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from minilora.config import LoraConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
-from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_tensors, write_text
+from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.lora import inject_lora, merge, quantize_model
 
@@ -114,7 +114,7 @@ def test_json_that_is_not_utf8_is_refused(tmp_path):
 
 def test_an_exception_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
     path = tmp_path / "f.txt"
-    write_text(path, "old")
+    write_file(path, "old")
     with pytest.raises(KeyboardInterrupt), atomic(path) as temporary:
         temporary.write_text("half of the ne")
         raise KeyboardInterrupt
@@ -123,11 +123,18 @@ def test_an_exception_while_writing_leaves_the_old_file_and_no_litter(tmp_path):
 
 def test_the_old_file_stays_readable_until_the_new_one_is_complete(tmp_path):
     path = tmp_path / "f.txt"
-    write_text(path, "old")
+    write_file(path, "old")
     with atomic(path) as temporary:
         temporary.write_text("new")
         assert path.read_text() == "old" and temporary.parent == path.parent
     assert path.read_text() == "new"
+
+
+def test_files_get_the_permissions_that_the_umask_allows(tmp_path):
+    """safetensors makes its files private, so that nobody else could read a shared base or adapter."""
+    (tmp_path / "plain").write_text("x")
+    write_tensors(tmp_path / "tensors", {"a": np.ones(2)}, {})
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_failing_to_serialise_leaves_the_old_file(tmp_path):
@@ -139,10 +146,10 @@ def test_failing_to_serialise_leaves_the_old_file(tmp_path):
 
 
 def test_folders_are_made_and_impossible_ones_refused(tmp_path):
-    write_text(tmp_path / "a" / "b" / "f.txt", "ä")
+    write_file(tmp_path / "a" / "b" / "f.txt", "ä")
     assert (tmp_path / "a" / "b" / "f.txt").read_bytes() == "ä".encode()
     with pytest.raises(FileError, match="f.txt: cannot be written"):
-        write_text(tmp_path / "a" / "b" / "f.txt" / "g.txt", "below a file")
+        write_file(tmp_path / "a" / "b" / "f.txt" / "g.txt", "below a file")
 
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -226,6 +233,9 @@ def test_the_hash_tells_models_apart():
     other.blocks[1].mlp.up_proj.weight.param.data[0, 0] += 1e-6
     assert sha256(model) != sha256(other)
     assert sha256(make_model(GQA)) != sha256(model)  # float64
+    other = base()
+    other.norm.weight.name = "another name"
+    assert sha256(other) != sha256(model)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

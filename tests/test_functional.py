@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import functional as F
-from minilora.gradcheck import gradcheck
+from minilora.gradients import gradcheck
 
 DTYPES = [np.float32, np.float64]
 rng0 = np.random.default_rng(0)

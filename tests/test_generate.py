@@ -8,7 +8,7 @@ from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
-from minilora.generate import KVCache, decode, generate, prefill, sample
+from minilora.generation import KVCache, decode, generate, prefill, sample
 from minilora.lora import inject_lora, quantize_model
 
 LENGTH = GQA.context_length

@@ -24,14 +24,14 @@ ALLOWED = {
     "config": set(),
     "functional": set(),
     "threads": set(),
-    "gradcheck": set(),
+    "gradients": set(),
     "quant.kernels": set(),
     "quant.codebooks": {"config"},
     "quant": {"config"},
     "layers": {"config", "functional"},
     "transformer": {"config", "functional", "layers"},  # knows nothing of LoRA
     "lora": LAYERS,  # and LoRA nothing of the transformer
-    "generate": {"functional", "layers", "threads", "transformer"},
+    "generation": {"functional", "layers", "threads", "transformer"},
     "data": {"config"},
     "memory": MODELS,
     "formats": MODELS,

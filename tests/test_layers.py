@@ -16,7 +16,7 @@ from helpers import GQA, assert_close, close_rtol, digest, fill_adapters, make_l
 
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
-from minilora.gradcheck import gradcheck
+from minilora.gradients import gradcheck
 from minilora.layers import MLP, DenseWeight, Embedding, Gradients, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear, inject_lora, quantize_model
 from minilora.memory import arrays_in, unique_bytes

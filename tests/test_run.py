@@ -93,7 +93,8 @@ def test_interrupted_run_continues(tmp_path):
 def test_key_changes_with_what_matters_only():
     config = RunConfig()
     assert config.key() == RunConfig(preset="demo", stage="demo").key()
-    assert len({replace(config, **change).key() for change in ({}, {"r": 4}, {"seed": 1}, {"learning_rate": 1e-4}, {"n_eval": 9})}) == 5
+    changes = ({}, {"r": 4}, {"seed": 1}, {"learning_rate": 1e-4}, {"n_eval": 9})
+    assert len({replace(config, **change).key() for change in changes}) == 5
 
 
 @pytest.mark.parametrize(("settings", "message"), [
@@ -122,3 +123,11 @@ def test_kernels_compile_within_the_budget():
 def test_texts_do_not_depend_on_the_pieces():
     base, prompts = load_base(), [[256, 65 + i] for i in range(70)]
     assert write(base, prompts, 3) == [t for i in range(70) for t in write(base, prompts[i : i + 1], 3)]
+
+
+def test_running_again_into_a_finished_folder_continues_from_its_checkpoint(tmp_path):
+    """Steps that come from a checkpoint carry no time."""
+    config = RunConfig(method="lora", split="validation", **TINY)
+    first, again = (run(config, tmp_path, checkpoint_every=1) for _ in range(2))
+    assert again["loss"] == first["loss"] and again["train_loss"] == first["train_loss"]
+    assert first["step_seconds"] > 0 and again["step_seconds"] is None

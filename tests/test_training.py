@@ -387,6 +387,14 @@ def test_dropout_acts_in_training():
     assert found[0] != found[1]
 
 
+def test_dropout_draws_from_seed_step_and_shard():
+    model, keys = lora_model(), []
+    forward = model.forward
+    model.forward = lambda ids, key=None, checkpoint=False: keys.append(key) or forward(ids, key, checkpoint)
+    Trainer(model, FakeTask(), replace(QUICK, steps=2, shards=3, seed=7), threads=1).train()
+    assert keys == [(7, step, shard) for step in range(2) for shard in range(3)]
+
+
 def test_callbacks_see_each_step():
     seen = []
     trainer = Trainer(lora_model(), FakeTask(), QUICK, threads=1, callbacks=[lambda step, info: seen.append((step, dict(info)))])
@@ -557,7 +565,9 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint):
     refused(checkpoint, "made from other data", Trainer(lora_model(), FakeTask(seed=1), QUICK, threads=1))
 
 
-@pytest.mark.parametrize("make", [MODELS["full"], MODELS["qalora"]], ids=["full", "qalora"])
+@pytest.mark.parametrize(
+    "make", [MODELS["full"], MODELS["qalora"], lambda: lora_model(np.float64)], ids=["full", "qalora", "other precision"]
+)
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, make):
     refused(checkpoint, "arrays do not fit", Trainer(make(), FakeTask(), QUICK, threads=1))
 

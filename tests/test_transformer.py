@@ -9,7 +9,7 @@ import pytest
 from helpers import CONFIGS, GQA, adapters, assert_close, close_rtol, digest, fill_adapters, make_model, random_batch, weights
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
-from minilora.gradcheck import gradcheck
+from minilora.gradients import gradcheck
 from minilora.layers import Block, Gradients, Parameter
 from minilora.lora import full, inject_lora, quantize_model, subset
 from minilora.memory import arrays_in, unique_bytes

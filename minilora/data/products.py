@@ -71,7 +71,7 @@ FRAMES = {
     "style": ("feeling", "looking", "styled as"),
     "buyer": ("meant for", "loved by", "picked by"),
 }
-_ORDERS = (KINDS, KINDS[::-1], KINDS[4:] + KINDS[:4], KINDS[::2] + KINDS[1::2])
+_ORDERS = (KINDS, KINDS[::-1])
 _SHAPES = (
     "This {c} is {0}, {1}, {2} and {3}.",
     "A {c} {0} and {1}, also {2} and {3}.",
@@ -121,8 +121,7 @@ def describe(product: Product, plan: int) -> str:
     'This lamp is painted teal, edged in ivory, smelling of mint and shipped from oslo.'
     """
     values = dict(product.attributes)
-    # A plan's order differs between categories; its wording does not.
-    order = _ORDERS[(plan + CATEGORIES.index(product.category)) % len(_ORDERS)]
+    order = _ORDERS[plan % len(_ORDERS)]
     filled = [f"{FRAMES[kind][plan % 3]} {values[kind]}" for kind in order if kind in values]
     return _SHAPES[plan].format(*filled, c=product.category)
 
@@ -231,6 +230,8 @@ _CLAUSES = {
     "style": ("its style is {}", "it looks rather {}", "it has a {} feel", "the look is {}", "we call it {}"),
     "buyer": ("its buyer is {}", "{} love it", "we mean it for {}", "{} pick it", "a gift for {}"),
 }
+# these name the kind, so that finding a value in a card is learnt before what the other clauses mean
+_NAMING = ("its {k} is {}", "the {k} is {}", "{k}: {}", "{k} of {}", "for {k}, {}")
 # start of the card, one entry, between entries, end of the card
 _CARDS = (
     ("{c}\n", "{k}: {v}", "\n", "\n"),
@@ -241,7 +242,6 @@ _CARDS = (
     ("item: {c}, ", "{k}: {v}", ", ", "\n"),
     ("<{c}> ", "{k}>{v}", " ", "\n"),
     ("{c} card. ", "{k} is {v}", ". ", ".\n"),
-    ("{c}; ", "{v} ({k})", "; ", "\n"),
     ("# {c}\n", "{k} {v}", "; ", "\n"),
     ("{c}, ", "{k}/{v}", ", ", "\n"),
     ("{c}\t", "{k}\t{v}", "\n\t", "\n"),
@@ -268,8 +268,8 @@ def pseudo_word(rng: random.Random) -> str:
 
 
 def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Draw n attributes; a quarter of the cards and a tenth of the other values are invented words, some keys too."""
-    invented = 1.0 if rng.random() < 0.25 else 0.1
+    """Draw n attributes; half of the cards and a tenth of the other values are invented words, some keys too."""
+    invented = 1.0 if rng.random() < 0.5 else 0.1
     while True:
         kinds = rng.sample(KINDS, n)
         values = [rng.choice(TRAIN_VALUES[kind]) for kind in kinds]
@@ -286,9 +286,15 @@ def _card(rng: random.Random, category: str, attributes: Iterable[tuple[str, str
 
 
 def _blurb(rng: random.Random, category: str, attributes: list[tuple[str, str]]) -> str:
-    attributes = rng.sample(attributes, len(attributes))
+    # mostly in the order of a sentence plan: which kind comes next is a skill of its own
+    order = rng.choice(_ORDERS) if rng.random() < 0.7 else rng.sample(KINDS, len(KINDS))
+    attributes = sorted(attributes, key=lambda item: order.index(item[0]) if item[0] in order else rng.randrange(len(order)))
     join = rng.choice(_BLURB_JOINS)
-    clauses = [rng.choice(_CLAUSES.get(k, (f"its {k} is {{}}",))).format(v) for k, v in attributes]
+
+    def clause(k: str, v: str) -> str:
+        return rng.choice(_NAMING if k not in _CLAUSES or rng.random() < 0.5 else _CLAUSES[k]).format(v, k=k)
+
+    clauses = [clause(k, v) for k, v in attributes]
     return rng.choice(_BLURB_STARTS).format(c=category) + join.join(clauses) + "."
 
 
@@ -297,8 +303,19 @@ def _answers(rng: random.Random, attributes: list[tuple[str, str]]) -> str:
     return between.join(question.format(k, v) for k, v in rng.sample(attributes, len(attributes)))
 
 
+def _said_again(rng: random.Random, words: list[str]) -> str:
+    """Repeat a list of words, in its order or in another: plain copying, which everything else builds on."""
+    words = rng.sample(words, rng.randint(1, len(words))) + [pseudo_word(rng) for _ in range(rng.randint(0, 5))]
+    comma, between = rng.choice((", ", " ", "; ", "\n", " - ", " / ")), rng.choice(("\n", "\nagain: ", " = ", ". ", " | "))
+    if rng.random() < 0.2:
+        return comma.join(f"{word}{between.strip()}{word}" for word in words)
+    if rng.random() < 0.6:
+        return between.join([comma.join(words)] * rng.choice((2, 2, 3)))
+    return comma.join(words) + between + comma.join(rng.sample(words, len(words)))
+
+
 def catalogue_documents(seed: int) -> Iterator[str]:
-    """Yield catalogue documents without end: cards with a blurb (70 %) or with questions, comparisons, lists.
+    """Yield catalogue documents without end: cards with a blurb (55 %) or questions (15 %), comparisons, lists said again (25 %).
 
     All value words of one document are training words whose pairs are training pairs, or invented; a card and its
     blurb together are mostly shorter than 200 bytes.
@@ -308,19 +325,17 @@ def catalogue_documents(seed: int) -> Iterator[str]:
         category = rng.choice(CATEGORIES)
         kind_of_document = rng.random()
         attributes = _catalogue_attributes(rng, rng.choice((2, 3, 3, 4, 4)))
-        if kind_of_document < 0.70:
+        if kind_of_document < 0.55:
             yield _card(rng, category, attributes) + _blurb(rng, category, attributes)
-        elif kind_of_document < 0.85:
+        elif kind_of_document < 0.70:
             yield _card(rng, category, attributes) + _answers(rng, attributes)
-        elif kind_of_document < 0.93:
+        elif kind_of_document < 0.75:
             other = rng.choice(CATEGORIES)
             first, second = attributes[::2], attributes[1::2]
             cards = _card(rng, category, first) + _card(rng, other, second)
             yield cards + _blurb(rng, category, first) + "\n" + _blurb(rng, other, second)
         else:
-            words = [value for _, value in attributes] + [pseudo_word(rng) for _ in range(3)]
-            rng.shuffle(words)
-            yield f"labels: {', '.join(words)}\nagain: {', '.join(words)}"
+            yield _said_again(rng, [value for _, value in attributes])
 
 
 def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
@@ -343,7 +358,7 @@ def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
 def definition_sha256() -> str:
     """Return the SHA-256 of all that the task and the catalogue are made from: words, frames, plans, examples."""
     rng = random.Random(0)
-    parts: list[object] = [_POOLS, FRAMES, _ORDERS, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _CARDS]
+    parts: list[object] = [_POOLS, FRAMES, _ORDERS, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _NAMING, _CARDS]
     parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # pins the generators too
     documents = catalogue_documents(0)
     parts += [next(documents) for _ in range(100)]

@@ -27,7 +27,10 @@ def atomic(path: Path) -> Iterator[Path]:
     writable_folder(path.parent)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the umask allows; safetensors makes its files private
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -90,7 +93,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file; complete or not at all."""
+def write_file(path: str | Path, data: str | bytes) -> Path:
+    """Write a file, text as UTF-8; complete or not at all. Returns its path."""
     with atomic(Path(path)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    return Path(path)

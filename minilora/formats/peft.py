@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from minilora.config import LoraConfig, expand_modules
-from minilora.formats.files import FileError, read_json, read_tensors, write_tensors, write_text
+from minilora.formats.files import FileError, read_json, read_tensors, write_file, write_tensors
 from minilora.lora import LoraLinear, inject_lora, matches
 from minilora.transformer import Transformer
 
@@ -39,7 +39,7 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     arrays = {PREFIX + p.name: p.data for linear in adapted for p in (linear.lora_A, linear.lora_B)}
     file = folder / "adapter_model.safetensors"
     write_tensors(file, arrays, {"format": "pt"})
-    write_text(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+    write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     return file.stat().st_size
 
 

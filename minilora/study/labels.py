@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from minilora.study.results import ResultsError
+from minilora.study.results import ADAPTERS, ResultsError
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """Okabe and Ito's colours, which people with any kind of colour vision tell apart."""
 GREY = "#777777"
-
-ADAPTERS = ("lora", "qlora", "qalora")
-CONTROLS = ("base", "quantized_base")
 
 METHOD_NAMES = {
     "full": "full fine-tuning",

@@ -14,19 +14,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
+from minilora.formats.files import write_file
 from minilora.study.drawing import Label, draw_runs, extent, finish, legend_of_bits, limits, method_line, new_figure
-from minilora.study.labels import (
-    ADAPTERS,
-    BIT_MARKERS,
-    CONTROLS,
-    GREY,
-    METHOD_COLOURS,
-    METHOD_NAMES,
-    main_metrics,
-    metric_of,
-    task_of,
-)
-from minilora.study.results import MEMORY_CLASSES, ResultsError, successful, write_atomically
+from minilora.study.labels import BIT_MARKERS, GREY, METHOD_COLOURS, METHOD_NAMES, main_metrics, metric_of, task_of
+from minilora.study.results import ADAPTERS, CONTROLS, MEMORY_CLASSES, ResultsError, successful
 from minilora.study.series import COSTS, accuracy_points, deployed_pairs, memory_bars, rank_curves, references
 from minilora.study.statistics import summarize
 
@@ -307,7 +298,7 @@ def save_figure(figure: Figure, path: str | Path) -> list[Path]:
         with matplotlib.rc_context({"svg.hashsalt": "minilora"}):
             figure.savefig(data, format=suffix[1:], dpi=150, metadata=metadata)
         figure.set_layout_engine("none")  # what was laid out once stays
-        written.append(write_atomically(Path(path).with_suffix(suffix), data.getvalue()))
+        written.append(write_file(Path(path).with_suffix(suffix), data.getvalue()))
     return written
 
 

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minilora.study.results import Row, check_one_corpus
-from minilora.study.sweep import ADAPTERS, CONTROLS, SweepConfig, expand, run_sweep
+from minilora.study.results import ADAPTERS, CONTROLS, Row, check_one_corpus
+from minilora.study.sweep import SweepConfig, expand, run_sweep
 from minilora.study.workers import RunFunction
 
 if TYPE_CHECKING:

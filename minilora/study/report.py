@@ -6,21 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.formats.files import write_file
 from minilora.study.analysis import plot_rank_of_runs
 from minilora.study.findings import findings
-from minilora.study.labels import (
-    ADAPTERS,
-    METHOD_NAMES,
-    METRICS,
-    Metric,
-    main_metrics,
-    setting_name,
-    variant_columns,
-    weights_name,
-)
+from minilora.study.labels import METHOD_NAMES, METRICS, Metric, main_metrics, setting_name, variant_columns, weights_name
 from minilora.study.plots import save_figure, save_figures
 from minilora.study.presets import LEARNING_RATES, choose_learning_rates
-from minilora.study.results import MEMORY_CLASSES, Row, check_one_corpus, successful, write_atomically, write_csv
+from minilora.study.results import ADAPTERS, MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
 from minilora.study.series import MIB
 from minilora.study.statistics import summarize
 
@@ -225,7 +217,7 @@ def write_report(
     if failed:
         parts += ["## Failed runs", "\n".join(f"- {_run_name(row)}: {row.get('error')}" for row in failed)]
     parts += ["## Where it comes from", _provenance(rows, command)]
-    return write_atomically(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
+    return write_file(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
 
 
 def _rank_visible(rows: Sequence[Mapping[str, Any]], folder: Path) -> tuple[list[str], dict[str, str]]:

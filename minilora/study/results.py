@@ -13,7 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.formats.files import write_file
+
 Row = dict[str, Any]
+
+METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
+ADAPTERS = ("lora", "qlora", "qalora")
+QUANTIZED = ("qlora", "qalora", "quantized_base")
+CONTROLS = ("base", "quantized_base")
 
 CONFIG_KEYS = (
     "key", "preset", "stage", "method", "r", "lora_alpha", "bits", "quant_type", "block_size", "group_size", "double_quant",
@@ -42,21 +49,6 @@ ROW_KEYS = (
 
 class ResultsError(ValueError):
     """A results file or a set of rows that cannot be used; the message says which and what to do."""
-
-
-def write_atomically(path: str | Path, data: bytes | str) -> Path:
-    """Write a whole file or nothing: a temporary file in the same folder, flushed to disk, then ``os.replace``."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def clean_row(row: Mapping[str, Any]) -> Row:
@@ -150,7 +142,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    return write_atomically(path, text.getvalue())
+    return write_file(Path(path), text.getvalue())
 
 
 def check_one_corpus(rows: Iterable[Mapping[str, Any]]) -> None:

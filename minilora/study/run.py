@@ -30,18 +30,17 @@ from minilora.config import (
 from minilora.data.tasks import Task, make_task
 from minilora.data.tokenizer import EOS, decode
 from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
-from minilora.formats.files import FileError, read_json, write_text
+from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.generate import generate
+from minilora.generation import generate
 from minilora.lora import full, inject_lora, merge, quantize_model, subset
 from minilora.quant.weights import quantize_weight
+from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
 from minilora.transformer import Transformer
 
-METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
-ADAPTERS = ("lora", "qlora", "qalora")
 DEFAULT_RATES = {"full": 1e-3, "subset": 2e-3, "lora": 5e-3, "qlora": 5e-3, "qalora": 5e-3}
 
 
@@ -123,7 +122,7 @@ class RunConfig:
     @property
     def quantized(self) -> bool:
         """Whether the frozen base is stored in few bits."""
-        return self.method in ("qlora", "qalora", "quantized_base")
+        return self.method in QUANTIZED
 
     def quant(self) -> QuantConfig:
         """The storage of the base."""
@@ -133,8 +132,8 @@ class RunConfig:
     def lora(self) -> LoraConfig:
         """The adapter."""
         modules = expand_modules(self.target_modules or "all-linear")
-        return LoraConfig(8 if self.r is None else self.r, 16.0 if self.lora_alpha is None else self.lora_alpha, self.lora_dropout,
-                          modules, self.use_rslora, use_qalora=self.method == "qalora")
+        r, alpha = 8 if self.r is None else self.r, 16.0 if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(r, alpha, self.lora_dropout, modules, self.use_rslora, use_qalora=self.method == "qalora")
 
     def train(self) -> TrainConfig:
         """The training run."""
@@ -230,8 +229,13 @@ def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer |
     return row
 
 
-def run(config: RunConfig, folder: str | Path | None = None, threads: int = 1, checkpoint_every: int = 0,
-        progress: bool = False) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    folder: str | Path | None = None,
+    threads: int = 1,
+    checkpoint_every: int = 0,
+    progress: bool = False,
+) -> dict[str, Any]:
     """Train and measure one configuration; returns its row. With ``folder`` what was learnt is saved there.
 
     With ``checkpoint_every`` too, training continues from the folder's checkpoint if there is one.
@@ -245,20 +249,22 @@ def run(config: RunConfig, folder: str | Path | None = None, threads: int = 1, c
     trainer, peft_bytes = None, None
     with Workers(threads) as workers:
         if config.method in DEFAULT_RATES:
-            trainer = Trainer(model, task, replace(config.train(), checkpoint_every=checkpoint_every), threads=threads, folder=folder)
+            settings = replace(config.train(), checkpoint_every=checkpoint_every)
+            trainer = Trainer(model, task, settings, threads=threads, folder=folder)
             if folder is not None and checkpoint_every and (saved := Path(folder) / CHECKPOINT).is_file():
                 trainer.load(saved)
             history = trainer.train(progress)
             last = history.steps[-20:]
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
-            row["step_seconds"] = float(np.median([s["seconds"] for s in history.steps]))
+            timed = [s["seconds"] for s in history.steps if "seconds" in s]  # steps from a checkpoint carry no time
+            row["step_seconds"] = float(np.median(timed)) if timed else None
         row |= measure(model, task, config.split, workers)
         if config.method in ADAPTERS:
             deployed = deploy(config, model)
             row |= measure(deployed, task, config.split, workers, "deployed_")
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     if folder is not None:
-        write_text(Path(folder) / "run.json", json.dumps(asdict(config), indent=2) + "\n")
+        write_file(Path(folder) / "run.json", json.dumps(asdict(config), indent=2) + "\n")
         if config.method in ADAPTERS:
             peft_bytes = save_adapter(model, config.lora(), folder)
         elif trainer is not None:

@@ -16,7 +16,19 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from minilora.config import require, require_in
-from minilora.study.results import Row, append_row, clean_row, load_results, repair_results, write_atomically, write_csv
+from minilora.formats.files import write_file
+from minilora.study.results import (
+    ADAPTERS,
+    CONTROLS,
+    METHODS,
+    QUANTIZED,
+    Row,
+    append_row,
+    clean_row,
+    load_results,
+    repair_results,
+    write_csv,
+)
 from minilora.study.workers import RunFunction, in_executor, in_process, run_folder
 
 if TYPE_CHECKING:
@@ -24,10 +36,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SweepConfig", "describe", "expand", "load_results", "outline", "run_sweep", "write_csv"]
 
-METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
-ADAPTERS = ("lora", "qlora", "qalora")
-QUANTIZED = ("qlora", "qalora", "quantized_base")
-CONTROLS = ("base", "quantized_base")
 ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio")
 BITS = (2, 3, 4, 8)
 
@@ -254,7 +262,7 @@ def check_writable(folder: str | Path) -> None:
     """Make the folder, and raise a ValueError now rather than an OSError after the first hour of work."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder) / ".writable", b"").unlink()
+        write_file(Path(folder) / ".writable", b"").unlink()
     except OSError as error:
         reason = error.strerror or error
         raise ValueError(f"out={str(folder)!r}: cannot write there ({reason}); choose a folder that you may write to") from error
@@ -271,7 +279,7 @@ def _row(config: Any, outcome: Mapping[str, Any] | BaseException, out: Path) -> 
     message = f"{type(outcome).__name__}: {' '.join(str(outcome).split())}"
     folder = Path(run_folder(out, config))
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "error.txt", "".join(traceback.format_exception(outcome)))
+    write_file(folder / "error.txt", "".join(traceback.format_exception(outcome)))
     return clean_row(about | {"key": config.key(), "status": "failed", "error": message})
 
 

@@ -68,7 +68,7 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
         for third, (query, key) in enumerate(readers):
             dims = slow_dims[third::3]
             mix = orthonormal(rng, head, len(dims), np.zeros((head, 1)))
-            q[h * head + dims] = (query @ mix).T
-            k[h * head + dims] = (key @ mix).T
+            q[h * head + dims] = 1.8 * (query @ mix).T  # sharp enough to be useful, and so to be kept, from the first step
+            k[h * head + dims] = 1.8 * (key @ mix).T
         v[rows] = copied[:, rows].T
-        o[:, rows] = 0.3 * size * copied[:, rows]
+        o[:, rows] = 0.5 * size * copied[:, rows]

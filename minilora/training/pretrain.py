@@ -97,7 +97,7 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
     out = Path(config.out)
     window = config.tokens + 1
     n_tokens = int(config.steps * config.batch_size / 0.98 + 1) * window  # each row is seen once
-    share = 0.5 if config.text is None else 0.0
+    share = 0.7 if config.text is None else 0.0
     tokens = pretraining_tokens(config.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text)
     task = RowsTask(tokens, window)
     rng = np.random.default_rng([config.seed, 0])

@@ -156,7 +156,7 @@ class Trainer:
             raise FileError(f"{path}: made from other data (task hash {saved['task'][:12]}, here {self.task.sha256[:12]})")
         targets = self._arrays()
         history = arrays.pop("history", np.zeros((0, len(RECORDED))))
-        if {n: a.shape for n, a in arrays.items()} != {n: a.shape for n, a in targets.items()}:
+        if {n: (a.shape, a.dtype) for n, a in arrays.items()} != {n: (a.shape, a.dtype) for n, a in targets.items()}:
             raise FileError(f"{path}: its arrays do not fit what trains in this model")
         for name, array in targets.items():
             array[...] = arrays[name]

@@ -14,7 +14,7 @@ from make_golden import random_arrays, random_batch, reference, torch_model
 
 from minilora.config import ModelConfig, TrainConfig
 from minilora.data.tasks import Batch
-from minilora.generate import generate
+from minilora.generation import generate
 from minilora.layers import Gradients, Parameter
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import clip_, make_optimizer

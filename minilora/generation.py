@@ -85,8 +85,17 @@ def sample(logits: Array, rng: np.random.Generator | None, temperature: float = 
 
 
 @single_blas()
-def generate(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, *, temperature: float = 0.0, top_k: int = 0,
-             top_p: float = 1.0, rng: np.random.Generator | None = None, eos: int | None = None) -> list[list[int]]:
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: np.random.Generator | None = None,
+    eos: int | None = None,
+) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, without ``eos``.
 
     Stops at ``eos``, after ``max_new_tokens``, or when the context is full. Greedy results do not depend on which other

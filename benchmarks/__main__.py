@@ -1,0 +1,59 @@
+"""``python -m benchmarks``: check, then time, minilora beside torch + PEFT and bitsandbytes."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import tyro
+
+Part = Literal["training_step", "kernels", "startup", "generation"]
+SizeName = Literal["micro", "tiny", "small", "smollm"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is installed."""
+
+    only: tuple[Part, ...] = ("startup", "training_step", "kernels", "generation")
+    sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")  # models of the training step
+    kernel_sizes: tuple[int, ...] = (1024, 4096)  # square weights, a multiple of 64
+    repeats: int = 15  # turns of each side
+    threads: int = 2
+    peers: bool = True  # --no-peers: our side alone
+    out: str = "benchmarks/results"
+
+
+def run(options: Options, command: str, say: Any = print) -> list[Path]:
+    """Measure the parts asked for; each is written as soon as it is done. Returns the files."""
+    from benchmarks import generation, kernels, page, startup, timing, training_step
+
+    peers = options.peers and timing.peers_installed()
+    machine = timing.machine()
+    say("   ".join(f"{k} {v}" for k, v in machine.items()) + f"   threads {options.threads}")
+    if options.peers and not peers:
+        say("the extra `peers` is not installed (pip install -e '.[peers]'): our side alone")
+    if (machine["load_before"] or 0) > 0.5:
+        say(f"the machine is busy (load {machine['load_before']}): do not quote these numbers")
+    measure = {
+        "startup": lambda: startup.measure(options.repeats, peers, say),
+        "training_step": lambda: training_step.measure(options.sizes, options.repeats, options.threads, peers, say),
+        "kernels": lambda: kernels.measure(options.kernel_sizes, options.repeats, options.threads, peers, say),
+        "generation": lambda: generation.measure(options.repeats, options.threads, peers, say),
+    }
+    files = []
+    for part in options.only:
+        say(f"\n== {part}")
+        rows = measure[part]()
+        about = {"command": command, "machine": machine, "threads": options.threads, "repeats": options.repeats, "peers": peers}
+        files = page.save({part: about | {"rows": rows}}, Path(options.out))
+    say("\n" + "\n".join(map(str, files)))
+    return files
+
+
+if __name__ == "__main__":
+    options = tyro.cli(Options, prog="python -m benchmarks")
+    run(options, " ".join(["python -m benchmarks", *sys.argv[1:]]), partial(print, flush=True))

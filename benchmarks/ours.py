@@ -1,0 +1,157 @@
+"""minilora's side of every comparison, run in a process of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.timing import peak_mib, reset_peak, timed
+from minilora.config import LoraConfig, QuantConfig, TrainConfig
+from minilora.data.tasks import Batch
+from minilora.formats.checkpoint import load_base
+from minilora.generation import generate
+from minilora.lora import LoraLinear, full, inject_lora, quantize_model
+from minilora.quant.weights import CodebookWeight, DoubleQuant, quantize_weight
+from minilora.threads import Workers, keep_memory, single_blas
+from minilora.training.loss import loss_and_grads
+from minilora.training.optimizers import clip_, make_optimizer
+from minilora.transformer import Transformer, build_model
+
+Array = np.ndarray
+
+
+class Ours:
+    """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS thread a shard."""
+
+    def __init__(self, threads: int = 2):
+        keep_memory()
+        self._blas = single_blas()
+        self._blas.__enter__()  # for the life of this process
+        self.threads = threads
+        self.workers = cache(Workers)  # a pool for each number of threads
+        self.works: dict[str, Callable[[], Any]] = {}
+        self.model: Any = None
+        self.optimizer: Any = None
+
+    def close(self) -> None:
+        """Give the BLAS its threads back (only needed where the process lives on)."""
+        self._blas.__exit__(None, None, None)
+
+    def timed(self, label: str, n: int) -> float:
+        """Seconds of one call of a prepared work, from n in a row."""
+        return timed(self.works[label], n)
+
+    def result(self, label: str) -> Any:
+        """What a prepared work returns."""
+        return self.works[label]()
+
+    def reset_peak(self) -> None:
+        """Forget the largest memory so far."""
+        reset_peak()
+
+    def peak_mib(self) -> float | None:
+        """Largest memory of this process since then."""
+        return peak_mib()
+
+    # ---- training step
+
+    def build(self, name: str, method: str, states: dict[str, tuple[Array, ...]] | None = None) -> None:
+        """Make a model of a size ready for a method; ``states`` are bitsandbytes' quantized weights, to compute with the same."""
+        self.works.clear()
+        self.model = self.optimizer = None
+        size = workload.SIZES[name]
+        base = build_model(size.config, workload.weights(size))
+        if method == "qlora" and states is not None:
+            base = base.map_linears(lambda linear: _adopt(linear, states))
+        elif method == "qlora":
+            base = quantize_model(base, QuantConfig("nf4"))
+        elif method == "qalora":
+            base = quantize_model(base, QuantConfig("int4", group_size=workload.GROUP_SIZE))
+        if method == "full":
+            model = full(base)
+        else:
+            config = LoraConfig(workload.R, workload.ALPHA, use_qalora=method == "qalora")
+            model = inject_lora(base, config, np.random.default_rng(0))
+            values = workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1)
+            for p in model.trainable():
+                p.data[...] = values[p.name]
+        del base
+        ids, targets = workload.batch(size)
+        self.model, self.batch = model, Batch(ids, targets, np.ones(ids.shape, bool))
+        self.optimizer = make_optimizer(model.trainable(), TrainConfig(shards=self.threads))
+        self.grads: dict[str, Array] = {}
+        self.works["step"] = self._step
+
+    def _loss_and_grads(self) -> tuple[float, Any]:
+        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.threads, stream=(0, 0))
+
+    def _step(self) -> None:
+        _, grads = self._loss_and_grads()
+        clip_(grads, workload.MAX_NORM)
+        self.optimizer.step(grads, workload.LEARNING_RATE)
+
+    def loss(self) -> tuple[float, list[str]]:
+        """Loss, and the names of the arrays that have a gradient, which ``gradient`` returns one by one."""
+        loss, grads = self._loss_and_grads()
+        self.grads = {p.name: g for p, g in grads.items()}
+        return loss, list(self.grads)
+
+    def gradient(self, name: str) -> Array:
+        """The gradient of one array; it is forgotten here."""
+        return self.grads.pop(name)
+
+    def dense_weights(self) -> dict[str, Array]:
+        """The quantized projections as float32."""
+        adapted = [linear for _, linear in self.model.linears() if isinstance(linear, LoraLinear)]
+        return {f"{linear.name}.weight": linear.base.weight.dense() for linear in adapted}
+
+    # ---- kernels
+
+    def prepare(self, label: str, op: str, kind: str, n: int, batch: int, threads: int) -> None:
+        """Prepare ``op`` (quantize, dequantize, product, fill, copy) on a weight of ``kind`` (nf4, int4, dense), (n, n)."""
+        workers = self.workers(threads)
+        w, x = workload.matrices(n, batch)
+        quant = QuantConfig(kind if kind in ("nf4", "int4") else "nf4", double_quant=False, group_size=workload.GROUP_SIZE)
+        if op in ("fill", "copy"):
+            sources, targets = np.array_split(w, threads), np.array_split(np.empty_like(w), threads)
+            change = (lambda i: targets[i].fill(1)) if op == "fill" else (lambda i: np.copyto(targets[i], sources[i]))
+            self.works[label] = lambda: workers.map(change, range(threads))
+        elif op == "quantize":  # each thread quantizes half of the rows
+            rows = np.array_split(w, threads)
+            self.works[label] = lambda: [_packed(q) for q in workers.map(lambda part: quantize_weight(part, quant), rows)]
+        elif op == "dequantize":
+            parts = [quantize_weight(part, quant) for part in np.array_split(w, threads)]
+            self.works[label] = lambda: workers.map(lambda part: part.dense(), parts)
+        else:  # a product: each thread multiplies half of the inputs by the whole weight, as shards do in training
+            multiply = (lambda part: part @ w.T) if kind == "dense" else quantize_weight(w, quant).matmul
+            pieces = np.array_split(x, min(threads, batch))
+            self.works[label] = lambda: workers.map(multiply, pieces)
+
+    # ---- generation
+
+    def prepare_generation(self, batch: int, tokens: int) -> dict[str, Array]:
+        """Prepare greedy text from the shipped base; returns the base's weights."""
+        base, prompts = load_base(), workload.prompts(batch)
+        self.works["generate"] = lambda: generate(base, prompts, tokens)
+        self.works["logits"] = lambda: _last_logits(base, np.array(prompts))
+        return {p.name: p.data for p in base.parameters()}
+
+
+def _adopt(linear: Any, states: dict[str, tuple[Array, ...]]) -> Any:
+    if linear.name not in states:
+        return linear
+    codes, scale_codes, absmax, offset = states[linear.name]
+    weight = CodebookWeight(codes, DoubleQuant(scale_codes, absmax, offset), linear.shape, "nf4", 64)
+    return type(linear)(linear.name, weight)
+
+
+def _packed(weight: Any) -> tuple[Array, Array]:
+    return weight.codes, weight.arrays()["scales"][0]
+
+
+def _last_logits(model: Transformer, ids: Array) -> Array:
+    return model.logits(ids)[:, -1]

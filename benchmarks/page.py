@@ -1,0 +1,150 @@
+"""The results as JSON and as a page to read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import workload
+from minilora.formats.files import read_json, write_file
+
+INTRO = """# Speed and memory beside the peers
+
+Written by `python -m benchmarks`. Each side runs in a process of its own; the sides take turns, and the order is reversed at
+every other turn. Results are compared before anything is timed. "ms" is the median, in brackets the best turn. A ratio is
+peer/ours of neighbouring turns: its median and the range of 80 % of the turns; above 1 we are faster. Absolute
+figures move with the machine: quote ratios.
+"""
+
+TRAINING = """One step is forward, backward, clipping and AdamW. Adapters: r = {r} on all linear layers; qlora: nf4 with double
+quantization; qalora: int4 in groups of {g}. Peers: transformers' Llama with torch's fused AdamW (full), and PEFT (lora), and
+bitsandbytes' Linear4bit (qlora). PEFT's QA-LoRA needs a GPTQ base, so qalora stands beside the peers' QLoRA, while its gradients
+were compared with those of PEFT's LoRA on the dequantized weights. MiB: the largest memory of the whole process while stepping,
+interpreter and libraries included. Last column: the largest difference of any gradient array, in units of its largest element,
+of what float32 rounding allows."""
+
+KERNELS = """nf4 has blocks of 64 with float32 scales, int4 groups of 32 with float16 scales and offsets. With two threads each of
+ours quantizes or dequantizes half of the rows, or multiplies half of the batch by the whole weight, as shards do in training; a
+batch of one uses one thread. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep freed memory (see
+`minilora.threads.keep_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and faulted in anew.
+Checked: """
+
+PACKAGES = ("python", "minilora", "numpy", "numba", "torch", "transformers", "peft", "bitsandbytes")
+COLUMNS = {"ours nf4": "nf4", "ours int4": "int4", "peer nf4": "bitsandbytes nf4", "ours dense": "dense, NumPy",
+           "peer dense": "dense, torch"}
+
+Rows = list[dict[str, Any]]
+
+
+def save(results: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is there."""
+    data, text = folder / "speed.json", folder / "speed.md"
+    merged = (read_json(data) if data.is_file() else {}) | results
+    write_file(data, json.dumps(merged, indent=1) + "\n")
+    write_file(text, page(merged))
+    return [data, text]
+
+
+def page(results: dict[str, Any]) -> str:
+    """The whole page, in markdown."""
+    parts = [INTRO]
+    for name, (title, body) in PARTS.items():
+        if name in results:
+            parts.append(f"## {title}\n\n{_conditions(results[name])}\n\n{body(results[name]['rows'])}\n")
+    return "\n".join(parts)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; all columns but the first to the right.
+
+    >>> print(table(["a", "b"], [["x", "1"]]))
+    | a | b |
+    |---|--:|
+    | x | 1 |
+    """
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
+
+
+def _conditions(part: dict[str, Any]) -> str:
+    m = part["machine"]
+    versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
+    alone = "" if part["peers"] else " Without the extra `peers`: our side alone."
+    return (f"`{part['command']}`, {m['date']}; {m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; "
+            f"threads: {part['threads']}; load before the run: {m['load_before']}; {versions}.{alone}")
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _ms(s: dict[str, Any] | None) -> str:
+    return "" if s is None else f"{_short(1e3 * s['median'])} ({_short(1e3 * s['min'])})"
+
+
+def _ratio(r: dict[str, float] | None) -> str:
+    return "" if r is None else f"{r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})"
+
+
+def _training(rows: Rows) -> str:
+    head = ["method", "ours, ms", "peer, ms", "peer/ours", "ours, tokens/s", "peer, tokens/s", "ours, MiB", "peer, MiB",
+            "gradients differ by"]
+    parts = []
+    for name in dict.fromkeys(r["size"] for r in rows):
+        c, size = workload.SIZES[name].config, workload.SIZES[name]
+        heads = f"{c.num_attention_heads}/{c.num_key_value_heads} heads"
+        parts.append(f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}, "
+                     f"vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n")
+        parts.append(table(head, [_training_cells(r) for r in rows if r["size"] == name]) + "\n")
+    return "\n".join(parts) + "\n" + TRAINING.format(r=workload.R, g=workload.GROUP_SIZE)
+
+
+def _training_cells(r: dict[str, Any]) -> list[str]:
+    sides = [r["ours"], r["peer"]]
+    check = f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}" if r["check"] else "not compared"
+    speeds = [f"{s['tokens_per_second']:,.0f}" if s else "" for s in sides]
+    peaks = [f"{s['peak_mib']:,.0f}" if s and s["peak_mib"] else "" for s in sides]
+    return [r["method"], *map(_ms, sides), _ratio(r.get("ratio")), *speeds, *peaks, check]
+
+
+def _kernels(rows: Rows) -> str:
+    def cells(r: dict[str, Any], values: list[str]) -> list[str]:
+        return [f"{r['n']}²", str(r["threads"]), *([str(r["batch"])] if r["op"] == "product" else []), *values]
+
+    bandwidth = [r for r in rows if r["op"] == "bandwidth"]
+    body = [cells(r, [f"{v:.1f}" for v in r["gb_per_second"].values()]) for r in bandwidth]
+    parts = ["Bandwidth, GB/s of float32 written: the ceiling of dequantizing.\n",
+             table(["matrix", "threads", "fill", "copy"], body)]
+    gb = "GB/s of the float32 side"
+    for op, unit in (("quantize", gb), ("dequantize", gb), ("product", "x Wᵀ, ms")):
+        mine = [r for r in rows if r["op"] == op]
+        columns = [k for k in COLUMNS if mine and k in mine[0]["seconds"]]
+        batch = ["batch"] if op == "product" else []
+        head = ["matrix", "threads", *batch, *(COLUMNS[k] for k in columns), "nf4: bitsandbytes/ours"]
+        body = []
+        for r in mine:
+            values = [_ms(r["seconds"][k]) if batch else f"{r['gb_per_second'][k]:.2f}" for k in columns]
+            body.append(cells(r, [*values, _ratio(r["ratio"].get("peer nf4"))]))
+        parts.append(f"\n{op.capitalize()}, {unit}\n\n" + table(head, body))
+    checks = dict.fromkeys(f"{r['op']}: {r['check'].split(' (')[0]}" for r in rows if "check" in r)
+    return "\n".join(parts) + "\n\n" + KERNELS + "; ".join(checks) + "."
+
+
+def _startup(rows: Rows) -> str:
+    cells = [[r["what"], f"{r['median']:.2f}", f"{r['min']:.2f}"] for r in rows]
+    return table(["what", "seconds, median", "best"], cells) + \
+        "\n\nEach in a fresh process, without the interpreter's own start; files come from the disk cache."
+
+
+def _generation(rows: Rows) -> str:
+    def speeds(r: dict[str, Any]) -> list[str]:
+        return [f"{s['tokens_per_second']:,.0f}" if s else "" for s in (r["ours"], r["peer"])]
+
+    cells = [[str(r["batch"]), *speeds(r), _ratio(r.get("ratio"))] for r in rows]
+    return table(["sequences", "ours, tokens/s", "transformers, tokens/s", "ratio"], cells) + \
+        "\n\nGreedy, float32, prompts of 32 bytes, 96 new tokens, prefill included; ours uses one thread."
+
+
+PARTS = {"training_step": ("Training step", _training), "kernels": ("4-bit kernels", _kernels), "startup": ("Start-up", _startup),
+         "generation": ("Generation with the tiny base", _generation)}

@@ -1,0 +1,185 @@
+"""The peers' side: transformers' Llama with PEFT and bitsandbytes, on the same weights, batches and adapters.
+
+Each choice is the one that is fastest here or the library's own default: sdpa attention, fused AdamW (the default of
+transformers' Trainer), no attention mask, ``use_cache=False``, freed memory kept by the allocator as on our side.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.timing import peak_mib, reset_peak, timed
+
+warnings.simplefilter("ignore")  # the libraries' own; set before they are loaded
+
+import bitsandbytes as bnb  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from minilora.config import LINEAR_MODULES, ModelConfig  # noqa: E402
+from minilora.threads import keep_memory  # noqa: E402
+
+Array = np.ndarray
+
+
+class Peers:
+    """The same interface as ``Ours``."""
+
+    def __init__(self, threads: int = 2):
+        keep_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
+        self.threads = threads
+        self.works: dict[str, tuple[int, Callable[[], Any]]] = {}  # label → (threads, work)
+
+    def timed(self, label: str, n: int) -> float:
+        """Seconds of one call of a prepared work, from n in a row."""
+        threads, work = self.works[label]
+        torch.set_num_threads(threads)
+        return timed(work, n)
+
+    def result(self, label: str) -> Any:
+        """What a prepared work returns."""
+        return self.works[label][1]()
+
+    def reset_peak(self) -> None:
+        """Forget the largest memory so far."""
+        reset_peak()
+
+    def peak_mib(self) -> float | None:
+        """Largest memory of this process since then."""
+        return peak_mib()
+
+    # ---- training step
+
+    def build(
+        self, name: str, method: str, weights: dict[str, Array] | None = None, adapters: dict[str, Array] | None = None
+    ) -> None:
+        """Make a model of a size ready for ``full``, ``lora`` or ``qlora``; the arrays given replace the size's own."""
+        torch.set_num_threads(self.threads)
+        self.works.clear()
+        self.model: Any = None
+        size = workload.SIZES[name]
+        model: Any = llama(size.config, workload.weights(size) | (weights or {}))
+        if method == "qlora":
+            _quantize(model)
+        if method != "full":
+            config = peft.LoraConfig(r=workload.R, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
+            model = peft.get_peft_model(model, config)
+        self.model = model.train()
+        values = workload.adapters(size) | (adapters or {})
+        with torch.no_grad():
+            for key, p in self._trainable().items():
+                if "lora_" in key:
+                    p.copy_(torch.from_numpy(values[key]))
+        self.ids, self.targets = (torch.from_numpy(a) for a in workload.batch(size))
+        parameters = list(self._trainable().values())
+        optimizer = torch.optim.AdamW(parameters, lr=workload.LEARNING_RATE, weight_decay=0.0, fused=True)
+
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            self._loss().backward()
+            torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_NORM)
+            optimizer.step()
+
+        self.works["step"] = self.threads, step
+
+    def _trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {name.removeprefix("base_model.model.").replace(".default.", "."): p
+                for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def _loss(self) -> torch.Tensor:
+        return self.model(input_ids=self.ids, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
+
+    def loss(self) -> tuple[float, list[str]]:
+        """Loss, and the names of the arrays that have a gradient."""
+        self.model.zero_grad(set_to_none=True)
+        loss = self._loss()
+        loss.backward()
+        return float(loss), list(self._trainable())
+
+    def gradient(self, name: str) -> Array:
+        """The gradient of one array; it is forgotten here."""
+        p = self._trainable()[name]
+        gradient: Any = p.grad
+        p.grad = None
+        return gradient.numpy()
+
+    def states(self) -> dict[str, tuple[Array, ...]]:
+        """bitsandbytes' quantized weights: packed codes, absmax codes, absmax of those, offset."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if isinstance(module, bnb.nn.Linear4bit) and name.endswith(".base_layer"):
+                weight: Any = module.weight
+                state = weight.quant_state
+                arrays = (weight.data, state.absmax, state.state2.absmax, state.offset)
+                key = name.removeprefix("base_model.model.").removesuffix(".base_layer")
+                found[key] = tuple(a.numpy().reshape(-1) for a in arrays)
+        return found
+
+    # ---- kernels
+
+    def prepare(self, label: str, op: str, kind: str, n: int, batch: int, threads: int) -> None:
+        """Prepare ``op`` (quantize, dequantize, product) on a weight of ``kind`` (nf4, dense), (n, n)."""
+        w, x = (torch.from_numpy(a) for a in workload.matrices(n, batch))
+        packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+
+        def quantize() -> list[tuple[Array, Array]]:
+            codes, fresh = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
+            return [(codes.numpy().reshape(-1), fresh.absmax.numpy())]
+
+        def product() -> list[Array]:
+            with torch.no_grad():
+                y = x @ w.T if kind == "dense" else bnb.matmul_4bit(x, packed.t(), quant_state=state)
+            return [y.numpy()]
+
+        dequantize = lambda: [bnb.functional.dequantize_4bit(packed, state).numpy()]  # noqa: E731
+        self.works[label] = threads, {"quantize": quantize, "dequantize": dequantize, "product": product}[op]
+
+    # ---- generation
+
+    def prepare_generation(self, config: ModelConfig, weights: dict[str, Array], batch: int, tokens: int) -> None:
+        """Prepare greedy text with the given weights."""
+        model = llama(config, weights).eval()
+        ids = torch.tensor(workload.prompts(batch))
+        settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
+                                    eos_token_id=None)
+
+        @torch.no_grad()
+        def write() -> list[list[int]]:
+            written = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            return written[:, ids.shape[1] :].tolist()
+
+        @torch.no_grad()
+        def logits() -> Array:
+            return model(ids).logits[:, -1].numpy()
+
+        self.works |= {"generate": (self.threads, write), "logits": (self.threads, logits)}
+
+
+def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:
+    """transformers' model over the very arrays given."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "rms_norm_eps", "hidden_act", "tie_word_embeddings")
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope,
+                                         max_position_embeddings=config.context_length, bos_token_id=None, eos_token_id=None))
+    model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _quantize(model: Any) -> None:
+    """Replace the projections by bitsandbytes' NF4 layers with double quantization, as transformers does on loading."""
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in LINEAR_MODULES:
+            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
+                                      compress_statistics=True, quant_type="nf4")
+            layer.load_state_dict(module.state_dict())
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, layer.to("cpu"))  # .to() quantizes
+    model.is_loaded_in_4bit = True  # PEFT looks here

@@ -1,0 +1,96 @@
+"""One optimizer step (forward, backward, clip, AdamW) of each method and size, beside torch + PEFT (+ bitsandbytes)."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.timing import Remote, interleave, open_sides, ratio, summary
+from minilora.functional import group_sum
+
+PEER = {"full": "torch", "lora": "torch + PEFT", "qlora": "torch + PEFT + bitsandbytes",
+        "qalora": "torch + PEFT + bitsandbytes (QLoRA: PEFT's QA-LoRA needs a GPTQ base)"}
+
+
+def measure(sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str, Any]]:
+    """Check, then time; one row for each size and method."""
+    rows = []
+    with open_sides(threads, peers) as sides:
+        for name in sizes:
+            for method in workload.METHODS:
+                rows.append(_one(name, method, sides, repeats))
+                say(line(rows[-1]))
+    return rows
+
+
+def _one(name: str, method: str, sides: dict[str, Remote], repeats: int) -> dict[str, Any]:
+    size = workload.SIZES[name]
+    row: dict[str, Any] = {"size": name, "method": method, "batch": size.batch, "time": size.time, "peer": None, "check": None}
+    if "peer" in sides:
+        row["check"] = _check(name, method, sides["ours"], sides["peer"])
+    else:
+        _check_alone(name, method, sides["ours"])
+    for remote in sides.values():
+        remote.call("reset_peak")
+    found = interleave({side: partial(remote.call, "timed", "step") for side, remote in sides.items()}, repeats)
+    for side, seconds in found.items():
+        row[side] = summary(seconds) | {"tokens_per_second": size.tokens / float(np.median(seconds)),
+                                        "peak_mib": sides[side].call("peak_mib")}
+    if row["peer"]:
+        row["peer"]["name"] = PEER[method]
+        row["ratio"] = ratio(found["peer"], found["ours"])
+    return row
+
+
+def _check_alone(name: str, method: str, ours: Remote) -> None:
+    """Without a peer: everything is finite."""
+    ours.call("build", name, method)
+    loss, names = ours.call("loss")
+    bad = [n for n in names if not np.isfinite(ours.call("gradient", n)).all()]
+    if bad or not np.isfinite(loss):
+        raise RuntimeError(f"{name} {method}: loss {loss}, gradients not finite: {bad}")
+
+
+def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, Any]:
+    """Compare loss and every gradient on the same weights, adapters and batch; leaves both sides ready to be timed."""
+    if method == "qalora":  # the same function in dense form: W = dequantized, A repeated over each group
+        ours.call("build", name, method)
+        size, g = workload.SIZES[name], workload.GROUP_SIZE
+        wide = {n: np.repeat(a, g, axis=-1) if "lora_A" in n else a for n, a in workload.adapters(size, g).items()}
+        theirs.call("build", name, "lora", ours.call("dense_weights"), wide)
+    else:
+        theirs.call("build", name, method)
+        ours.call("build", name, method, theirs.call("states") if method == "qlora" else None)
+    (loss, names), (their_loss, their_names) = ours.call("loss"), theirs.call("loss")
+    if set(names) != set(their_names):
+        raise RuntimeError(f"{name} {method}: different arrays train: {sorted(set(names) ^ set(their_names))[:4]}")
+    worst, where, bound = 0.0, "", workload.rounding(workload.SIZES[name])
+    for n in names:
+        a, b = ours.call("gradient", n), theirs.call("gradient", n)
+        if a.shape != b.shape:  # the repeated A: its gradients add up
+            b = group_sum(b, workload.GROUP_SIZE)
+        error = workload.difference(a, b)
+        if error >= worst:
+            worst, where = error, n
+    if not (worst <= bound and abs(loss - their_loss) <= bound * abs(their_loss)):
+        raise RuntimeError(f"{name} {method}: loss {loss}, peer's {their_loss}; gradient of {where} differs by {worst:.1e}, "
+                           f"more than {bound:.1e}")
+    if method == "qalora":
+        theirs.call("build", name, "qlora")
+    return {"loss": loss, "loss_difference": abs(loss - their_loss), "arrays": len(names), "worst_relative_error": worst,
+            "worst_array": where, "bound": bound}
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row for the terminal."""
+    text = f"{row['size']:6s} {row['method']:6s}"
+    for side in ("ours", "peer"):
+        if row[side]:
+            text += f"   {side} {1e3 * row[side]['median']:8.1f} ms (best {1e3 * row[side]['min']:.1f})"
+    if row["peer"]:
+        r, error = row["ratio"], row["check"]["worst_relative_error"]
+        text += f"   peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})   gradients differ by {error:.0e}"
+    return text

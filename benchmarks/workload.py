@@ -1,0 +1,107 @@
+"""What both sides compute: sizes, weights, batches and adapters, each a function of the size alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from minilora.config import LINEAR_MODULES, ModelConfig
+from minilora.transformer import parameter_shapes
+
+METHODS = ("full", "lora", "qlora", "qalora")
+R, ALPHA, GROUP_SIZE = 8, 16.0, 32
+LEARNING_RATE, MAX_NORM = 1e-3, 1.0
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model and the batch (sequences × tokens) that it is trained on."""
+
+    config: ModelConfig
+    batch: int
+    time: int
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.time
+
+
+def _size(batch: int, time: int, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Size:
+    return Size(ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, context_length=time), batch, time)
+
+
+SIZES = {
+    "micro": _size(2, 8, 64, 64, 128, 2, 2, 1),  # for the tests
+    "tiny": _size(16, 128, 256, 128, 512, 4, 4, 4),
+    "small": _size(8, 256, 1024, 256, 1024, 6, 8, 8),
+    "smollm": _size(2, 128, 49152, 576, 1536, 30, 9, 3),  # the shape of SmolLM2-135M
+}
+
+
+def weights(size: Size) -> dict[str, np.ndarray]:
+    """Random weights of which every layer's output and gradient is of order one, so that rounding is compared fairly."""
+    rng = np.random.default_rng(0)
+    found = {}
+    for name, shape in parameter_shapes(size.config).items():
+        array = rng.standard_normal(shape, np.float32)
+        found[name] = 1 + np.float32(0.1) * array if len(shape) == 1 else array * np.float32(shape[1] ** -0.5)
+    return found
+
+
+def projections(size: Size) -> dict[str, tuple[int, int]]:
+    """Module name → (out, in) of what is quantized and adapted."""
+    return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in parameter_shapes(size.config).items()
+            if name.split(".")[-2] in LINEAR_MODULES}
+
+
+def adapters(size: Size, pool: int = 1) -> dict[str, np.ndarray]:
+    """A (r, in/pool) and B (out, r) of each projection; B is not zero, or A would have no gradient."""
+    rng = np.random.default_rng(1)
+    found = {}
+    for name, (out, in_) in projections(size).items():
+        found[f"{name}.lora_A.weight"] = rng.standard_normal((R, in_ // pool), np.float32) * np.float32((3 * in_) ** -0.5)
+        found[f"{name}.lora_B.weight"] = rng.standard_normal((out, R), np.float32) * np.float32(0.02)
+    return found
+
+
+def batch(size: Size) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and targets (B, T); every target counts."""
+    rng = np.random.default_rng(2)
+    shape = (size.batch, size.time)
+    return rng.integers(size.config.vocab_size, size=shape), rng.integers(size.config.vocab_size, size=shape)
+
+
+def rounding(size: Size) -> float:
+    """Relative error that float32 allows a gradient: eps · Σ √n over the sums of n products that it passes through.
+
+    Independent roundings of eps/2 add up like a random walk.
+    """
+    c = size.config
+    layer = 8 * c.hidden_size**0.5 + 2 * c.intermediate_size**0.5 + 4 * size.time**0.5
+    chain = c.num_hidden_layers * layer + c.vocab_size**0.5 + size.tokens**0.5
+    return float(np.finfo(np.float32).eps) * chain
+
+
+def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference in units of the largest expected element; infinite if anything is not finite or the shapes differ.
+
+    >>> difference(np.array([1.0, 2.0]), np.array([1.0, 4.0])), difference(np.array([np.nan]), np.array([1.0]))
+    (0.5, inf)
+    """
+    if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
+        return float("inf")
+    scale = float(np.abs(expected).max())
+    return float(np.abs(found - expected).max()) / scale if scale else float("inf")
+
+
+def matrices(n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """A weight (n, n) and an input (batch, n) for the kernels."""
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((n, n), np.float32), rng.standard_normal((batch, n), np.float32)
+
+
+def prompts(n: int, length: int = 32) -> list[list[int]]:
+    """Byte prompts for generation: lower-case letters and spaces."""
+    rng = np.random.default_rng(4)
+    return [rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), length).tolist() for _ in range(n)]
