@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast
 import tyro
 
 from minilora.config import ConfigError
+from minilora.formats.files import writable_folder
 from minilora.study.run import RunConfig
 from minilora.study.sweep import SweepConfig
 from minilora.training.pretrain import PretrainConfig
@@ -130,11 +131,10 @@ def _train(command: Train) -> int:
     from minilora import memory
     from minilora.formats.checkpoint import load_base
     from minilora.study.run import build, run
-    from minilora.study.sweep import check_writable
     from minilora.threads import available_threads
 
     config = command.config
-    check_writable(command.out)
+    writable_folder(Path(command.out))
     model = build(config, load_base())
     print(memory.trainable_line(model))
     print(" · ".join(f"{kind} {memory.format_bytes(n)}" for kind, n in memory.model_bytes(model).items() if n))
@@ -149,7 +149,7 @@ def _train(command: Train) -> int:
 
 
 WHAT = {
-    "demo": "A demonstration: two seeds, no intervals, learning rates taken from the study, which is `--preset full`.",
+    "demo": "A demonstration: short runs, two seeds, no intervals, default learning rates. The study is `minilora sweep --preset full`.",
     "full": "The study: learning rates are searched on the validation split first, then three seeds on the test split.",
     "custom": "Your own grid.",
 }
@@ -162,7 +162,7 @@ def _sweep(command: Sweep) -> int:
     from minilora.study import presets, report
     from minilora.study.results import write_csv
     from minilora.study.run import check_buildable
-    from minilora.study.sweep import check_writable, expand, outline, run_sweep
+    from minilora.study.sweep import expand, outline, run_sweep
     from minilora.threads import available_threads
 
     config, plain = command.config, SweepConfig()
@@ -175,7 +175,7 @@ def _sweep(command: Sweep) -> int:
     name = config.name if config.name != plain.name else preset
     out = Path(config.out) / name
     n_jobs = command.n_jobs or available_threads()
-    check_writable(out)
+    writable_folder(out)
     first = {"demo": lambda: presets.demo_runs(**settings), "full": lambda: presets.search_runs(**settings)}
     runs = first.get(preset, lambda: expand(replace(config, preset=preset)))()
     check_buildable(runs)
@@ -269,10 +269,9 @@ def _merge(command: Merge) -> int:
 
 def _pretrain(command: PretrainConfig) -> int:
     from minilora.formats.checkpoint import read_info
-    from minilora.study.sweep import check_writable
     from minilora.training.pretrain import pretrain
 
-    check_writable(command.out)
+    writable_folder(Path(command.out))
     path = pretrain(command)
     print(json.dumps(read_info(path), indent=2))
     print(f"written to {path}, {path.stat().st_size / 1e6:.2f} MB; the package keeps its own base in minilora/assets")

@@ -59,14 +59,12 @@ def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
 
     Shapes: x (B, T, H, D), cos and sin (T, D/2) or (B, T, D/2).
     """
-    cos, sin = cos[..., None, :], sin[..., None, :]  # (…, T, 1, D/2)
     half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
     y = np.empty_like(x)
-    np.multiply(first, cos, out=y[..., :half])
-    y[..., :half] -= second * sin
-    np.multiply(second, cos, out=y[..., half:])
-    y[..., half:] += first * sin
+    y[..., :half], y[..., half:] = x[..., half:], x[..., :half]  # (second, first)
+    # (first, second) → (first·cos − second·sin, second·cos + first·sin)
+    y *= np.concatenate([-sin, sin], axis=-1)[..., None, :]  # (…, T, 1, D)
+    y += x * np.concatenate([cos, cos], axis=-1)[..., None, :]
     return y
 
 

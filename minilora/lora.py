@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.config import ConfigError, LoraConfig, QuantConfig, require
+from minilora.config import LINEAR_MODULES, ConfigError, LoraConfig, QuantConfig, require
 from minilora.functional import group_repeat, group_sum
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
 from minilora.quant.weights import AffineWeight, quantize_weight
@@ -196,6 +196,8 @@ def matches(name: str, target: str) -> bool:
 def _check_targets(targets: tuple[str, ...], names: list[str]) -> None:
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     for target in targets:
+        if targets == LINEAR_MODULES and target == "gate_proj":
+            continue  # "all-linear" means all that there are: the two-matrix MLP has no gate
         if not any(matches(name, target) for name in names):
             raise ConfigError(f"target_modules={target!r}: matches no module; there are {', '.join(kinds)} "
                               f"(or full names such as {names[0]})")

@@ -106,7 +106,7 @@ def test_text_files_that_cannot_be_used(tmp_path, capsys, monkeypatch):
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs /proc")
 def test_unwritable_folder_is_refused_before_work(capsys):
     assert call("sweep", "--method", "base", "--out", "/proc/nowhere") == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_info(capsys):

@@ -10,11 +10,12 @@ import pytest
 from helpers import CONFIGS, GQA, adapters, digest, fill_adapters, make_model
 from safetensors.numpy import load_file, save_file
 
-from minilora.config import LoraConfig, QuantConfig
+from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import inject_lora, merge, quantize_model
+from minilora.lora import LoraLinear, inject_lora, merge, quantize_model
+from minilora.transformer import init_model
 
 IDS = np.array([[1, 2, 3, 4]])
 LORA = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj"), use_rslora=True)
@@ -188,12 +189,9 @@ def test_a_model_merged_in_its_tied_head_can_be_saved_and_loaded(tmp_path):
     assert np.array_equal(load_model(tmp_path / "m").logits(IDS), merged.logits(IDS))
 
 
-@pytest.mark.parametrize(
-    "make, name", [(lambda: base(quant=QuantConfig("nf4")), "model.layers.0.self_attn.q_proj"), (lora, "model.layers.0")]
-)
-def test_only_dense_models_are_saved(tmp_path, make, name):
-    with pytest.raises(ValueError, match=f"{name}.*only dense models can be saved; merge"):
-        save_model(make(), tmp_path / "m")
+def test_a_model_with_an_adapter_is_not_saved_whole(tmp_path):
+    with pytest.raises(ValueError, match="model.layers.0.*has an adapter; merge"):
+        save_model(lora(), tmp_path / "m")
     assert not list(tmp_path.iterdir())
 
 
@@ -410,3 +408,38 @@ def test_pefts_all_linear_means_all_projections(tmp_path):
     save_adapter(lora(config=config), config, tmp_path)
     change_settings(tmp_path, target_modules="all-linear")
     assert len(adapters(load_adapter(base(), tmp_path)[0])) == 14
+
+
+QUANTS = [QuantConfig("nf4"), QuantConfig("nf3", double_quant=False), QuantConfig("fp4", block_size=32),
+          QuantConfig("int3", group_size=8), QuantConfig("int8", group_size=8)]
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=lambda q: q.quant_type)
+def test_quantized_models_come_back_bit_for_bit(quant, tmp_path):
+    config = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+                         num_key_value_heads=1, context_length=16)
+    model = quantize_model(init_model(config, np.random.default_rng(0)), quant)
+    save_model(model, tmp_path / "q.safetensors")
+    again = load_model(tmp_path / "q.safetensors")
+    for (name, a), (_, b) in zip(model.linears(), again.linears(), strict=True):
+        assert type(a.weight) is type(b.weight), name
+        assert np.array_equal(a.weight.dense(), b.weight.dense()), name
+    ids = np.arange(10)[None]
+    assert np.array_equal(model.logits(ids), again.logits(ids))
+
+
+def test_a_merged_qalora_model_stays_quantized_in_its_file(tmp_path):
+    config = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+                         num_key_value_heads=1, context_length=16)
+    base = quantize_model(init_model(config, np.random.default_rng(0)), QuantConfig("int4", group_size=8))
+    adapted = inject_lora(base, LoraConfig(r=2, use_qalora=True), np.random.default_rng(1))
+    for _, linear in adapted.linears():
+        if isinstance(linear, LoraLinear):
+            linear.lora_B.data += 0.1
+    merged = merge(adapted)[0]
+    save_model(merged, tmp_path / "m.safetensors")
+    again = load_model(tmp_path / "m.safetensors")
+    codes = base.blocks[0].mlp.down_proj.weight.codes
+    assert again.blocks[0].mlp.down_proj.weight.codes.tobytes() == codes.tobytes()
+    ids = np.arange(10)[None]
+    assert np.array_equal(merged.logits(ids), again.logits(ids))

@@ -263,7 +263,7 @@ def test_describe(config, text):
 def test_an_unwritable_folder_is_refused_before_any_work(tmp_path):
     marker = str(tmp_path / "ran")
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ValueError, match="cannot write there"):
+    with pytest.raises(ValueError, match="cannot be written"):
         run_sweep([FakeConfig(marker=marker)], tmp_path / "file" / "out", run=fake_run, progress=False)
     assert runs_of(marker) == []
 

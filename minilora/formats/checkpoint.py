@@ -3,43 +3,84 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.config import ModelConfig
+from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ModelConfig, require_in
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import DenseWeight
-from minilora.transformer import Transformer, build_model
+from minilora.layers import DenseWeight, Linear
+from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
+from minilora.transformer import Transformer, build_model, parameter_shapes
 
 
 def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, metadata: dict[str, Any] | None = None) -> None:
-    """Save a dense model without adapters. Merge adapters first, or save them alone with ``save_adapter``."""
-    for name, linear in model.linears():
-        if not isinstance(getattr(linear, "weight", None), DenseWeight):
-            raise ValueError(f"{name}: only dense models can be saved; merge(model, how='dense') makes one")
+    """Save a model without adapters; dense arrays in ``dtype``, quantized weights as they are stored, bit for bit.
+
+    Merge adapters first, or save them alone with ``save_adapter``.
+    """
     arrays = {p.name: p.data.astype(dtype) for p in model.parameters()}
-    write_tensors(Path(path), arrays, {"minilora_model": asdict(model.config)} | (metadata or {}))
+    stored: dict[str, dict[str, Any]] = {}
+    for name, linear in model.linears():
+        weight = getattr(linear, "weight", None)
+        if isinstance(weight, AffineWeight):
+            stored[name] = {"quant_type": weight.quant_type, "group_size": weight.group_size}
+            arrays |= {f"{name}.codes": weight.codes, f"{name}.scale": weight.scale, f"{name}.offset": weight.offset}
+        elif isinstance(weight, CodebookWeight):
+            stored[name] = {"quant_type": weight.quant_type, "block_size": weight.block_size, "double_quant": weight.double_quant}
+            arrays[f"{name}.codes"] = weight.codes
+            if isinstance(weight.scales, DoubleQuant):
+                arrays |= {f"{name}.scale.{part}": getattr(weight.scales, part) for part in ("codes", "absmax", "offset")}
+            else:
+                arrays[f"{name}.scale"] = weight.scales
+        elif not isinstance(weight, DenseWeight):
+            raise ValueError(f"{name}: has an adapter; merge(model) makes a model without, save_adapter saves the adapter alone")
+    config = asdict(replace(model.config, tie_word_embeddings=model.tied))  # a merged head is no longer tied
+    write_tensors(Path(path), arrays, {"minilora_model": config, "minilora_quantized": stored} | (metadata or {}))
 
 
 def load_model(path: str | Path) -> Transformer:
-    """Load a frozen float32 model; raises FileError for a file that is missing, truncated or not ours."""
+    """Load a frozen model, dense arrays as float32; raises FileError for a file that is missing, truncated or not ours."""
     path = Path(path)
     arrays, metadata = read_tensors(path)
-    config = metadata.get("minilora_model")
+    config, stored = metadata.get("minilora_model"), metadata.get("minilora_quantized", {})
     names = {field.name for field in fields(ModelConfig)}
-    if not isinstance(config, dict) or set(config) != names:
+    if not isinstance(config, dict) or set(config) != names or not isinstance(stored, dict):
         raise FileError(f"{path}: no minilora model (its metadata lacks a complete 'minilora_model' entry)")
-    if any(array.dtype.kind != "f" for array in arrays.values()):
-        raise FileError(f"{path}: holds arrays that are not floating point")
     try:
-        model = build_model(ModelConfig(**config), {name: a.astype(np.float32) for name, a in arrays.items()})
-    except (ValueError, TypeError) as error:
+        model_config = ModelConfig(**config)
+        shapes = parameter_shapes(model_config)
+        weights = {name: _quantized(name, shapes, how, arrays) for name, how in stored.items()}
+        if any(array.dtype.kind != "f" for array in arrays.values()):
+            raise ValueError("holds arrays that are not floating point")
+        # build_model wants every matrix: a quantized one is put in its place afterwards
+        dense = arrays | {f"{name}.weight": np.broadcast_to(np.float32(0), shapes[f"{name}.weight"]) for name in weights}
+        model = build_model(model_config, {name: a if a.strides == (0, 0) else a.astype(np.float32) for name, a in dense.items()})
+    except (ValueError, TypeError, KeyError) as error:
         raise FileError(f"{path}: {error}") from None
-    return model
+    if not weights:
+        return model
+    return model.map_linears(lambda linear: Linear(linear.name, weights.get(linear.name, linear.weight)))
+
+
+def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]) -> Any:
+    """Take one quantized weight's arrays out of ``arrays``; the classes check every size themselves."""
+    out_in = shapes[f"{name}.weight"]
+    shape, codes = (out_in[0], out_in[1]), arrays.pop(f"{name}.codes")
+    require_in(how["quant_type"], CODEBOOK_TYPES + AFFINE_TYPES, f"{name}.quant_type")
+    if codes.dtype != np.uint8:
+        raise ValueError(f"{name}.codes: {codes.dtype}, must be uint8")
+    if how["quant_type"] in AFFINE_TYPES:
+        scale, offset = arrays.pop(f"{name}.scale"), arrays.pop(f"{name}.offset")
+        return AffineWeight(codes, scale, offset, shape, int(how["quant_type"][-1]), how["group_size"])
+    if how["double_quant"]:
+        scales: Any = DoubleQuant(*(arrays.pop(f"{name}.scale.{part}") for part in ("codes", "absmax", "offset")))
+    else:
+        scales = arrays.pop(f"{name}.scale")
+    return CodebookWeight(codes, scales, shape, how["quant_type"], how["block_size"])
 
 
 def base_path() -> Path:
@@ -58,7 +99,7 @@ def load_base() -> Transformer:
 
 def read_info(path: str | Path) -> dict[str, Any]:
     """How a model file was made, as far as its metadata says: command, corpus hash, Python version, held-out loss."""
-    return {k: v for k, v in read_tensors(Path(path))[1].items() if k != "minilora_model"}
+    return {k: v for k, v in read_tensors(Path(path))[1].items() if k not in ("minilora_model", "minilora_quantized")}
 
 
 def sha256(model: Transformer) -> str:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 Array = np.ndarray
+METADATA = "minilora"
 
 
 class FileError(ValueError):
@@ -48,11 +49,15 @@ def writable_folder(folder: Path) -> None:
         raise FileError(f"{folder}: cannot be written ({error.strerror or error}); choose another folder") from None
 
 
-def write_tensors(path: Path, arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
-    """Write a safetensors file whose metadata values are JSON texts; complete or not at all."""
+def write_tensors(path: Path, arrays: dict[str, Array], metadata: dict[str, Any], plain: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; complete or not at all.
+
+    ``metadata`` becomes one JSON text, because several entries would come in a random order and change the file's bytes;
+    ``plain`` is for another program's entry, as it stands.
+    """
+    packed = {METADATA: json.dumps(metadata, sort_keys=True)} if metadata else {}
     with atomic(Path(path)) as temporary:
-        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary,
-                  {name: json.dumps(value, sort_keys=True) for name, value in metadata.items()})
+        save_file({name: np.asarray(a, order="C") for name, a in arrays.items()}, temporary, packed | (plain or {}))
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -69,14 +74,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise FileError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
-    return arrays, {name: _json(path, name, text) for name, text in raw.items()}
-
-
-def _json(path: Path, name: str, text: str) -> Any:
     try:
-        return json.loads(text)
-    except ValueError:
-        return text  # another program's metadata: plain text is allowed
+        metadata = json.loads(raw.get(METADATA, "{}"))
+    except ValueError as error:
+        raise FileError(f"{path}: its {METADATA!r} metadata is not JSON ({error})") from None
+    if not isinstance(metadata, dict):
+        raise FileError(f"{path}: its {METADATA!r} metadata is not a JSON object")
+    return arrays, metadata
 
 
 def read_json(path: Path) -> dict[str, Any]:

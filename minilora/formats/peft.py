@@ -19,6 +19,9 @@ PREFIX = "base_model.model."
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
     """Save A and B alone; returns the size of ``adapter_model.safetensors`` in bytes.
 
+    LoRA and QLoRA folders load in PEFT. A QA-LoRA folder is ours: its A belongs to inputs *summed* over a group, while PEFT's
+    ``use_qalora`` takes the mean times the number of groups, and GPTQ bases only.
+
     Raises ValueError if there is no adapter or ``config`` is not the one that was given to ``inject_lora``.
     """
     folder = Path(folder)
@@ -38,7 +41,7 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     }
     arrays = {PREFIX + p.name: p.data for linear in adapted for p in (linear.lora_A, linear.lora_B)}
     file = folder / "adapter_model.safetensors"
-    write_tensors(file, arrays, {"format": "pt"})
+    write_tensors(file, arrays, {}, plain={"format": "pt"})
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     return file.stat().st_size
 

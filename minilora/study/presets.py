@@ -40,9 +40,11 @@ class Choice(NamedTuple):
 def demo_runs(**settings: Any) -> list[RunConfig]:
     """Return the demonstration: task `products`, every method at its default learning rate, three ranks, three bit-widths.
 
-    ``settings`` replaces fields of `SweepConfig` in all runs, for example ``steps=50``.
+    Short runs, so that the whole takes minutes: their losses differ as they should, their recall has not got far yet.
+    ``settings`` replaces fields of `SweepConfig` in all runs, for example ``steps=200``.
     """
-    shared: dict[str, Any] = {"preset": "demo", "stage": "demo", "task": ("products",), "seed": (0, 1)} | settings
+    short = {"steps": 50, "batch_size": 8, "n_eval": 32}
+    shared: dict[str, Any] = {"preset": "demo", "stage": "demo", "task": ("products",), "seed": (0, 1)} | short | settings
     return _together(
         [
             SweepConfig(method=("full", "subset", "lora"), r=(2, 8, 32), **shared),

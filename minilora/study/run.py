@@ -41,7 +41,7 @@ from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
 from minilora.transformer import Transformer
 
-DEFAULT_RATES = {"full": 1e-3, "subset": 2e-3, "lora": 5e-3, "qlora": 5e-3, "qalora": 5e-3}
+DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm.auto import tqdm
 
 from minilora.config import require, require_in
-from minilora.formats.files import write_file
+from minilora.formats.files import writable_folder, write_file
 from minilora.study.results import (
     ADAPTERS,
     CONTROLS,
@@ -228,7 +228,7 @@ def run_sweep(
     run = run or _default_run()
     require(n_jobs >= 1, "n_jobs", n_jobs, "must be at least 1")
     out = Path(out)
-    check_writable(out)
+    writable_folder(out)
     path = out / "results.jsonl"
     done = {row["key"]: row for row in repair_results(path)}
     if retry_failed:
@@ -256,16 +256,6 @@ def _default_run() -> RunFunction:
     from minilora.study.run import run
 
     return run
-
-
-def check_writable(folder: str | Path) -> None:
-    """Make the folder, and raise a ValueError now rather than an OSError after the first hour of work."""
-    try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_file(Path(folder) / ".writable", b"").unlink()
-    except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"out={str(folder)!r}: cannot write there ({reason}); choose a folder that you may write to") from error
 
 
 def _row(config: Any, outcome: Mapping[str, Any] | BaseException, out: Path) -> Row:
