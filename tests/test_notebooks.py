@@ -34,7 +34,8 @@ def test_committed_notebook_is_executed_in_order_and_clean(path):
 def test_notebook_runs_and_prints_the_same_text(path, tmp_path):
     committed = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
-    NotebookClient(fresh, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(fresh, timeout=120, kernel_name="python3", coalesce_streams=True, resources=where).execute()
     assert not [o for o in outputs(fresh, "stream") if o.name == "stderr"]
     assert len(outputs(fresh, "stream")) == len(outputs(committed, "stream"))
     assert len(outputs(fresh, "display_data")) == len(outputs(committed, "display_data")) >= 1

@@ -79,6 +79,7 @@ def plot_against_rank(
     ax.set_xlabel("rank r")
     finish(ax, about, labels)
     legend_of_bits(ax, {curve["bits"] for curve in curves})
+    method_line(ax, [name for name in ADAPTERS if any(curve["method"] == name for curve in curves)])
     return ax
 
 
