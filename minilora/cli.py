@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 import time
@@ -102,9 +104,14 @@ Command = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point: 0 done, 1 some runs failed, 2 bad input, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    said = io.StringIO()
     try:
-        command: Any = tyro.cli(Command, prog="minilora", args=arguments, description=__doc__)
+        with contextlib.redirect_stderr(said):
+            command: Any = tyro.cli(Command, prog="minilora", args=arguments, description=__doc__)
     except SystemExit as stop:
+        if (error := _refusal(stop)) is not None:
+            return _fail(error)
+        sys.stderr.write(said.getvalue())
         name = next((a for a in arguments if a in EXAMPLES), None)
         if stop.code in (0, None):  # --help ends in an example that runs
             print("example:", EXAMPLES[name] if name else EXAMPLES["sweep"])
@@ -120,6 +127,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except (ValueError, OSError) as error:
         return _fail(error)
+
+
+def _refusal(stop: BaseException) -> ConfigError | None:
+    """Our own refusal of a setting, which tyro turns into a box of its own and an exit: one line says it better."""
+    cause: BaseException | None = stop
+    while cause is not None and not isinstance(cause, ConfigError):
+        cause = cause.__context__
+    return cause
 
 
 def _fail(error: Exception) -> int:

@@ -120,9 +120,13 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
     arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "40",
                  "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "minilora.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     results = tmp_path / "cut" / "results.jsonl"
     deadline = time.monotonic() + 90
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands it on ignored
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     while time.monotonic() < deadline and not (results.exists() and results.stat().st_size):
         time.sleep(0.2)
     process.send_signal(signal.SIGINT)

@@ -61,9 +61,9 @@ def test_the_same_content_is_the_same_bytes(tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_another_programs_metadata_is_kept_as_text(tmp_path):
+def test_another_programs_metadata_is_no_metadata_of_ours(tmp_path):
     save_file({"a": np.ones(2)}, tmp_path / "f", {"format": "pt", "n": "3"})
-    assert read_tensors(tmp_path / "f")[1] == {"format": "pt", "n": 3}
+    assert read_tensors(tmp_path / "f")[1] == {}
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

@@ -306,7 +306,7 @@ def _answers(rng: random.Random, attributes: list[tuple[str, str]]) -> str:
 def _said_again(rng: random.Random, words: list[str]) -> str:
     """Repeat a list of words, in its order or in another: plain copying, which everything else builds on."""
     words = rng.sample(words, rng.randint(1, len(words))) + [pseudo_word(rng) for _ in range(rng.randint(0, 5))]
-    comma, between = rng.choice((", ", " ", "; ", "\n", " - ", " / ")), rng.choice(("\n", "\nagain: ", " = ", ". ", " | "))
+    comma, between = rng.choice((", ", " ", "; ", "\n", " - ", " / ")), rng.choice(("\n", "\nagain: ", " > ", ". ", " | "))
     if rng.random() < 0.2:
         return comma.join(f"{word}{between.strip()}{word}" for word in words)
     if rng.random() < 0.6:
@@ -315,7 +315,7 @@ def _said_again(rng: random.Random, words: list[str]) -> str:
 
 
 def catalogue_documents(seed: int) -> Iterator[str]:
-    """Yield catalogue documents without end: cards with a blurb (55 %) or questions (15 %), comparisons, lists said again (25 %).
+    """Yield catalogue documents without end: cards with a blurb (65 %) or questions (15 %), comparisons, lists said again (15 %).
 
     All value words of one document are training words whose pairs are training pairs, or invented; a card and its
     blurb together are mostly shorter than 200 bytes.
@@ -325,11 +325,11 @@ def catalogue_documents(seed: int) -> Iterator[str]:
         category = rng.choice(CATEGORIES)
         kind_of_document = rng.random()
         attributes = _catalogue_attributes(rng, rng.choice((2, 3, 3, 4, 4)))
-        if kind_of_document < 0.55:
+        if kind_of_document < 0.65:
             yield _card(rng, category, attributes) + _blurb(rng, category, attributes)
-        elif kind_of_document < 0.70:
+        elif kind_of_document < 0.80:
             yield _card(rng, category, attributes) + _answers(rng, attributes)
-        elif kind_of_document < 0.75:
+        elif kind_of_document < 0.85:
             other = rng.choice(CATEGORIES)
             first, second = attributes[::2], attributes[1::2]
             cards = _card(rng, category, first) + _card(rng, other, second)

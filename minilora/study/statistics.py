@@ -26,71 +26,6 @@ class PairedDifference(NamedTuple):
     seeds: tuple[Any, ...]
 
 
-def incomplete_beta(a: float, b: float, x: float) -> float:
-    """Return the regularised incomplete beta function I_x(a, b), 0 ≤ x ≤ 1, by Lentz's continued fraction.
-
-    The fraction converges fast for x < (a+1)/(a+b+2); otherwise I_x(a, b) = 1 - I_{1-x}(b, a) is used (DLMF 8.17.22).
-
-    >>> round(incomplete_beta(2.0, 2.0, 0.25), 6)  # 3x² - 2x³
-    0.15625
-    """
-    if x <= 0 or x >= 1:
-        return float(x >= 1)
-    if x > (a + 1) / (a + b + 2):
-        return 1 - incomplete_beta(b, a, 1 - x)
-    front = math.exp(math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b) + a * math.log(x) + b * math.log1p(-x)) / a
-    tiny = 1e-300
-    c, d = 1.0, 1 / max(1 - (a + b) * x / (a + 1), tiny)
-    fraction = d
-    for m in range(1, 1000):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        step = 1.0
-        for coefficient in (even, odd):
-            d = 1 + coefficient * d
-            d = 1 / (d if abs(d) > tiny else tiny)
-            c = 1 + coefficient / c
-            c = c if abs(c) > tiny else tiny
-            step *= c * d
-        fraction *= step
-        if abs(step - 1) < 1e-15:
-            break
-    return front * fraction
-
-
-def t_cdf(t: float, df: float) -> float:
-    """Return P(T ≤ t) for Student's t with ``df`` degrees of freedom: 1 - I_{df/(df+t²)}(df/2, 1/2) / 2 for t ≥ 0."""
-    tail = incomplete_beta(df / 2, 0.5, df / (df + t * t)) / 2
-    return 1 - tail if t >= 0 else tail
-
-
-def t_quantile(p: float, df: float) -> float:
-    """Return the t with P(T ≤ t) = p, by bisection of `t_cdf`.
-
-    >>> round(t_quantile(0.975, 2), 4)
-    4.3027
-
-    Raises
-    ------
-    ValueError
-        ``p`` is not inside (0, 1), or ``df`` not above 0.
-    """
-    if not 0 < p < 1:
-        raise ValueError(f"p={p!r}: must lie between 0 and 1, both excluded")
-    if not df > 0:
-        raise ValueError(f"df={df!r}: must be above 0; an interval takes at least two values")
-    if p < 0.5:
-        return -t_quantile(1 - p, df)
-    low, high = 0.0, 1.0
-    while t_cdf(high, df) < p:
-        low, high = high, 2 * high
-    while True:
-        middle = (low + high) / 2
-        if middle in (low, high):  # neighbouring floats: no further to go
-            return middle
-        low, high = (middle, high) if t_cdf(middle, df) < p else (low, middle)
-
-
 def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:
     """Return the mean and its two-sided t-interval, mean ± t · s / √n with n - 1 degrees of freedom.
 
@@ -111,12 +46,14 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:
         raise ValueError(f"values={data!r}: all must be finite; leave failed runs out")
     if not 0 < level < 1:
         raise ValueError(f"level={level!r}: must lie between 0 and 1, for example 0.95")
+    from scipy.special import stdtrit  # Student's t quantile; imported here because only tables and figures need it
+
     n = len(data)
     mean = math.fsum(data) / n
     if n == 1:
         return Interval(mean, math.nan, math.nan)
     deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in data) / (n - 1))
-    half = t_quantile((1 + level) / 2, n - 1) * deviation / math.sqrt(n)
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 

@@ -273,13 +273,17 @@ def _row(config: Any, outcome: Mapping[str, Any] | BaseException, out: Path) -> 
     return clean_row(about | {"key": config.key(), "status": "failed", "error": message})
 
 
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")  # imported is not enough: it must be running this code
+    return ipython is not None and ipython.get_ipython() is not None
+
+
 class _Progress:
     """A bar with ETA on a terminal or in a notebook, one line a run elsewhere, nothing with ``show=False``."""
 
     def __init__(self, total: int, kept: int, show: bool) -> None:
         self.total, self.done, self.show, self.started = total, 0, show, time.perf_counter()
-        notebook = "ipykernel" in sys.modules
-        self.bar = tqdm(total=total, unit="run", desc="sweep", disable=not (show and (notebook or sys.stderr.isatty())))
+        self.bar = tqdm(total=total, unit="run", desc="sweep", disable=not (show and (_in_notebook() or sys.stderr.isatty())))
         if kept:
             self.say(f"{kept} runs are done already, {total} to do")
 
