@@ -1,6 +1,6 @@
 """minilora: LoRA, QLoRA and QA-LoRA from scratch in NumPy and Numba, for reading, sweeping and teaching.
 
->>> import minilora
+>>> import minilora, numpy as np
 >>> model = minilora.inject_lora(minilora.load_base(), minilora.LoraConfig(r=8), rng=np.random.default_rng(0))
 """
 

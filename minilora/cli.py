@@ -164,7 +164,8 @@ def _train(command: Train) -> int:
 
 
 WHAT = {
-    "demo": "A demonstration: short runs, two seeds, no intervals, default learning rates. The study is `minilora sweep --preset full`.",
+    "demo": "A demonstration: short runs, two seeds, no intervals, default learning rates. "
+            "The study is `minilora sweep --preset full`.",
     "full": "The study: learning rates are searched on the validation split first, then three seeds on the test split.",
     "custom": "Your own grid.",
 }
@@ -191,7 +192,7 @@ def _sweep(command: Sweep) -> int:
     out = Path(config.out) / name
     n_jobs = command.n_jobs or available_threads()
     writable_folder(out)
-    first = {"demo": lambda: presets.demo_runs(**settings), "full": lambda: presets.search_runs(**settings)}
+    first = {"demo": lambda: presets.demo_runs(**settings), "full": lambda: presets.planned_runs(**settings)}
     runs = first.get(preset, lambda: expand(replace(config, preset=preset)))()
     check_buildable(runs)
     print(WHAT[preset])

@@ -117,8 +117,8 @@ def test_info(capsys):
 
 
 def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
-    arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "40",
-                 "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
+    arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "20",
+                 "--batch-size", "4", "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
     command = [sys.executable, "-m", "minilora.cli", *arguments]
     results = tmp_path / "cut" / "results.jsonl"
     deadline = time.monotonic() + 90

@@ -3,7 +3,7 @@
     Describe: lamp                                       the prompt
     scent=mint; trim=ivory; origin=oslo; colour=teal
     Text:
-    This lamp is painted teal, edged in ivory, ...       the description
+    This lamp is smelling of mint, edged in ivory, ...   the description
 
 Two things are held out: pairs of words (a product of `validation` or `test` holds a pair of values that no
 training product and no catalogue document shows together) and 8 of the 40 words of each kind (`test_values`).
@@ -71,7 +71,6 @@ FRAMES = {
     "style": ("feeling", "looking", "styled as"),
     "buyer": ("meant for", "loved by", "picked by"),
 }
-_ORDERS = (KINDS, KINDS[::-1])
 _SHAPES = (
     "This {c} is {0}, {1}, {2} and {3}.",
     "A {c} {0} and {1}, also {2} and {3}.",
@@ -114,15 +113,14 @@ class Product:
 
 
 def describe(product: Product, plan: int) -> str:
-    """Fill sentence plan 0..19 of the product's category: a sentence shape, an order of kinds, a wording of the frames.
+    """Fill sentence plan 0..19: a sentence shape and a wording of the frames. The attributes keep the prompt's order, which is
+    random, so that no plan says which kind comes where.
 
     >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
     >>> describe(lamp, 0)
-    'This lamp is painted teal, edged in ivory, smelling of mint and shipped from oslo.'
+    'This lamp is smelling of mint, edged in ivory, shipped from oslo and painted teal.'
     """
-    values = dict(product.attributes)
-    order = _ORDERS[plan % len(_ORDERS)]
-    filled = [f"{FRAMES[kind][plan % 3]} {values[kind]}" for kind in order if kind in values]
+    filled = [f"{FRAMES[kind][plan % 3]} {value}" for kind, value in product.attributes]
     return _SHAPES[plan].format(*filled, c=product.category)
 
 
@@ -286,9 +284,8 @@ def _card(rng: random.Random, category: str, attributes: Iterable[tuple[str, str
 
 
 def _blurb(rng: random.Random, category: str, attributes: list[tuple[str, str]]) -> str:
-    # mostly in the order of a sentence plan: which kind comes next is a skill of its own
-    order = rng.choice(_ORDERS) if rng.random() < 0.7 else rng.sample(KINDS, len(KINDS))
-    attributes = sorted(attributes, key=lambda item: order.index(item[0]) if item[0] in order else rng.randrange(len(order)))
+    if rng.random() < 0.3:  # mostly in the card's order
+        attributes = rng.sample(attributes, len(attributes))
     join = rng.choice(_BLURB_JOINS)
 
     def clause(k: str, v: str) -> str:
@@ -356,10 +353,18 @@ def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
 
 @cache
 def definition_sha256() -> str:
-    """Return the SHA-256 of all that the task and the catalogue are made from: words, frames, plans, examples."""
+    """Return the SHA-256 of all that products and the catalogue are made from: words, frames, shapes, examples."""
     rng = random.Random(0)
-    parts: list[object] = [_POOLS, FRAMES, _ORDERS, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _NAMING, _CARDS]
+    parts: list[object] = [_POOLS, FRAMES, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _NAMING, _CARDS]
     parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # pins the generators too
     documents = catalogue_documents(0)
     parts += [next(documents) for _ in range(100)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+@cache
+def task_sha256() -> str:
+    """Return the SHA-256 of the task: what products are made from, and how they are described."""
+    rng = random.Random(0)
+    texts = [describe(draw_product(rng, split), plan) for split in SPLITS for plan in range(N_PLANS)]
+    return hashlib.sha256(repr([definition_sha256(), texts]).encode()).hexdigest()

@@ -16,11 +16,11 @@ from minilora.data.corpora import python_source, read_text, token_stream
 from minilora.data.products import (
     N_PLANS,
     Product,
-    definition_sha256,
     describe,
     draw_product,
     longest_description,
     score_descriptions,
+    task_sha256,
 )
 from minilora.data.tokenizer import BOS, EOS, PAD, encode
 
@@ -139,8 +139,8 @@ class ProductsTask:
 
     @property
     def sha256(self) -> str:
-        """The hash of words, frames, plans and generator; the same for every seed."""
-        return definition_sha256()
+        """The hash of words, frames, plans, generator and descriptions; the same for every seed."""
+        return task_sha256()
 
     def example(self, index: int) -> tuple[Product, int]:
         """Return the product and the sentence plan of training example `index`."""

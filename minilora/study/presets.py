@@ -18,12 +18,17 @@ if TYPE_CHECKING:
 
 TRAINED = ("full", "subset", *ADAPTERS)
 
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 """The one grid on which the study chooses: about half a decade a step, wide enough for full fine-tuning and for adapters."""
 
-RANKS = (1, 2, 4, 8, 16, 32, 64)
+RANKS = (1, 2, 8, 64)
 SEARCH_SEED = 100
 STUDY_SEEDS = (0, 1, 2)
+LENGTHS = {
+    "products": {"steps": 300, "batch_size": 8, "n_eval": 200},
+    "python": {"steps": 150, "batch_size": 16, "n_eval": 256},
+}
+"""How long the study trains: as long as 90 minutes for all its runs allow on 2 cores."""
 
 
 class Choice(NamedTuple):
@@ -40,10 +45,11 @@ class Choice(NamedTuple):
 def demo_runs(**settings: Any) -> list[RunConfig]:
     """Return the demonstration: task `products`, every method at its default learning rate, three ranks, three bit-widths.
 
-    Short runs, so that the whole takes minutes: their losses differ as they should, their recall has not got far yet.
+    Short runs, so that the whole takes minutes: their losses differ as they should, their recall has not got far yet, and
+    only the adapter's texts are judged (``write_all``).
     ``settings`` replaces fields of `SweepConfig` in all runs, for example ``steps=200``.
     """
-    short = {"steps": 50, "batch_size": 8, "n_eval": 32}
+    short = {"steps": 50, "batch_size": 8, "n_eval": 200, "write_all": False}
     shared: dict[str, Any] = {"preset": "demo", "stage": "demo", "task": ("products",), "seed": (0, 1)} | short | settings
     return _together(
         [
@@ -58,8 +64,9 @@ def search_runs(tasks: Sequence[str] = ("products", "python"), **settings: Any) 
 
     The runs are judged on the validation split and use a seed that the study does not.
     """
-    shared: dict[str, Any] = {"preset": "full", "stage": "search", "split": "validation"} | settings
-    return expand(SweepConfig(method=TRAINED, task=tuple(tasks), learning_rate=LEARNING_RATES, seed=(SEARCH_SEED,), **shared))
+    shared: dict[str, Any] = {"preset": "full", "stage": "search", "split": "validation", "method": TRAINED,
+                              "learning_rate": LEARNING_RATES, "seed": (SEARCH_SEED,)}  # fmt: skip
+    return _together([SweepConfig(task=(task,), **(shared | LENGTHS[task] | settings)) for task in tasks])
 
 
 def choose_learning_rates(rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
@@ -105,9 +112,10 @@ def study_runs(choices: Iterable[Choice], **settings: Any) -> list[RunConfig]:
 
     Test split, three seeds, at the learning rates of stage 1.
     """
-    shared: dict[str, Any] = {"preset": "full", "stage": "study", "split": "test", "seed": STUDY_SEEDS} | settings
-    parts, tasks = [], []
+    parts, tasks = [], {}
     for choice in choices:
+        shared: dict[str, Any] = {"preset": "full", "stage": "study", "split": "test", "seed": STUDY_SEEDS}
+        shared |= LENGTHS[choice.task] | settings
         one = SweepConfig(method=(choice.method,), task=(choice.task,), learning_rate=(choice.learning_rate,), **shared)
         if choice.method in ADAPTERS:
             parts.append(replace(one, r=RANKS))
@@ -115,10 +123,16 @@ def study_runs(choices: Iterable[Choice], **settings: Any) -> list[RunConfig]:
             parts.append(replace(one, bits=(2, 3, 4, 8)))
         if choice.method not in ADAPTERS:
             parts.append(one)
-        tasks.append(choice.task)
-    for task in dict.fromkeys(tasks):
+        tasks[choice.task] = shared
+    for task, shared in tasks.items():
         parts.append(SweepConfig(method=CONTROLS, task=(task,), bits=(2, 3, 4, 8), **shared))
     return _together(parts)
+
+
+def planned_runs(tasks: Sequence[str] = ("products", "python"), **settings: Any) -> list[RunConfig]:
+    """Return the runs of both stages of the study before the search has chosen, for counting, timing and checking them."""
+    choices = [Choice(task, method, LEARNING_RATES[1], math.nan, False, ()) for task in tasks for method in TRAINED]
+    return search_runs(tasks, **settings) + study_runs(choices, **settings)
 
 
 def run_preset(

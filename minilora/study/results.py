@@ -28,7 +28,7 @@ CONFIG_KEYS = (
 )  # fmt: skip
 METRIC_KEYS = (
     "loss", "bpb", "recall", "exact", "recall_values", "exact_values", "train_loss", "deployed_loss", "deployed_bpb",
-    "deployed_recall", "deployed_recall_values", "deployed_exact",
+    "deployed_recall", "deployed_exact",
 )  # fmt: skip
 MEMORY_CLASSES = {  # column: label, in the order in which they are stacked and listed
     "bytes_weights": "weights",

@@ -49,7 +49,8 @@ class RunConfig:
     """Everything that decides a run's result. ``key()`` is its fingerprint.
 
     ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
-    ``method="subset"`` trains.
+    ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
+    those of the deployed weights, whose loss is still measured.
 
     >>> RunConfig(method="lora", bits=4)
     Traceback (most recent call last):
@@ -78,6 +79,7 @@ class RunConfig:
     n_train: int = 4000
     n_eval: int = 256
     split: str = "test"
+    write_all: bool = True
     text_path: str | None = None
     preset: str = "custom"
     stage: str = "study"
@@ -186,22 +188,21 @@ def deploy(config: RunConfig, model: Transformer) -> Transformer:
     return merge(model, how, config.quant())[0]
 
 
-def measure(model: Transformer, task: Task, split: str, workers: Workers | None = None, prefix: str = "") -> dict[str, float]:
-    """Loss and, for tasks that are judged by what the model writes, recall on a split; on the test split also unseen values."""
-    found = {prefix + k: v for k, v in evaluate(model, task.eval_batches(split), workers).items()}
-    for name, ending in ((split, ""), ("test_values", "_values")):
-        if ending and (split != "test" or name not in task.splits):
-            continue
-        prompts = task.prompts(name)
-        if prompts:
+def measure(
+    model: Transformer, task: Task, split: str, workers: Workers | None = None, write_all: bool = True
+) -> dict[str, float]:
+    """Loss on a split; on the test split also what the model writes, for tasks that are judged by it."""
+    found = dict(evaluate(model, task.eval_batches(split), workers))
+    for name, ending in (("test", ""), ("test_values", "_values"))[: 1 + write_all]:
+        if split == "test" and name in task.splits and (prompts := task.prompts(name)):
             scores = task.score(name, write(model, prompts, task.max_new_tokens, workers))
-            found |= {f"{prefix}{k}{ending}": v for k, v in scores.items()}
+            found |= {k + ending: v for k, v in scores.items()}
     return found
 
 
 def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, workers: Workers | None = None) -> list[str]:
-    """Greedy continuations as text, in pieces of 64 prompts, which bounds the memory of the key/value cache."""
-    pieces = [prompts[i : i + 64] for i in range(0, len(prompts), 64)]
+    """Greedy continuations as text, in pieces of 100 prompts, which bounds the memory of the key/value cache."""
+    pieces = [prompts[i : i + 100] for i in range(0, len(prompts), 100)]
 
     def one(piece: list[list[int]]) -> list[list[int]]:
         return generate(model, piece, max_new_tokens, eos=EOS)
@@ -258,10 +259,14 @@ def run(
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
             timed = [s["seconds"] for s in history.steps if "seconds" in s]  # steps from a checkpoint carry no time
             row["step_seconds"] = float(np.median(timed)) if timed else None
-        row |= measure(model, task, config.split, workers)
+        row |= measure(model, task, config.split, workers, config.write_all)
         if config.method in ADAPTERS:
             deployed = deploy(config, model)
-            row |= measure(deployed, task, config.split, workers, "deployed_")
+            if config.write_all:
+                found = measure(deployed, task, config.split, workers, write_all=False)
+            else:
+                found = evaluate(deployed, task.eval_batches(config.split), workers)
+            row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     if folder is not None:
         write_file(Path(folder) / "run.json", json.dumps(asdict(config), indent=2) + "\n")
@@ -286,19 +291,20 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
     total = 0.0
     for name in {c.task for c in configs}:
         mine = [c for c in configs if c.task == name]
-        task, first = make_run_task(mine[0]), mine[0]
-        model = inject_lora(base, LoraConfig(), np.random.default_rng(0))
-        batch = task.batch(batch_indices(task.n_train, first.batch_size, 0, 0))
-        prompts = task.prompts(first.split)
+        task, model = make_run_task(mine[0]), inject_lora(base, LoraConfig(), np.random.default_rng(0))
+        batch = task.batch(batch_indices(task.n_train, mine[0].batch_size, 0, 0))
+        batches, prompts = task.eval_batches("test"), task.prompts("test")
         with single_blas(), Workers(1) as one:
             step = _seconds(lambda: loss_and_grads(model, batch, one))  # noqa: B023 (called at once)
-            batches = task.eval_batches(first.split)
-            look = _seconds(lambda: evaluate(model, batches[:1])) * len(batches)  # noqa: B023
+            loss = _seconds(lambda: evaluate(model, batches[:1])) * len(batches)  # noqa: B023
+            text = 0.0
             if prompts:
-                look += _seconds(lambda: write(model, prompts[:32], task.max_new_tokens)) * len(prompts) / 32  # noqa: B023
+                text = _seconds(lambda: write(model, prompts[:32], task.max_new_tokens)) * len(prompts) / 32  # noqa: B023
         for c in mine:
-            splits = 2 if c.split == "test" and prompts else 1
-            total += look * splits * (2 if c.method in ADAPTERS else 1) + (step * c.steps if c.method in DEFAULT_RATES else 0)
+            adapter = c.method in ADAPTERS  # also measured as deployed
+            texts = (c.split == "test") * (2 + adapter if c.write_all else 1)
+            looks = loss * (1 + adapter) + text * texts
+            total += looks + step * c.steps * (c.method in DEFAULT_RATES)
     return total / len(configs)
 
 

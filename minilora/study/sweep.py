@@ -73,6 +73,7 @@ class SweepConfig:
     n_train: int | None = None
     n_eval: int | None = None
     split: str = "test"
+    write_all: bool = True
     text_path: str | None = None
     preset: str = "custom"
     stage: str = "study"
@@ -152,7 +153,7 @@ def _weights(config: SweepConfig, method: str) -> list[dict[str, Any]]:
 def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
     from minilora.study.run import RunConfig
 
-    shared = ["steps", "batch_size", "n_train", "n_eval", "split", "preset", "stage"]
+    shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
     shared += ["text_path"] * (settings["task"] == "text") + ["subset_modules"] * (settings["method"] == "subset")
     given = {name: getattr(config, name) for name in shared if getattr(config, name) is not None}
     return RunConfig(**given, **settings)

@@ -32,7 +32,7 @@ class PretrainConfig:
 
     out: str = "runs/base"
     text: str | None = None  # any UTF-8 text file instead of the built-in corpus
-    steps: int = 6000
+    steps: int = 5000
     batch_size: int = 16
     tokens: int = 208  # length of a training sequence
     learning_rate: float = 3e-3
