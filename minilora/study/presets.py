@@ -25,8 +25,8 @@ RANKS = (1, 2, 8, 64)
 SEARCH_SEED = 100
 STUDY_SEEDS = (0, 1, 2)
 LENGTHS = {
-    "products": {"steps": 300, "batch_size": 8, "n_eval": 200},
-    "python": {"steps": 150, "batch_size": 16, "n_eval": 256},
+    "products": {"steps": 250, "batch_size": 8, "n_eval": 200},
+    "python": {"steps": 200, "batch_size": 8, "n_eval": 256},
 }
 """How long the study trains: as long as 90 minutes for all its runs allow on 2 cores."""
 
