@@ -6,7 +6,7 @@ import pytest
 from study_rows import RANKS, one_row, search_rows, study_rows
 
 from minilora.study.drawing import limits, new_figure, spread
-from minilora.study.labels import METHOD_COLOURS, METRICS, main_metrics, setting_name, task_of, variant_columns
+from minilora.study.labels import METHOD_COLOURS, METRICS, deployed_metric, main_metrics, setting_name, task_of, variant_columns
 from minilora.study.plots import (
     plot_accuracy_against_memory,
     plot_against_rank,
@@ -135,6 +135,12 @@ def test_what_is_reported_follows_the_task(rows):
     assert [metric.column for metric in main_metrics(rows, "products")] == ["loss", "recall"]
     assert [metric.column for metric in main_metrics(rows, "python")] == ["bpb"]
     assert [metric.column for metric in main_metrics([{"task": "text", "loss": 1.0}], "text")] == ["loss"]
+
+
+def test_the_deployed_metric_is_the_last_that_was_measured():
+    row = {"task": "products", "loss": 1.0, "recall": 0.5, "deployed_loss": 1.1}
+    assert deployed_metric([row], "products").column == "loss"
+    assert deployed_metric([row | {"deployed_recall": 0.4}], "products").column == "recall"
 
 
 def test_numbers_are_written_with_their_unit():

@@ -109,6 +109,14 @@ def main_metrics(rows: Iterable[Mapping[str, Any]], task: str) -> list[Metric]:
     return [METRICS[name] for name in wanted]
 
 
+def deployed_metric(rows: Iterable[Mapping[str, Any]], task: str) -> Metric:
+    """Return the last of the main metrics that was measured of the deployed weights too; short runs have their loss only."""
+    rows = list(rows)
+    metrics = main_metrics(rows, task)
+    have = {m for m in metrics if any(row.get(f"deployed_{m.column}") is not None for row in rows if row.get("task") == task)}
+    return next((metric for metric in reversed(metrics) if metric in have), metrics[-1])
+
+
 def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """Return the columns, beyond method, weights, r and seed, in which rows differ that are otherwise one setting.
 

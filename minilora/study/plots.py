@@ -16,7 +16,16 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from minilora.formats.files import write_file
 from minilora.study.drawing import Label, draw_runs, extent, finish, legend_of_bits, limits, method_line, new_figure
-from minilora.study.labels import BIT_MARKERS, GREY, METHOD_COLOURS, METHOD_NAMES, main_metrics, metric_of, task_of
+from minilora.study.labels import (
+    BIT_MARKERS,
+    GREY,
+    METHOD_COLOURS,
+    METHOD_NAMES,
+    deployed_metric,
+    main_metrics,
+    metric_of,
+    task_of,
+)
 from minilora.study.results import ADAPTERS, CONTROLS, MEMORY_CLASSES, ResultsError, successful
 from minilora.study.series import COSTS, accuracy_points, deployed_pairs, memory_bars, rank_curves, references
 from minilora.study.statistics import summarize
@@ -324,8 +333,9 @@ def _panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, Callable[[Axes], 
                 plot_accuracy_against_memory, rows, metric=metric.column, task=task, cost=cost
             )
             for task in tasks
-            for metric in main_metrics(good, task)[-1:]
-            for cost in ("deployed_effective_bits", "training_mib")
+            for metric, cost in (
+                (deployed_metric(good, task), "deployed_effective_bits"), (main_metrics(good, task)[-1], "training_mib"),
+            )
         },
         "deployed": {
             f"{task}: {metric.name}, adapter and deployed": partial(plot_deployed, rows, metric=metric.column, task=task)

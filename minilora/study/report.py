@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 from minilora.formats.files import write_file
 from minilora.study.analysis import plot_rank_of_runs
 from minilora.study.findings import findings
-from minilora.study.labels import METHOD_NAMES, METRICS, Metric, main_metrics, setting_name, variant_columns, weights_name
+from minilora.study.labels import (
+    METHOD_NAMES,
+    METRICS,
+    Metric,
+    deployed_metric,
+    main_metrics,
+    setting_name,
+    variant_columns,
+    weights_name,
+)
 from minilora.study.plots import save_figure, save_figures
 from minilora.study.presets import LEARNING_RATES, choose_learning_rates
 from minilora.study.results import ADAPTERS, MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
@@ -99,9 +108,9 @@ def result_columns(rows: Iterable[Mapping[str, Any]], task: str) -> list[Column]
         columns.append(Column(metric.column, cells(metric.column, metric)))
     if any(row.get("recall_values") is not None for row in rows):
         columns.append(Column("unseen", cells("recall_values", METRICS["recall_values"])))
-    metric = main_metrics(rows, task)[-1]
+    metric = deployed_metric(rows, task)
     columns += [
-        Column("deployed", cells(f"deployed_{metric.column}", metric)),
+        Column(f"deployed {metric.column}", cells(f"deployed_{metric.column}", metric)),
         Column("bits/w", cells("effective_bits", form=".2f")),
         Column("trainable", [f"{row['trainable_params']:,}" if row.get("trainable_params") else "0" for row in lines]),
         Column("MiB", cells("mib")),
@@ -271,7 +280,7 @@ def _how_to_read(rows: Sequence[Mapping[str, Any]]) -> str:
         "bpb": "**bpb**: bits per byte of held-out text",
         "recall": "**recall**: share of the attributes that the generated description states rightly, on unseen combinations",
         "recall_values": "**unseen**: the same for attribute values that never occur in training",
-        "deployed_loss": "**deployed**: recall, or else bits per byte or loss, after merging (see below)",
+        "deployed_loss": "**deployed …**: the same measure after merging into one set of weights (see below)",
         "effective_bits": "**bits/w**: bits a weight of the frozen base takes, scales and offsets included",
         "trainable_params": "**trainable**: parameters that training changes",
         "bytes_weights": "**MiB**: weights, adapters, gradients, optimizer state and saved activations of one training step",
