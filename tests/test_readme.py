@@ -25,6 +25,9 @@ def test_every_file_that_it_links_or_lists_exists():
     tree = re.search(r"    minilora/\n(.*?)\n\n", README, re.S).group(1)
     for name in re.findall(r"^      (\S+)", tree, re.M):
         assert (ROOT / "minilora" / name).exists(), name
+    captioned = set(re.findall(r"^      (\S+)  ", tree, re.M))
+    ours = {str(path.relative_to(ROOT / "minilora")) for path in (ROOT / "minilora").rglob("*.py")}
+    assert {name for name in ours if not name.endswith("__init__.py")} <= captioned
     for name in re.findall(r"^    (\S+)/", tree, re.M):
         assert (ROOT / name).is_dir(), name
 
