@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 TRAINED = ("full", "subset", *ADAPTERS)
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The one grid on which the study chooses: about half a decade a step, wide enough for full fine-tuning and for adapters."""
 
 RANKS = (1, 2, 8, 64)
