@@ -6,16 +6,16 @@ import contextlib
 import io
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from minilora.config import ConfigError
-from minilora.formats.files import writable_folder
+from minilora.config import ConfigError, require_in
+from minilora.formats.files import read_json, writable_folder, write_file
 from minilora.study.run import RunConfig
 from minilora.study.sweep import SweepConfig
 from minilora.training.pretrain import PretrainConfig
@@ -23,9 +23,9 @@ from minilora.training.pretrain import PretrainConfig
 EXAMPLES = {
     "train": "minilora train --method qlora --bits 4 --r 8 --steps 100 --out runs/first",
     "sweep": "minilora sweep --method lora qlora --r 1 8 --bits 4 2 --seed 0 --steps 50 --name small",
-    "plot": "minilora plot runs/small",
-    "generate": "minilora generate --run runs/first --task-prompts 3",
-    "merge": "minilora merge --run runs/first --how requantize",
+    "plot": "minilora sweep --method lora base --r 2 --seed 0 --steps 5 --n-eval 20 --name mine && minilora plot runs/mine",
+    "generate": "minilora generate --prompt 'lamp card. style is modern. trim is teal.' --max-new-tokens 60",
+    "merge": "minilora train --method qalora --steps 20 --n-eval 20 --out runs/qa && minilora merge --run runs/qa",
     "pretrain": "minilora pretrain --steps 20 --out runs/base",
     "info": "minilora info",
 }
@@ -46,7 +46,7 @@ class Sweep:
     """Run a grid of methods, ranks, bit-widths and seeds; rerunning continues where it stopped.
 
     Without axes it is a demonstration of a few minutes. ``--preset full`` is the study. Naming any axis (--method, --r, --bits,
-    --group-size, --target-modules, --learning-rate, --task, --seed) makes a grid of your own.
+    --group-size, --target-modules, --learning-rate, --task, --seed, --split) makes a grid of your own.
     """
 
     config: tyro.conf.OmitArgPrefixes[SweepConfig] = field(default_factory=SweepConfig)
@@ -118,8 +118,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except ValueError as error:
         return _fail(error)
+    named = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
     handlers: dict[type, Callable[[Any], int]] = {
-        Train: _train, Sweep: _sweep, Plot: _plot, Generate: _generate, Merge: _merge, PretrainConfig: _pretrain, Info: _info}
+        Train: _train, Sweep: partial(_sweep, named=named), Plot: _plot, Generate: _generate, Merge: _merge,
+        PretrainConfig: _pretrain, Info: _info}
     try:
         return handlers[type(command)](command)
     except KeyboardInterrupt:
@@ -169,12 +171,12 @@ WHAT = {
     "full": "The study: learning rates are searched on the validation split first, then three seeds on the test split.",
     "custom": "Your own grid.",
 }
-AXES = ("method", "r", "bits", "group_size", "target_modules", "learning_rate", "task", "seed")
+AXES = ("method", "r", "bits", "group_size", "target_modules", "learning_rate", "task", "seed", "split", "text_path")
 SCALARS = ("steps", "batch_size", "n_train", "n_eval", "lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio",
-           "subset_modules", "block_size", "double_quant")
+           "subset_modules", "block_size", "double_quant", "write_all")
 
 
-def _sweep(command: Sweep) -> int:
+def _sweep(command: Sweep, named: Collection[str]) -> int:
     from minilora.study import presets, report
     from minilora.study.results import write_csv
     from minilora.study.run import check_buildable
@@ -183,10 +185,13 @@ def _sweep(command: Sweep) -> int:
 
     config, plain = command.config, SweepConfig()
     preset = config.preset
-    if any(getattr(config, axis) != getattr(plain, axis) for axis in AXES):
-        preset = "custom"
-    elif preset == "custom":
-        preset = "demo"
+    axes = [axis for axis in AXES if axis in named]
+    if "preset" not in named:
+        preset = "custom" if axes else "demo"
+    require_in(preset, tuple(WHAT), "preset")
+    if preset != "custom" and axes:
+        flags = ", ".join("--" + axis.replace("_", "-") for axis in axes)
+        raise ConfigError(f"preset={preset!r}: has a grid of its own; leave out {flags}, or --preset for a grid of yours")
     settings = {name: getattr(config, name) for name in SCALARS if getattr(config, name) != getattr(plain, name)}
     name = config.name if config.name != plain.name else preset
     out = Path(config.out) / name
@@ -197,14 +202,15 @@ def _sweep(command: Sweep) -> int:
     check_buildable(runs)
     print(WHAT[preset])
     print(outline(runs, n_jobs, _seconds_per_run(runs)))
-    started = time.perf_counter()
     how: dict[str, Any] = {"n_jobs": n_jobs, "progress": not command.quiet, "retry_failed": command.retry_failed}
     rows = run_sweep(runs, out, **how) if preset == "custom" else presets.run_preset(preset, out, **how, **settings)
     write_csv(rows, out / "results.csv")
     print(report.format_table(rows))
-    minutes = (time.perf_counter() - started) / 60
-    intro = f"{WHAT[preset]} It took {minutes:.1f} minutes in {n_jobs} processes."
-    page = report.write_report(rows, out, f"Sweep {name}", intro, command=_command_line())
+    minutes = sum(row.get("seconds") or 0 for row in rows) / 60  # also of what an earlier session did
+    intro = f"{WHAT[preset]} Its runs took {minutes / n_jobs:.1f} minutes in {n_jobs} processes."
+    about = {"title": f"Sweep {name}", "intro": intro, "command": _command_line()}
+    write_file(out / "sweep.json", json.dumps(about, indent=2) + "\n")  # for `minilora plot`
+    page = report.write_report(rows, out, **about)
     failed = sum(row["status"] == "failed" for row in rows)
     note = f"; {failed} failed, see their errors there" if failed else ""
     print(f"{len(rows)} rows in {out / 'results.jsonl'}, report in {page}{note}")
@@ -231,7 +237,9 @@ def _plot(command: Plot) -> int:
     rows = load_results(folder)
     write_csv(rows, folder / "results.csv")
     print(report.format_table(rows))
-    print(f"report in {report.write_report(rows, folder, f'Sweep `{folder.name}`', '')}")
+    about = read_json(folder / "sweep.json") if (folder / "sweep.json").is_file() else {"title": f"Sweep {folder.name}"}
+    known = {name: str(about[name]) for name in ("title", "intro", "command") if about.get(name)}
+    print(f"report in {report.write_report(rows, folder, **known)}")
     return 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import DenseWeight
+from minilora.layers import DenseWeight, Key
 from minilora.lora import LoraLinear
 from minilora.transformer import Transformer
 
@@ -89,9 +89,12 @@ def trainable_line(model: Transformer) -> str:
     return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
 
 
-def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False) -> int:
-    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters themselves."""
-    _, cache = model.forward(ids, None, checkpoint)
+def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, key: Key = None) -> int:
+    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters themselves.
+
+    With a ``key``, as in training, dropout is on and keeps its masks and masked inputs.
+    """
+    _, cache = model.forward(ids, key, checkpoint)
     weights = {id(_buffer(p.data)) for p in model.parameters()}
     return unique_bytes(a for a in arrays_in(cache) if id(_buffer(a)) not in weights)
 

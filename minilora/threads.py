@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -26,11 +27,22 @@ def _controller() -> ThreadpoolController:
     return ThreadpoolController()  # looking for the loaded BLAS libraries takes milliseconds: once is enough
 
 
+_blas_lock = threading.Lock()
+_blas_users: list[Any] = []  # the number of BLAS threads belongs to the process: the first sets it, the last gives it back
+
+
 @contextmanager
 def single_blas() -> Iterator[None]:
-    """Run a block (or, as a decorator, a function) with one BLAS thread."""
-    with _controller().limit(limits=1, user_api="blas"):
+    """Run a block (or, as a decorator, a function) with one BLAS thread; blocks may nest and overlap in several threads."""
+    with _blas_lock:
+        _blas_users.append(_controller().limit(limits=1, user_api="blas") if not _blas_users else None)
+    try:
         yield
+    finally:
+        with _blas_lock:
+            if len(_blas_users) == 1:
+                _blas_users[0].restore_original_limits()
+            _blas_users.pop()
 
 
 def available_threads() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,15 +26,16 @@ def test_help_ends_in_an_example_that_parses(command, capsys):
     assert stop.value.code == 0
     last = capsys.readouterr().out.strip().splitlines()[-1]
     assert last == "example: " + cli.EXAMPLES[command]
-    assert last.startswith(f"example: minilora {command}")
+    assert last.split(" && ")[-1].removeprefix("example: ").startswith(f"minilora {command}")
 
 
 @pytest.mark.parametrize("command", sorted(cli.EXAMPLES))
 def test_each_example_is_accepted_by_the_parser(command):
     import tyro
 
-    parsed = tyro.cli(cli.Command, args=cli.EXAMPLES[command].split()[1:])
-    assert type(parsed).__name__ in {"Train", "Sweep", "Plot", "Generate", "Merge", "PretrainConfig", "Info"}
+    for line in cli.EXAMPLES[command].split(" && "):
+        parsed = tyro.cli(cli.Command, args=shlex.split(line)[1:])
+    assert type(parsed).__name__.removesuffix("Config").lower() == command
 
 
 def test_train_generate_merge_in_a_row(tmp_path, capsys):
@@ -83,6 +85,9 @@ def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys
     (["plot", "no/such/folder"], ["no/such/folder"]),
     (["pretrain", "--text", "no/such/file.txt", "--out", "{tmp}"], ["no/such/file.txt"]),
     (["sweep", "--method", "lora", "--r", 500, "--out", "{tmp}"], ["r=500", "at most"]),
+    (["sweep", "--preset", "fulll"], ["fulll", "demo, full"]),
+    (["sweep", "--preset", "full", "--task", "python"], ["full", "leave out --task"]),
+    (["sweep", "--preset", "demo", "--split", "validation"], ["demo", "--split"]),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -91,6 +96,27 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsy
     assert error.startswith("minilora: error: ") and "\n" not in error
     for part in parts:
         assert part in error
+
+
+def test_naming_an_axis_with_its_default_is_a_grid_of_ones_own(tmp_path, capsys):
+    assert call("sweep", "--method", "base", "--r", 8, "--steps", 1, "--n-eval", 2, "--n-jobs", 1, "--out", tmp_path) == 0
+    assert "Your own grid." in capsys.readouterr().out and (tmp_path / "custom" / "results.jsonl").is_file()
+
+
+def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
+    settings = ["--steps", 1, "--batch-size", 2, "--n-eval", 2, "--out", tmp_path]
+    assert call("train", "--method", "lora", *settings) == 0
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    assert call("train", "--method", "qlora", *settings) == 2
+    error = capsys.readouterr().err
+    assert "holds another run" in error and "method: 'lora' there, 'qlora' here" in error
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):
+    assert call("train", "--learning-rate", 1e30, "--steps", 3, "--batch-size", 2, "--n-eval", 2, "--out", tmp_path) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" in line and "error" in line]
+    assert len(lines) == 1 and "not finite" in lines[0]
 
 
 def test_text_files_that_cannot_be_used(tmp_path, capsys, monkeypatch):

@@ -173,6 +173,13 @@ def test_adapting_q_k_and_v_keeps_one_input():
     assert extra("q_proj", "k_proj", "v_proj") - extra("q_proj") == 2 * h
 
 
+def test_dropout_keeps_a_masked_input_and_a_bit_an_element_for_each_adapter():
+    model = lora(base(), target_modules=("q_proj", "k_proj", "v_proj"), lora_dropout=0.1)
+    elements = 2 * 6 * 16  # B · T · C
+    masks, copies = 3 * elements // 8, 2 * 4 * elements  # without dropout the three keep one input together
+    assert activation_bytes(model, IDS, key=(0, 0, 0)) - activation_bytes(model, IDS) == 2 * (masks + copies)
+
+
 def test_pooling_keeps_one_number_a_group():
     quant = QuantConfig("int4", group_size=4)
     plain, pooled = (

@@ -12,7 +12,7 @@ from minilora.config import ConfigError
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
 from minilora.study.results import clean_row
-from minilora.study.run import RunConfig, build, deploy, load_run, run, untrained, warm_kernels, write
+from minilora.study.run import RunConfig, build, check_kept, deploy, load_run, run, untrained, warm_kernels, write
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
 METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
@@ -77,9 +77,21 @@ def test_a_saved_run_loads_again(tmp_path):
 
     assert evaluate(model, make_run_task(config).eval_batches("test"))["loss"] == again["loss"]
     settings = json.loads((tmp_path / "run.json").read_text())
-    (tmp_path / "run.json").write_text(json.dumps(settings | {"colour": 1}))
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"config": {"colour": 1}}))
     with pytest.raises(FileError, match="not the configuration"):
         load_run(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(settings | {"base_sha256": "0" * 64}))
+    with pytest.raises(FileError, match="another base"):
+        load_run(tmp_path)
+
+
+def test_rows_of_another_base_or_other_data_are_not_added_to():
+    config = RunConfig(method="base", **TINY)
+    row = {"key": config.key(), **run(config)}
+    check_kept([row])
+    for column, words in (("base_sha256", "another base"), ("corpus_sha256", "other data")):
+        with pytest.raises(FileError, match=words):
+            check_kept([row | {column: "0" * 64}])
 
 
 def test_interrupted_run_continues(tmp_path):

@@ -714,6 +714,21 @@ def test_single_blas_limits_and_restores(all_blas):
     assert blas() == before and before
 
 
+def test_single_blas_of_two_threads_may_overlap(all_blas):
+    from threadpoolctl import threadpool_info
+
+    def blas():
+        return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+    before, first, second = blas(), single_blas(), single_blas()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert set(blas()) == {1}
+    second.__exit__(None, None, None)
+    assert blas() == before
+
+
 def test_whole_training_runs_with_one_blas_thread(all_blas):
     from threadpoolctl import threadpool_info
 

@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from minilora.study.drawing import new_figure
 from minilora.study.labels import GREY, PALETTE, task_of
 from minilora.study.results import ResultsError, successful
+from minilora.threads import single_blas
 
 Matrix = NDArray[np.floating[Any]]
 
@@ -46,6 +47,7 @@ def effective_rank(singular_values: ArrayLike) -> float:
     return float(np.exp(-(share * np.log(share)).sum()))
 
 
+@single_blas()
 def spectrum(delta_w: ArrayLike) -> tuple[Matrix, float]:
     """Return the singular values of ΔW, greatest first, and their `effective_rank`.
 
@@ -62,6 +64,7 @@ def spectrum(delta_w: ArrayLike) -> tuple[Matrix, float]:
     return values, effective_rank(values)
 
 
+@single_blas()
 def subspace_similarity(a1: ArrayLike, a2: ArrayLike) -> Matrix:
     """Return φ, (r1, r2): how much of the smaller subspace lies in the other, 0 (orthogonal) to 1 (contained).
 

@@ -41,6 +41,7 @@ from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
 from minilora.transformer import Transformer
 
+NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 
 
@@ -145,7 +146,7 @@ class RunConfig:
 
     def key(self) -> str:
         """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
-        text = {k: v for k, v in asdict(self).items() if k not in ("preset", "stage")}
+        text = {k: v for k, v in asdict(self).items() if k not in NAMES}
         if self.text_path is not None:
             text["text_path"] = str(Path(self.text_path).resolve())
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
@@ -182,6 +183,20 @@ def check_buildable(configs: Sequence[RunConfig]) -> None:
         build(config, base)
 
 
+def check_kept(rows: Sequence[dict[str, Any]]) -> None:
+    """Refuse to add to rows of another base or of other data (another Python): they could not be compared."""
+    base_hash = _base()[1]
+    for row in rows:
+        if row.get("base_sha256") not in (None, base_hash):
+            raise FileError(f"results: row {row['key']} was made on another base (SHA-256 {row['base_sha256'][:12]}, here "
+                            f"{base_hash[:12]}); choose another name or delete the old folder")
+    for row in {(row["task"], row.get("text_path")): row for row in rows if row.get("corpus_sha256")}.values():
+        task = make_task(row["task"], text_path=row.get("text_path"), n_train=1, n_eval=1)
+        if row["corpus_sha256"] != task.sha256:
+            raise FileError(f"results: row {row['key']} was made from other data (SHA-256 {row['corpus_sha256'][:12]}, here "
+                            f"{task.sha256[:12]}; Python {row.get('python_version')}); choose another name or delete them")
+
+
 def deploy(config: RunConfig, model: Transformer) -> Transformer:
     """The model as one would ship it: LoRA merged, QLoRA merged and rounded to the same bits again, QA-LoRA merged exactly."""
     how = {"lora": "dense", "qlora": "requantize", "qalora": "offsets"}[config.method]
@@ -213,7 +228,10 @@ def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, wor
 
 
 def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer | None) -> dict[str, Any]:
-    """Bytes by class, parameter counts and effective bits; the peak is measured on one more forward and backward pass."""
+    """Bytes by class, parameter counts and effective bits; the peak is measured on one more forward and backward pass.
+
+    Activations and peak are those of the whole batch at once, as when every shard has a thread.
+    """
     trainable, total = memory.count_parameters(model)
     row: dict[str, Any] = {"trainable_params": trainable, "all_params": total, "effective_bits": memory.effective_bits(model)}
     row |= {f"bytes_{kind}": n for kind, n in memory.model_bytes(model).items()}
@@ -222,7 +240,7 @@ def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer |
         batch = task.batch(batch_indices(task.n_train, config.batch_size, 0, config.seed))
         row["bytes_gradients"] = sum(p.data.nbytes for p in model.trainable())
         row["bytes_optimizer"] = memory.unique_bytes(trainer.optimizer.state().values())
-        row["bytes_activations"] = memory.activation_bytes(model, batch.ids)
+        row["bytes_activations"] = memory.activation_bytes(model, batch.ids, key=(config.seed, 0, 0))
         with single_blas(), Workers(1) as one:
             step = memory.peak_bytes(lambda: loss_and_grads(model, batch, one, shards=1, stream=(config.seed, 0)))
         held = sum(row[f"bytes_{kind}"] for kind in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
@@ -239,13 +257,15 @@ def run(
 ) -> dict[str, Any]:
     """Train and measure one configuration; returns its row. With ``folder`` what was learnt is saved there.
 
-    With ``checkpoint_every`` too, training continues from the folder's checkpoint if there is one.
-    Raises ValueError (or a subclass) for bad input and NonFiniteError if training meets NaN or infinity.
+    With ``checkpoint_every`` too, training continues from the folder's checkpoint if there is one. A folder that holds another
+    run is refused. Raises ValueError (or a subclass) for bad input and NonFiniteError if training meets NaN or infinity.
     """
     start = time.perf_counter()
     base, base_hash = _base()
     task = make_run_task(config)
     model = build(config, base)
+    if folder is not None:
+        _claim(Path(folder), config, base_hash)
     row: dict[str, Any] = {**asdict(config), "key": config.key(), "status": "success", "error": None}
     trainer, peft_bytes = None, None
     with Workers(threads) as workers:
@@ -269,7 +289,6 @@ def run(
             row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     if folder is not None:
-        write_file(Path(folder) / "run.json", json.dumps(asdict(config), indent=2) + "\n")
         if config.method in ADAPTERS:
             peft_bytes = save_adapter(model, config.lora(), folder)
         elif trainer is not None:
@@ -277,6 +296,27 @@ def run(
     row |= ledger(config, model, task, trainer)
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     return row | environment() | {"seconds": time.perf_counter() - start}
+
+
+def _claim(folder: Path, config: RunConfig, base_hash: str) -> None:
+    """Write what the folder is for, before any work; refuse one in which another run has begun."""
+    path = folder / "run.json"
+    if path.is_file():
+        found, found_base = _read_run(path)
+        mine, theirs = asdict(config), asdict(found)
+        different = [f"{k}: {theirs[k]!r} there, {mine[k]!r} here" for k in mine if k not in NAMES and theirs[k] != mine[k]]
+        different += ["the base model"] * (found_base != base_hash)
+        if different:
+            raise FileError(f"{folder}: holds another run ({'; '.join(different)}); choose another folder or delete this one")
+    write_file(path, json.dumps({"config": asdict(config), "base_sha256": base_hash}, indent=2) + "\n")
+
+
+def _read_run(path: Path) -> tuple[RunConfig, str]:
+    try:
+        saved = read_json(path)
+        return RunConfig(**saved["config"]), str(saved["base_sha256"])
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path}: not the configuration of a run ({error})") from None
 
 
 def make_run_task(config: RunConfig) -> Task:
@@ -330,12 +370,10 @@ def _seconds(work: Callable[[], Any]) -> float:
 def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
     """The configuration and the trained model of a folder that :func:`run` has written; raises FileError if it is none."""
     folder = Path(folder)
-    settings = read_json(folder / "run.json")
-    try:
-        config = RunConfig(**settings)
-    except TypeError as error:
-        raise FileError(f"{folder / 'run.json'}: not the configuration of a run ({error})") from None
-    base = _base()[0]
+    config, made_on = _read_run(folder / "run.json")
+    base, base_hash = _base()
+    if made_on != base_hash:
+        raise FileError(f"{folder}: was trained on another base (SHA-256 {made_on[:12]}, here {base_hash[:12]}); train again")
     if config.method in ADAPTERS:
         return config, load_adapter(quantize_model(base, config.quant()) if config.quantized else base, folder)[0]
     return config, load_model(folder / "model.safetensors") if config.method in DEFAULT_RATES else build(config, base)

@@ -226,6 +226,7 @@ def run_sweep(
     ValueError
         The folder cannot be written, or its results file is foreign; before any work.
     """
+    checked = run is None
     run = run or _default_run()
     require(n_jobs >= 1, "n_jobs", n_jobs, "must be at least 1")
     out = Path(out)
@@ -234,6 +235,10 @@ def run_sweep(
     done = {row["key"]: row for row in repair_results(path)}
     if retry_failed:
         done = {key: row for key, row in done.items() if row["status"] == "success"}
+    if checked and done:
+        from minilora.study.run import check_kept
+
+        check_kept(list(done.values()))
     wanted = {config.key(): config for config in configs}
     todo = [config for key, config in wanted.items() if key not in done]
     with _Progress(total=len(todo), kept=len(wanted) - len(todo), show=progress) as report:

@@ -16,6 +16,7 @@ import numpy as np
 
 from minilora.config import require
 from minilora.layers import Array
+from minilora.threads import single_blas
 from minilora.transformer import Transformer
 
 
@@ -25,6 +26,7 @@ def orthonormal(rng: np.random.Generator, rows: int, columns: int, avoid: Array)
     return np.linalg.qr(z - avoid @ (avoid.T @ z))[0]
 
 
+@single_blas()
 def start_with_induction(model: Transformer, rng: np.random.Generator, std: float = 0.02) -> None:
     """Write the circuit into a trainable model's embedding and the attention of its first two blocks, in place.
 

@@ -57,7 +57,8 @@ def loss_and_grads(model: Transformer, batch: Batch, workers: Workers, *, shards
         index, piece = job
         grads = Gradients(parameters)
         key = None if stream is None else (*stream, index)
-        return shard_loss(model, piece, count, grads, key, checkpoint), grads
+        with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the trainer looks at the result
+            return shard_loss(model, piece, count, grads, key, checkpoint), grads
 
     results = workers.map(one, list(enumerate(split(batch, shards))))
     loss, total = results[0]

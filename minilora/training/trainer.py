@@ -91,6 +91,7 @@ class Trainer:
         self._check_finite()  # no later loss would show what the last step did
         return self.history
 
+    @np.errstate(over="ignore", invalid="ignore")  # what is not finite ends in an error that says more than a warning
     def _one_step(self, workers: Workers) -> dict[str, float]:
         start, c = time.perf_counter(), self.config
         batch = self.task.batch(batch_indices(self.task.n_train, c.batch_size, self.step, c.seed))
