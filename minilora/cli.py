@@ -16,7 +16,7 @@ import tyro
 
 from minilora.config import ConfigError, require_in
 from minilora.formats.files import read_json, writable_folder, write_file
-from minilora.study.run import RunConfig
+from minilora.study.settings import RunConfig
 from minilora.study.sweep import SweepConfig
 from minilora.training.pretrain import PretrainConfig
 
@@ -272,7 +272,8 @@ def _merge(command: Merge) -> int:
     from minilora import memory
     from minilora.formats.checkpoint import save_model
     from minilora.lora import merge
-    from minilora.study.run import ADAPTERS, load_run, make_run_task
+    from minilora.study.results import ADAPTERS
+    from minilora.study.run import load_run, make_run_task
     from minilora.training.loss import evaluate
 
     config, model = load_run(command.run)

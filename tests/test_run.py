@@ -12,7 +12,8 @@ from minilora.config import ConfigError
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
 from minilora.study.results import clean_row
-from minilora.study.run import RunConfig, build, check_kept, deploy, load_run, run, untrained, warm_kernels, write
+from minilora.study.run import build, check_kept, deploy, load_run, run, warm_kernels, write
+from minilora.study.settings import RunConfig
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
 METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
@@ -120,12 +121,6 @@ def test_refused_before_work_starts(settings, message):
     with pytest.raises(ConfigError) as error:
         RunConfig(**settings)
     assert message in str(error.value)
-
-
-def test_control_of_a_run():
-    assert untrained(RunConfig(method="qalora", bits=2)).method == "quantized_base"
-    assert untrained(RunConfig(method="qalora", bits=2)).quant_type == "int2"
-    assert untrained(RunConfig(method="lora")).method == "base"
 
 
 def test_kernels_compile_within_the_budget():

@@ -14,7 +14,7 @@ from minilora.study.sweep import SweepConfig, expand, run_sweep
 from minilora.study.workers import RunFunction
 
 if TYPE_CHECKING:
-    from minilora.study.run import RunConfig
+    from minilora.study.settings import RunConfig
 
 TRAINED = ("full", "subset", *ADAPTERS)
 

@@ -32,7 +32,7 @@ from minilora.study.results import (
 from minilora.study.workers import RunFunction, in_executor, in_process, run_folder
 
 if TYPE_CHECKING:
-    from minilora.study.run import RunConfig
+    from minilora.study.settings import RunConfig
 
 __all__ = ["SweepConfig", "describe", "expand", "load_results", "outline", "run_sweep", "write_csv"]
 
@@ -151,7 +151,7 @@ def _weights(config: SweepConfig, method: str) -> list[dict[str, Any]]:
 
 
 def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
-    from minilora.study.run import RunConfig
+    from minilora.study.settings import RunConfig
 
     shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
     shared += ["text_path"] * (settings["task"] == "text") + ["subset_modules"] * (settings["method"] == "subset")

@@ -1,0 +1,131 @@
+"""What decides one run: its settings, validated before any work, and their fingerprint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from minilora.config import (
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    LoraConfig,
+    QuantConfig,
+    TrainConfig,
+    expand_modules,
+    require,
+    require_in,
+)
+from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
+
+NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
+DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run's result. ``key()`` is its fingerprint.
+
+    ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
+    ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
+    those of the deployed weights, whose loss is still measured.
+
+    >>> RunConfig(method="lora", bits=4)
+    Traceback (most recent call last):
+    minilora.config.ConfigError: bits=4: method 'lora' stands on the full-precision base (bits=32); qlora and qalora quantize
+    """
+
+    method: str = "lora"
+    task: str = "products"
+    r: int | None = None
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    lora_plus_ratio: float = 1.0
+    bits: int = 32
+    quant_type: str | None = None
+    block_size: int | None = None
+    double_quant: bool | None = None
+    group_size: int | None = None
+    target_modules: str | None = None
+    subset_modules: str = "layers.3"
+    learning_rate: float | None = None
+    seed: int = 0
+    steps: int = 200
+    batch_size: int = 16
+    warmup_steps: int = 10
+    n_train: int = 4000
+    n_eval: int = 256
+    split: str = "test"
+    write_all: bool = True
+    text_path: str | None = None
+    preset: str = "custom"
+    stage: str = "study"
+
+    def __post_init__(self) -> None:
+        def default(field: str, value: Any) -> None:
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
+
+        require_in(self.method, METHODS, "method")
+        require_in(self.task, ("products", "python", "text"), "task")
+        require_in(self.split, ("validation", "test"), "split")
+        if self.method in ADAPTERS:
+            default("r", 8)
+            default("lora_alpha", 16.0)
+            default("target_modules", "all-linear")
+        if self.method in DEFAULT_RATES:
+            default("learning_rate", DEFAULT_RATES[self.method])
+        if self.quantized:
+            default("quant_type", f"{'int' if self.method == 'qalora' else 'nf'}{self.bits if self.bits != 32 else 4}")
+            allowed = {"qlora": CODEBOOK_TYPES, "qalora": AFFINE_TYPES}.get(self.method, CODEBOOK_TYPES + AFFINE_TYPES)
+            require_in(self.quant_type, allowed, "quant_type")
+            if self.bits == 32:
+                object.__setattr__(self, "bits", int(self.quant_type[-1]))  # type: ignore[index]
+            if self.quant_type in AFFINE_TYPES:
+                default("group_size", 32)
+            else:
+                default("block_size", 64)
+                default("double_quant", True)
+            require(self.quant().bits == self.bits, "bits", self.bits, f"quant_type={self.quant_type!r} has {self.quant().bits}")
+        else:
+            require(self.bits == 32, "bits", self.bits,
+                    f"method {self.method!r} stands on the full-precision base (bits=32); qlora and qalora quantize")
+        if self.method in ADAPTERS:
+            self.lora()
+        if self.method in DEFAULT_RATES:
+            self.train()
+        require(isinstance(self.n_eval, int) and self.n_eval >= 1, "n_eval", self.n_eval, "must be at least 1")
+        require((self.text_path is not None) == (self.task == "text"), "text_path", self.text_path,
+                "task 'text' needs a file, and only that task takes one")
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen base is stored in few bits."""
+        return self.method in QUANTIZED
+
+    def quant(self) -> QuantConfig:
+        """The storage of the base."""
+        double = True if self.double_quant is None else self.double_quant
+        return QuantConfig(self.quant_type or "nf4", self.block_size or 64, double, self.group_size or 32)
+
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        modules = expand_modules(self.target_modules or "all-linear")
+        r, alpha = 8 if self.r is None else self.r, 16.0 if self.lora_alpha is None else self.lora_alpha
+        return LoraConfig(r, alpha, self.lora_dropout, modules, self.use_rslora, use_qalora=self.method == "qalora")
+
+    def train(self) -> TrainConfig:
+        """The training run."""
+        return TrainConfig(steps=self.steps, batch_size=self.batch_size, seed=self.seed, lora_plus_ratio=self.lora_plus_ratio,
+                           learning_rate=1e-3 if self.learning_rate is None else self.learning_rate,
+                           warmup_steps=min(self.warmup_steps, self.steps))
+
+    def key(self) -> str:
+        """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
+        text = {k: v for k, v in asdict(self).items() if k not in NAMES}
+        if self.text_path is not None:
+            text["text_path"] = str(Path(self.text_path).resolve())
+        return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
