@@ -39,7 +39,7 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
     if (machine["load_before"] or 0) > 0.5:
         say(f"the machine is busy (load {machine['load_before']}): do not quote these numbers")
     measure = {
-        "sweep": lambda: sweep.measure(say),
+        "sweep": lambda: sweep.measure(Path(options.out), say),
         "startup": lambda: startup.measure(options.repeats, peers, say),
         "training_step": lambda: training_step.measure(options.sizes, options.repeats, options.threads, peers, say),
         "kernels": lambda: kernels.measure(options.kernel_sizes, options.repeats, options.threads, peers, say),

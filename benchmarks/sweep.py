@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -11,19 +12,22 @@ from pathlib import Path
 from typing import Any
 
 
-def measure(say: Any) -> list[dict[str, Any]]:
-    """One row: seconds from start to the finished page, rows written, and the largest of its processes (Linux)."""
+def measure(out: Path, say: Any) -> list[dict[str, Any]]:
+    """One row: seconds from start to the finished page, rows written, the largest of its processes (Linux).
+
+    The page, its rows and figures become ``out/demo``; the adapters are not kept.
+    """
     import resource  # not on every system
 
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}
-        command = [sys.executable, "-m", "minilora.cli", "sweep", "--out", folder, "--quiet"]
+        command = [sys.executable, "-m", "minilora.cli", "sweep"]
         start = time.perf_counter()
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}, cwd=folder, check=True)
         seconds = time.perf_counter() - start
-        if done.returncode:
-            raise RuntimeError(done.stderr)
-        rows = len((Path(folder) / "demo" / "results.jsonl").read_text().splitlines())
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # the sweep's own workers are its children, and count
+        demo = Path(folder) / "runs" / "demo"
+        rows = len((demo / "results.jsonl").read_text().splitlines())
+        shutil.rmtree(out / "demo", ignore_errors=True)
+        shutil.copytree(demo, out / "demo", ignore=shutil.ignore_patterns("runs"))
+    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # its workers are its children, and count
     say(f"{rows} rows in {seconds:.0f} s, largest process {largest:.0f} MiB")
     return [{"rows": rows, "seconds": seconds, "largest_process_mib": largest}]
