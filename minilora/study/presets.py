@@ -49,7 +49,7 @@ def demo_runs(**settings: Any) -> list[RunConfig]:
     only the adapter's texts are judged (``write_all``).
     ``settings`` replaces fields of `SweepConfig` in all runs, for example ``steps=200``.
     """
-    short = {"steps": 50, "batch_size": 8, "n_eval": 200, "write_all": False}
+    short = {"steps": 40, "batch_size": 8, "n_eval": 200, "write_all": False}
     shared: dict[str, Any] = {"preset": "demo", "stage": "demo", "task": ("products",), "seed": (0, 1)} | short | settings
     return _together(
         [
