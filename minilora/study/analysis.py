@@ -260,7 +260,7 @@ def plot_rank_of_runs(
     others = sorted(s for r, s in runs if ranks and r == ranks[-1] and s != seed)
     if len(ranks) < 2 or not others:
         raise ResultsError(f"task {task!r} takes LoRA at two ranks and with two seeds, and the files that those runs kept")
-    middle = ranks[(len(ranks) - 1) // 2]
+    middle = ranks[len(ranks) // 2] if len(ranks) > 2 else ranks[0]  # of 1, 2, 8, 64 the LoRA paper's pair: 8 and 64
     shown = sorted({ranks[round(k * (len(ranks) - 1) / 3)] for k in range(4)})
     updates = {"full fine-tuning": learned(runs[None, seed], module)[0]} if (None, seed) in runs else {}
     updates |= {f"LoRA r={r}": learned(runs[r, seed], module)[0] for r in shown}
