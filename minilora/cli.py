@@ -46,7 +46,8 @@ class Sweep:
     """Run a grid of methods, ranks, bit-widths and seeds; rerunning continues where it stopped.
 
     Without axes it is a demonstration of a few minutes. ``--preset full`` is the study. Naming any axis (--method, --r, --bits,
-    --group-size, --target-modules, --learning-rate, --task, --seed, --split) makes a grid of your own.
+    --group-size, --target-modules, --learning-rate, --task, --seed, --split, --text-path) makes a grid
+    of your own.
     """
 
     config: tyro.conf.OmitArgPrefixes[SweepConfig] = field(default_factory=SweepConfig)
