@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.quant import codebooks, kernels
-from minilora.quant.weights import _NO_OFFSETS, _thresholds, frozen
+from minilora.quant.packed import NO_OFFSETS, frozen
+from minilora.quant.weights import thresholds
 
 EPS = np.finfo(np.float32).eps
 BITS = (2, 3, 4, 8)
@@ -85,13 +86,13 @@ def test_quantize_codebook_equals_the_oracle_with_ties_zeros_and_extremes(quant_
     codes, absmax = naive.quantize_codebook(w, codebooks.code_map(quant_type), block_size)
     for quantize in versions("quantize_codebook"):
         out, largest = np.full(count, 255, np.uint8), np.full(len(absmax), np.nan, np.float32)
-        quantize(w, _thresholds(quant_type)[0], block_size, largest, out)
+        quantize(w, thresholds(quant_type)[0], block_size, largest, out)
         assert largest.tolist() == [float(a) for a in absmax]
         assert order[out].tolist() == codes
 
 
 def test_a_tie_takes_the_lower_code_and_the_next_float_the_higher():
-    midpoints, _ = _thresholds("nf4")
+    midpoints, _ = thresholds("nf4")
     for rank, t in enumerate(midpoints):
         w = frozen([1, t, np.nextafter(t, np.float32(2))], np.float32)
         out, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
@@ -145,7 +146,7 @@ def dequantize_case(bits, count, block_size, affine, seed=0):
     codes = random_codes(rng, bits, count)
     n_blocks = -(-count // block_size)
     scales = frozen(rng.random(n_blocks), np.float32)
-    offsets = frozen(rng.standard_normal(n_blocks), np.float32) if affine else _NO_OFFSETS
+    offsets = frozen(rng.standard_normal(n_blocks), np.float32) if affine else NO_OFFSETS
     w = np.array(naive.dequantize_codebook(codes, scales, levels, block_size))
     if affine:
         w = w + np.repeat(offsets, block_size)[:count]
@@ -209,11 +210,11 @@ def test_nan_and_infinity_survive_fast_math():
     packed, table, _, _, _ = dequantize_case(4, 16, 8, False)
     table = frozen(np.abs(table) + 1, np.float32)
     out = np.empty(16, np.float32)
-    kernels.dequantize(packed, 4, table, frozen([np.nan, np.inf], np.float32), _NO_OFFSETS, 8, 0, out)
+    kernels.dequantize(packed, 4, table, frozen([np.nan, np.inf], np.float32), NO_OFFSETS, 8, 0, out)
     assert np.isnan(out[:8]).all() and np.isposinf(out[8:]).all()
     y = np.empty(2, np.float32)
     x = np.ones(8, np.float32)
-    kernels.matvec(packed, 4, table, frozen([np.nan, np.inf], np.float32), _NO_OFFSETS, 8, 0, x, y)
+    kernels.matvec(packed, 4, table, frozen([np.nan, np.inf], np.float32), NO_OFFSETS, 8, 0, x, y)
     assert np.isnan(y[0]) and np.isposinf(y[1])
 
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.config import QuantConfig
-from minilora.quant import AffineWeight, CodebookWeight, DoubleQuant, codebooks, quantize_weight, weights
+from minilora.quant import AffineWeight, CodebookWeight, DoubleQuant, codebooks, packed, quantize_weight
 
 EPS = np.finfo(np.float32).eps
 HALF_EPS = float(np.finfo(np.float16).eps)
@@ -63,8 +63,8 @@ def test_products_against_the_loop_oracle(quantized):
 
 def test_products_in_many_tiles(quantized, monkeypatch):
     x, dy, w = matrix(3, 24, seed=5), matrix(3, 19, seed=6), quantized.dense()
-    monkeypatch.setattr(weights, "TILE", 8)  # 8 rows a tile; the last tile has 3
-    assert len(quantized._tiles(weights.TILE)) == 3
+    monkeypatch.setattr(packed, "TILE", 8)  # 8 rows a tile; the last tile has 3
+    assert len(quantized._tiles(packed.TILE)) == 3
     assert_product(quantized.matmul(x), x, w.T)
     assert_product(quantized.matmul(x[:1]), x[:1], w.T)
     assert_product(quantized.matmul_t(dy), dy, w)
@@ -167,7 +167,7 @@ def test_products_never_hold_the_dense_matrix():
                 tracemalloc.stop()
 
         kept, most = pool.submit(peak).result()
-    scratch, dense = 4 * weights.TILE, 4 * 2048 * 1024
+    scratch, dense = 4 * packed.TILE, 4 * 2048 * 1024
     assert scratch <= most < dense / 4 and kept < scratch + 10_000
 
 

@@ -1,0 +1,233 @@
+"""What all packed weights share: products that decode one tile of rows at a time, and never keep the dense matrix.
+
+Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a small scratch of its thread and goes to BLAS.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from minilora.config import require
+from minilora.quant import codebooks, kernels
+
+Array = NDArray[Any]
+
+TILE = 256 * 1024
+"""Weights decoded at once, 1 MiB of float32 a thread: with a quarter of it products are up to a third slower (measured)."""
+
+
+def frozen(array: ArrayLike, dtype: Any) -> Array:
+    """Return the array as contiguous, read-only ``dtype``: the same object if it is that already, else a copy.
+
+    >>> a = frozen([1, 2], np.uint8)
+    >>> a.flags.writeable, frozen(a, np.uint8) is a
+    (False, True)
+    """
+    given = np.asarray(array)
+    if given.dtype == dtype and given.flags.c_contiguous and not given.flags.writeable:
+        return given
+    copy = np.array(given, dtype, order="C")
+    copy.flags.writeable = False
+    return copy
+
+
+NO_OFFSETS = frozen([], np.float32)
+_scratch = threading.local()
+
+
+def _tile(size: int) -> Array:
+    """Return this thread's scratch: two threads may multiply by one weight at once."""
+    buffer: Array | None = getattr(_scratch, "buffer", None)
+    if buffer is None or buffer.size < size:
+        buffer = _scratch.buffer = np.empty(max(size, TILE), np.float32)
+    return buffer[:size]
+
+
+@cache
+def table_of(quant_type: str) -> Array:
+    """Return the kernels' lookup table of a codebook or integer type, made once."""
+    bits = int(quant_type[-1])
+    levels = np.arange(2**bits, dtype=np.float32) if quant_type.startswith("int") else codebooks.code_map(quant_type)
+    return kernels.lookup_table(levels, bits)
+
+
+class PackedWeight(ABC):
+    """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64 input).
+
+    A subclass says how weights are decoded (``_decode_into``) and multiplied by one row while they are (``_matvec``).
+    """
+
+    dtype = np.dtype(np.float32)
+    trainable = False
+    bits: int
+
+    def __init__(self, shape: tuple[int, int]):
+        out_features, in_features = map(int, shape)
+        require(out_features > 0 and in_features > 0, "shape", shape, "must be (out, in), both at least 1")
+        self.shape = (out_features, in_features)
+
+    # ---- products
+
+    def matmul(self, x: Array) -> Array:
+        """Return x Wᵀ: x (…, in) -> (…, out).
+
+        A single float32 row, as in decoding text, takes a kernel that multiplies while it decodes.
+        """
+        out_features, in_features = self.shape
+        x2 = self._flat(x, in_features)
+        y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32))
+        if len(x2) == 1 and x2.dtype == np.float32:
+            row = np.array(x2[0])  # contiguous and writable: the one signature of the kernel
+            for first, last in self._tiles(4 * TILE):
+                self._matvec(first, row, y[0, first:last])
+        else:
+            for first, last in self._tiles(TILE):
+                np.matmul(x2, self._decode(first, last).T, out=y[:, first:last])
+        return y.reshape(*x.shape[:-1], out_features)
+
+    def matmul_t(self, dy: Array) -> Array:
+        """Return dy W: dy (…, out) -> (…, in)."""
+        out_features, in_features = self.shape
+        dy2 = self._flat(dy, out_features)
+        dx = np.empty((len(dy2), in_features), np.result_type(dy2.dtype, np.float32))
+        part = dx  # the first tile's product is written in place, the others are added
+        for first, last in self._tiles(TILE):
+            np.matmul(dy2[:, first:last], self._decode(first, last), out=part)
+            if first > 0:
+                dx += part
+            elif last < out_features:
+                part = np.empty_like(dx)
+        return dx.reshape(*dy.shape[:-1], in_features)
+
+    def rows(self, ids: Array) -> Array:
+        """Return rows of W as float32: ids (…) whole numbers -> (…, in). Each distinct row is decoded once."""
+        ids = np.asarray(ids)
+        unique, inverse = np.unique(ids, return_inverse=True)
+        if unique.size and not 0 <= unique[0] <= unique[-1] < self.shape[0]:
+            bad = unique[0] if unique[0] < 0 else unique[-1]
+            raise ValueError(f"ids contains {bad}: choose rows from 0 to {self.shape[0] - 1}")
+        table = np.empty((unique.size, self.shape[1]), np.float32)
+        start = 0
+        for end in [*(np.flatnonzero(np.diff(unique) != 1) + 1), unique.size]:  # runs of neighbouring rows
+            if end > start:
+                self._decode_into(int(unique[start]) * self.shape[1], table[start:end].reshape(-1))
+            start = end
+        return table[inverse.reshape(ids.shape)]
+
+    def dense(self) -> Array:
+        """Return W as a fresh float32 array (out, in)."""
+        w = np.empty(self.shape, np.float32)
+        self._decode_into(0, w.reshape(-1))
+        return w
+
+    # ---- bytes
+
+    @abstractmethod
+    def arrays(self) -> dict[str, list[Array]]:
+        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that all weights share)."""
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by class of array."""
+        return {name: sum(a.nbytes for a in arrays) for name, arrays in self.arrays().items()}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective bits: 8·(codes + scales + offsets)/(out·in); the shared code maps are not counted."""
+        stored = self.nbytes
+        return 8 * (stored["codes"] + stored["scales"] + stored["offsets"]) / (self.shape[0] * self.shape[1])
+
+    # ---- decoding
+
+    @abstractmethod
+    def _decode_into(self, start: int, out: Array) -> None:
+        """Write the weights start, start + 1, … of the flattened tensor, which begin or end rows, into ``out`` float32."""
+
+    @abstractmethod
+    def _matvec(self, first: int, x: Array, out: Array) -> None:
+        """Write rows first, first + 1, … of W times x (in,) into ``out``; ``first`` is a multiple of 8."""
+
+    def _decode(self, first: int, last: int) -> Array:
+        """Return rows first … last - 1 in the thread's scratch, valid until the next call."""
+        tile = _tile((last - first) * self.shape[1])
+        self._decode_into(first * self.shape[1], tile)
+        return tile.reshape(last - first, self.shape[1])
+
+    def _tiles(self, size: int) -> list[tuple[int, int]]:
+        """Cut the rows into tiles of about ``size`` weights; multiples of 8 rows, so that each begins with a whole byte."""
+        step = max(8, size // self.shape[1] // 8 * 8)
+        return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
+
+    @staticmethod
+    def _flat(x: Array, width: int) -> Array:
+        if x.ndim == 0 or x.shape[-1] != width:
+            raise ValueError(f"x.shape={x.shape}: the last axis must be {width} long")
+        return x.reshape(-1, width)
+
+
+class CodedWeight(PackedWeight):
+    """Codes in row-major order, and for each block of the flattened tensor a scale and perhaps an offset.
+
+    ``codes`` is 1-D uint8, packed as the kernels module says.
+    """
+
+    def __init__(self, codes: Array, shape: tuple[int, int], quant_type: str, block_size: int):
+        super().__init__(shape)
+        self.bits = int(quant_type[-1])
+        self.block_size = int(block_size)
+        self.quant_type = quant_type
+        self.codes = frozen(codes, np.uint8)
+        expected = (kernels.packed_size(self.shape[0] * self.shape[1], self.bits),)
+        require(self.codes.shape == expected, "codes.shape", self.codes.shape,
+                f"{self.shape[0]}·{self.shape[1]} codes of {self.bits} bits need {expected}")  # fmt: skip
+        self._table = table_of(quant_type)
+
+    def unpacked(self) -> NDArray[np.uint8]:
+        """Return the codes, one a byte: a fresh uint8 array (out, in)."""
+        codes = np.empty(self.shape, np.uint8)
+        kernels.unpack(self.codes, self.bits, codes.reshape(-1))
+        return codes
+
+    @abstractmethod
+    def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
+        """Return read-only float32 (scales, offsets) of blocks first … last - 1; empty offsets mean 0."""
+
+    def _window(self, start: int, stop: int) -> tuple[Array, Array]:
+        """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
+        return self._block_values(start // self.block_size, -(-stop // self.block_size))
+
+    def _decode_into(self, start: int, out: Array) -> None:
+        scales, offsets = self._window(start, start + out.size)
+        kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
+
+    def _matvec(self, first: int, x: Array, out: Array) -> None:
+        start = first * x.size
+        scales, offsets = self._window(start, start + out.size * x.size)
+        kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, x, out)
+
+
+def checked(w: Array) -> Array:
+    """Return w as read-only contiguous float32, refusing what cannot be quantized."""
+    w = np.asarray(w)
+    require(w.ndim == 2 and w.size > 0, "w.shape", w.shape, "must be (out, in), both at least 1")
+    w = np.ascontiguousarray(w, np.float32).view()
+    w.flags.writeable = False
+    finite = np.isfinite(w)
+    if not finite.all():
+        row, column = np.argwhere(~finite)[0].tolist()
+        raise ValueError(f"w[{row}, {column}]={w[row, column]}: weights must be finite float32 before they are quantized")
+    return w
+
+
+def packed(codes: Array, bits: int) -> Array:
+    """Return codes (n,) uint8 packed as the kernels module says, read-only."""
+    out = np.empty(kernels.packed_size(codes.size, bits), np.uint8)
+    kernels.pack(codes, bits, out)
+    out.flags.writeable = False
+    return out
