@@ -12,6 +12,9 @@ LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
 
 CODEBOOK_TYPES = ("nf2", "nf3", "nf4", "nf8", "fp4")
 AFFINE_TYPES = ("int2", "int3", "int4", "int8")
+QUANTIZERS = ("rtn", "gptq", "hqq")
+FITS = ("minmax", "symmetric", "mse", "hqq")
+OFFSET_STORES = ("float16", "float32", "zero")
 
 
 class ConfigError(ValueError):
@@ -138,24 +141,54 @@ def expand_modules(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """How a frozen weight is stored.
+    """How a frozen weight is stored, and how its codes are found.
 
     Codebooks (``nf2 nf3 nf4 nf8 fp4``) take ``block_size`` and ``double_quant``; affine integers (``int2 int3 int4 int8``,
-    w = scale·q + offset) take ``group_size``, counted along the input.
+    w = scale·q + offset) take ``group_size``, counted along the input, ``fit`` (how scale and offset are found) and
+    ``offset_dtype`` (how the offset is stored; ``zero`` is GPTQ's whole zero point).
+
+    ``quantizer``: ``rtn`` rounds each weight to the nearest code · ``gptq`` (arXiv 2210.17323) rounds column by column, spreads
+    each error over the columns still to come and needs calibration data; ``desc_act``, ``static_groups`` and ``damp_percent`` are
+    its options, by transformers' names · ``hqq`` fits the offsets without data.
 
     >>> QuantConfig("int4").bits, QuantConfig("int4").affine
     (4, True)
+    >>> QuantConfig("nf4", quantizer="hqq")
+    Traceback (most recent call last):
+    minilora.config.ConfigError: quantizer='hqq': fits offsets, and nf4 has none; take rtn or gptq, or an integer type
     """
 
     quant_type: str = "nf4"
     block_size: int = 64
     double_quant: bool = True
     group_size: int = 32
+    quantizer: str = "rtn"
+    fit: str = "minmax"
+    offset_dtype: str = "float16"
+    desc_act: bool = False
+    static_groups: bool = False
+    damp_percent: float = 0.01
 
     def __post_init__(self) -> None:
         require_in(self.quant_type, CODEBOOK_TYPES + AFFINE_TYPES, "quant_type")
         require_in(self.block_size, (32, 64, 128, 256, 512, 1024, 2048, 4096), "block_size")
         _whole(self.group_size, "group_size")
+        require_in(self.quantizer, QUANTIZERS, "quantizer")
+        require_in(self.fit, FITS, "fit")
+        require_in(self.offset_dtype, OFFSET_STORES, "offset_dtype")
+        _number(self.damp_percent, "damp_percent", 0, 1, open_low=True)
+        if not self.affine:
+            require(self.quantizer != "hqq", "quantizer", "hqq",
+                    f"fits offsets, and {self.quant_type} has none; take rtn or gptq, or an integer type")
+            for field, plain in (("fit", "minmax"), ("offset_dtype", "float16")):
+                value = getattr(self, field)
+                require(value == plain, field, value, f"{self.quant_type} has no offsets; leave it out")
+        if self.quantizer == "hqq":
+            require(self.fit in ("minmax", "hqq"), "fit", self.fit, "quantizer='hqq' is a fit of its own; leave it out")
+            object.__setattr__(self, "fit", "hqq")
+        require(not self.desc_act or self.static_groups, "desc_act", self.desc_act,
+                "needs static_groups=True: columns taken out of order would give a group's scale to scattered inputs, and the "
+                "inputs of a group must be neighbours here (QA-LoRA sums over them)")
 
     @property
     def bits(self) -> int:

@@ -321,10 +321,10 @@ def test_weights_that_are_not_finite_are_named(bad, quant_config):
 def test_affine_refuses_what_float16_cannot_hold():
     w = matrix(4, 24)
     w[1, 8:16] = np.linspace(-7e4, 0, 8)
-    with pytest.raises(ValueError, match="offset of row 1, group 1 exceeds float16"):
+    with pytest.raises(ValueError, match="offset of group 4 .* exceeds float16"):
         AffineWeight.quantize(w, 4, 8)
     w[1, 8:16] = np.linspace(0, 3e6, 8)
-    with pytest.raises(ValueError, match="scale of row 1, group 1 exceeds float16"):
+    with pytest.raises(ValueError, match="scale of group 4 .* exceeds float16"):
         AffineWeight.quantize(w, 4, 8)
     q = AffineWeight.quantize(matrix(4, 24), 4, 8)
     offset = q.offset.astype(np.float32)

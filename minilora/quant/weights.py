@@ -19,7 +19,7 @@ from functools import cache
 
 import numpy as np
 
-from minilora.config import QuantConfig, require
+from minilora.config import ConfigError, QuantConfig, require
 from minilora.quant import codebooks, kernels
 from minilora.quant.affine import AffineWeight
 from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, checked, frozen, packed
@@ -138,13 +138,15 @@ class CodebookWeight(CodedWeight):
 
 
 def quantize_weight(w: Array, config: QuantConfig) -> CodebookWeight | AffineWeight:
-    """Quantize w (out, in) as the configuration says.
+    """Quantize w (out, in) as the configuration says, each weight by itself: ``rtn`` or ``hqq``; ``gptq`` needs data.
 
     >>> quantize_weight(np.eye(64, dtype=np.float32), QuantConfig("int8", group_size=64)).bits_per_weight
     8.5
     """
+    if config.quantizer == "gptq":
+        raise ConfigError("quantizer='gptq': needs calibration data; quantize_model(model, config, calibration) takes them")
     if config.affine:
-        return AffineWeight.quantize(w, config.bits, config.group_size)
+        return AffineWeight.quantize(w, config.bits, config.group_size, config.fit, config.offset_dtype)
     return CodebookWeight.quantize(w, config.quant_type, config.block_size, config.double_quant)
 
 
