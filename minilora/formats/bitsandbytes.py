@@ -55,7 +55,7 @@ def to_arrays(name: str, weight: CodebookWeight) -> dict[str, Array]:
     state: dict[str, Any] = {  # keys in bitsandbytes' order, so that the bytes are equal too
         "quant_type": weight.quant_type, "blocksize": weight.block_size, "dtype": "float32", "shape": list(weight.shape),
     }  # fmt: skip
-    quant_map = _map_of(weight.quant_type)
+    quant_map = codebooks.code_map(weight.quant_type)
     if isinstance(weight.scales, DoubleQuant):
         state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": weight.scales.offset.item()}
         parts = {"absmax": weight.scales.codes, "quant_map": quant_map, "nested_absmax": weight.scales.absmax,
@@ -95,7 +95,7 @@ def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeig
 
     codes = take(name, np.uint8, (out_features * in_features + 1) // 2, 1)
     absmax = take(f"{name}.absmax", np.uint8 if nested else np.float32, blocks)
-    _check_map(f"{name}.quant_map", take(f"{name}.quant_map", np.float32, 16), _map_of(quant_type), quant_type, where)
+    _check_map(f"{name}.quant_map", take(f"{name}.quant_map", np.float32, 16), codebooks.code_map(quant_type), quant_type, where)
     scales: Array | DoubleQuant = absmax
     if nested:
         nested_absmax = take(f"{name}.nested_absmax", np.float32, -(-blocks // NESTED_BLOCK_SIZE))
@@ -109,11 +109,6 @@ def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeig
     if left:
         raise FileError(f"{where}: {name}.{left[0]} does not belong beside {_STATE_KEY}{quant_type} without double quantization")
     return CodebookWeight(codes.reshape(-1), scales, (out_features, in_features), quant_type, block_size)
-
-
-def _map_of(quant_type: str) -> Array:
-    """Return the codebook as bitsandbytes stores it: the zero of FP4's code 8 is +0 there, though it decodes to -0."""
-    return codebooks.code_map(quant_type) + np.float32(0)
 
 
 # ---- the JSON text
@@ -177,7 +172,7 @@ def _take(key: str, arrays: dict[str, Array], dtype: Any, shape: tuple[int, ...]
 
 
 def _check_map(key: str, found: Array, ours: Array, kind: str, where: str) -> None:
-    """Refuse a codebook that differs from ours in any bit (the sign of zero apart, which decodes alike)."""
+    """Refuse a codebook that differs from ours in any bit (the sign of zero apart: FP4 has two)."""
     different = np.flatnonzero(found != ours)
     if different.size:
         i = int(different[0])
