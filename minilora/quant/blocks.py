@@ -1,0 +1,252 @@
+"""GGUF's blocks of 32 weights, multiplied as they lie in the file: ``BlockWeight`` for Q4_0, Q4_1 and Q8_0.
+
+A block is one scale d, for Q4_1 also one minimum m, both little-endian float16, and then 32 codes:
+
+    Q4_0   d, 16 bytes           w = d·(q - 8)     4.5 bits a weight    byte j holds q of weight j in its low half
+    Q4_1   d, m, 16 bytes        w = d·q + m       5.0                  and q of weight j + 16 in its high half
+    Q8_0   d, 32 signed bytes    w = d·q           8.5
+
+d has 11 significant bits and q at most 8, so d·q is exact in float32 and each weight is rounded once at most: a fused
+multiply-add, another order, ggml, NumPy and the kernels below all give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from minilora.config import require, require_in
+from minilora.quant.affine import AffineWeight
+from minilora.quant.kernels import kernel
+from minilora.quant.packed import TILE, Array, PackedWeight, checked, packed
+
+BLOCK = 32
+"""Weights of a block; a row is a whole number of blocks."""
+
+BLOCK_BYTES = {"Q4_0": 2 + 16, "Q4_1": 2 + 2 + 16, "Q8_0": 2 + 32}
+"""Bytes of a block by type; the kernels tell the types apart by this number."""
+
+HALF = np.dtype("<f2")
+
+
+class BlockWeight(PackedWeight):
+    """W (out, in) as the bytes of GGUF's blocks, uint8 (out, in/32·bytes of a block), which are viewed and never copied.
+
+    ``blocks`` must be C-contiguous; a read-only memory map will do. Raises ``ValueError`` for another dtype, layout or size
+    and for a scale or minimum that is not finite.
+
+    >>> q = BlockWeight.quantize(np.arange(32, dtype=np.float32)[None] - 16, "Q4_0")
+    >>> q.scales.tolist(), q.dense()[0, [0, 1, 15, 16, 17, 31]].tolist(), q.bits_per_weight
+    ([[2.0]], [-16.0, -14.0, 0.0, 0.0, 2.0, 14.0], 4.5)
+    """
+
+    def __init__(self, blocks: Array, quant_type: str, shape: tuple[int, int]):
+        require_in(quant_type, BLOCK_BYTES, "quant_type")
+        super().__init__(shape)
+        size = BLOCK_BYTES[quant_type]
+        require(self.shape[1] % BLOCK == 0, "shape", self.shape, f"in must be a multiple of {BLOCK}: a block lies in one row")
+        per_row = self.shape[1] // BLOCK
+        blocks = np.asarray(blocks)
+        require(blocks.dtype == np.uint8, "blocks.dtype", str(blocks.dtype), "must be uint8, the bytes of the file")
+        expected = (self.shape[0], per_row * size)
+        require(blocks.shape == expected, "blocks.shape", blocks.shape, f"{quant_type} {self.shape} takes {expected} bytes")
+        require(blocks.flags.c_contiguous, "blocks.strides", blocks.strides, "must be C-contiguous; np.ascontiguousarray copies")
+        self.quant_type, self.bits, self.block_size = quant_type, int(quant_type[1]), BLOCK
+        self.blocks = blocks.view()
+        self.blocks.flags.writeable = False
+        self._flat_blocks = self.blocks.reshape(-1)
+        header, rows = 4 if quant_type == "Q4_1" else 2, (self.shape[0], per_row)
+        self.scales = self._part(0, HALF, rows)
+        self.offsets = self._part(2, HALF, rows) if quant_type == "Q4_1" else None
+        self.codes = self._part(header, np.dtype(np.uint8), (*rows, size - header))
+        for name, values in (("d", self.scales), ("m", self.offsets)):
+            if values is not None:
+                _check_finite(values, f"{name} of {quant_type} block")
+
+    def _part(self, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
+        """Return a view of what begins at byte ``at`` of each block.
+
+        Not a slice, because a ledger that counts bytes by the array behind a view would count all blocks for each part.
+        """
+        size = BLOCK_BYTES[self.quant_type]
+        first = self._flat_blocks[at : at + dtype.itemsize].view(dtype)
+        return as_strided(first, shape, (shape[1] * size, size, 1)[: len(shape)], writeable=False)
+
+    @classmethod
+    def quantize(cls, w: Array, quant_type: str) -> BlockWeight:
+        """Quantize w (out, in), in a multiple of 32, to the very bytes of ggml's reference (``quantize_row_*_ref``).
+
+        Q4_0: d = the weight of largest magnitude / -8, q = min(15, ⌊w/d + 8.5⌋). Q4_1: m = min, d = (max - min)/15,
+        q = min(15, ⌊(w - m)/d + 0.5⌋). Q8_0: d = max|w|/127, q = w/d, ties away from zero. The codes are fitted to d before it
+        is rounded to float16, and w/d is w·(1/d). Raises ``ValueError`` for weights that are not finite or too large for float16.
+        """
+        require_in(quant_type, BLOCK_BYTES, "quant_type")
+        w = checked(w)
+        require(w.shape[1] % BLOCK == 0, "w.shape", w.shape, f"in must be a multiple of {BLOCK}")
+        blocks = np.empty((w.size // BLOCK, BLOCK_BYTES[quant_type]), np.uint8)
+        for first in range(0, len(blocks), TILE // BLOCK):  # a tile at a time, so that temporaries stay small
+            part = slice(first, first + TILE // BLOCK)
+            _quantize(w.reshape(-1, BLOCK)[part], quant_type, blocks[part])
+        return cls(blocks.reshape(w.shape[0], -1), quant_type, (w.shape[0], w.shape[1]))
+
+    @classmethod
+    def from_affine(cls, weight: AffineWeight) -> tuple[BlockWeight, float]:
+        """Return int4 groups of 32 as Q4_1, codes untouched, and the largest change of an offset that float16 caused.
+
+        The change is 0 for a float16 offset; after a QA-LoRA merge it is at most 2^-11 of the largest offset (2^-25 for
+        offsets below 2^-14). Raises ``ValueError`` for other bits or group sizes and for an offset beyond float16.
+        """
+        require(weight.bits == 4, "bits", weight.bits, "Q4_1 holds 4-bit codes: quantize with bits=4")
+        require(weight.group_size == BLOCK, "group_size", weight.group_size, f"Q4_1 has groups of {BLOCK}")
+        with np.errstate(over="ignore"):  # inf is what the constructor refuses
+            offset = weight.offset.astype(HALF)
+        codes = weight.unpacked().reshape(-1, 2, BLOCK // 2)
+        blocks = np.empty((len(codes), BLOCK_BYTES["Q4_1"]), np.uint8)
+        blocks[:, :4].view(HALF)[:] = np.stack([weight.scale.reshape(-1), offset.reshape(-1)], axis=1)
+        blocks[:, 4:] = codes[:, 0] | codes[:, 1] << 4
+        result = cls(blocks.reshape(weight.shape[0], -1), "Q4_1", weight.shape)
+        return result, float(np.abs(offset.astype(np.float64) - weight.offset).max())
+
+    def affine(self) -> AffineWeight:
+        """Return a Q4_1 weight as int4 groups of 32 with the same numbers, bit by bit: what QA-LoRA can merge into."""
+        if self.quant_type != "Q4_1" or self.offsets is None:
+            require(False, "quant_type", self.quant_type, "only Q4_1 has an offset for each group; quantize the weight to int4")
+        codes = np.concatenate([self.codes & 15, self.codes >> 4], axis=-1)
+        return AffineWeight(packed(codes.reshape(-1), 4), self.scales, np.asarray(self.offsets), self.shape, 4, BLOCK)
+
+    def arrays(self) -> dict[str, list[Array]]:
+        """Return views of the stored bytes by class; together they are all bytes of the blocks."""
+        offsets = [] if self.offsets is None else [self.offsets]
+        return {"codes": [self.codes], "scales": [self.scales], "offsets": offsets, "code_maps": []}
+
+    def _decode_into(self, start: int, out: Array) -> None:
+        dequantize_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], start // BLOCK, out)
+
+    def _matvec(self, first: int, x: Array, out: Array) -> None:
+        matvec_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], first * x.size // BLOCK, x, out)
+
+
+def _check_finite(values: Array, what: str) -> None:
+    """Refuse float16 infinity and NaN by row and block; a megabyte at a time, so that a memory map is never all in memory."""
+    step = max(1, TILE // values.shape[1])
+    for first in range(0, len(values), step):
+        bad = ~np.isfinite(values[first : first + step])
+        if bad.any():
+            row, block = np.argwhere(bad)[0].tolist()
+            value = values[first + row, block]
+            raise ValueError(f"{what} [{first + row}, {block}]={value}: must be finite (float16 ends at 65504)")
+
+
+def _quantize(x: Array, quant_type: str, out: Array) -> None:
+    """Write blocks x (n, 32) float32 as bytes into ``out`` (n, bytes of a block)."""
+    low: Array | None = None
+    with np.errstate(divide="ignore", over="ignore"):  # what becomes infinite is dealt with below, or refused
+        if quant_type == "Q4_0":
+            d = np.take_along_axis(x, np.abs(x).argmax(axis=1, keepdims=True), axis=1) / np.float32(-8)
+        elif quant_type == "Q4_1":
+            low = x.min(axis=1, keepdims=True)
+            d = (x.max(axis=1, keepdims=True) - low) / np.float32(15)
+        else:
+            d = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+        inverse = np.float32(1) / d
+        header = d.astype(HALF) if low is None else np.concatenate([d, low], axis=1).astype(HALF)
+    if not np.isfinite(header).all():
+        block = int(np.argwhere(~np.isfinite(header))[0, 0])
+        raise ValueError(f"{quant_type}: scale or minimum of block {block} exceeds float16's 65504: scale the weights down first")
+    inverse[np.isinf(inverse)] = 0
+    if quant_type == "Q8_0":
+        scaled = x * inverse
+        whole = np.trunc(scaled)
+        # not rint, which takes ties to even, and not ⌊|x| + 0.5⌋, which takes 0.49999997 to 1: x - trunc(x) is exact
+        codes = (whole + np.trunc(2 * (scaled - whole))).astype(np.int8).view(np.uint8)
+    else:
+        shifted = x * inverse + np.float32(8.5) if low is None else (x - low) * inverse + np.float32(0.5)
+        codes = np.minimum(np.trunc(shifted), 15).astype(np.uint8)
+    # d below 2^-128: ggml multiplies by 1/d = ∞, and converts what comes out to 0 on x86. The scale, a float16, is 0 anyway.
+    codes[((inverse == 0) & (d != 0))[:, 0]] = 0
+    out[:, : 2 * header.shape[1]] = header.view(np.uint8)
+    out[:, 2 * header.shape[1] :] = codes if quant_type == "Q8_0" else codes[:, :16] | codes[:, 16:] << 4
+
+
+# ---- kernels: they take the raw bytes of all blocks, (blocks·size,) uint8, of which one has ``size``
+
+
+@kernel
+def _half(low: int, high: int) -> Any:
+    """Return a finite float16, given as its two bytes, as float32: ``kernels.half_to_float`` for one number."""
+    h = np.uint32(low) | np.uint32(high) << np.uint32(8)
+    moved = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
+    return np.uint32(moved).view(np.float32) * np.float32(2.0**112)
+
+
+@kernel
+def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
+    """Write the weights of blocks first, first + 1, … into ``out`` (32·n,) float32."""
+    at = first * size
+    if size == 18:  # Q4_0
+        for i in range(0, out.size, 32):
+            q, w = blocks[at + 2 : at + 18], out[i : i + 32]
+            d = _half(blocks[at], blocks[at + 1])
+            for j in range(16):
+                w[j] = d * np.float32(np.int32(q[j] & np.uint8(15)) - np.int32(8))
+                w[16 + j] = d * np.float32(np.int32(q[j] >> np.uint8(4)) - np.int32(8))
+            at += size
+    elif size == 20:  # Q4_1
+        for i in range(0, out.size, 32):
+            q, w = blocks[at + 4 : at + 20], out[i : i + 32]
+            d, m = _half(blocks[at], blocks[at + 1]), _half(blocks[at + 2], blocks[at + 3])
+            for j in range(16):
+                w[j] = d * np.float32(q[j] & np.uint8(15)) + m
+                w[16 + j] = d * np.float32(q[j] >> np.uint8(4)) + m
+            at += size
+    else:  # Q8_0
+        signed = blocks.view(np.int8)
+        for i in range(0, out.size, 32):
+            s, w = signed[at + 2 : at + 34], out[i : i + 32]
+            d = _half(blocks[at], blocks[at + 1])
+            for j in range(32):
+                w[j] = d * np.float32(s[j])
+            at += size
+
+
+def dequantize_blocks_numpy(blocks: Array, size: int, first: int, out: Array) -> None:
+    """Do what ``dequantize_blocks`` does."""
+    b = blocks.reshape(-1, size)[first : first + out.size // 32]
+    d = b[:, :2].view(HALF).astype(np.float32)
+    if size == 34:
+        w = d * b[:, 2:].view(np.int8)
+    elif size == 18:
+        w = d * (np.concatenate([b[:, 2:] & 15, b[:, 2:] >> 4], axis=1).astype(np.float32) - 8)
+    else:
+        w = d * np.concatenate([b[:, 4:] & 15, b[:, 4:] >> 4], axis=1) + b[:, 2:4].view(HALF).astype(np.float32)
+    out[:] = w.reshape(-1)
+
+
+@kernel
+def matvec_blocks(blocks: Array, size: int, first: int, x: Array, out: Array) -> None:
+    """Write out[r] = Σ_c W[r, c]·x[c] for x (in,), ``out`` (rows,), float32; block ``first`` begins row 0.
+
+    A few rows at a time are decoded into the first-level cache, as by ``kernels.matvec``: the sum over a block of d·q·x and
+    m·x apart would save a few operations, and lose digits where m and d·q cancel.
+    """
+    at_once = max(1, 2048 // x.size)  # several short rows: a store is slow to be read back at once
+    w = np.empty(at_once * x.size, np.float32)
+    for top in range(0, out.size, at_once):
+        last = min(top + at_once, out.size)
+        decoded = w[: (last - top) * x.size]
+        dequantize_blocks(blocks, size, first + top * (x.size // 32), decoded)
+        for r in range(top, last):
+            row = decoded[(r - top) * x.size : (r - top + 1) * x.size]
+            dot = np.float32(0)
+            for c in range(x.size):
+                dot += row[c] * x[c]
+            out[r] = dot
+
+
+def matvec_blocks_numpy(blocks: Array, size: int, first: int, x: Array, out: Array) -> None:
+    """Do what ``matvec_blocks`` does, up to float32 rounding (sums in another order)."""
+    w = np.empty(out.size * x.size, np.float32)
+    dequantize_blocks_numpy(blocks, size, first, w)
+    out[:] = w.reshape(out.size, x.size) @ x
