@@ -14,10 +14,15 @@ Counts go to ``record_property`` (``--junitxml``) and to the output (``-s``).
 
 from __future__ import annotations
 
+import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
+from make_quant_golden import edge_blocks, stored
 
 from minilora.quant import CodebookWeight, DoubleQuant, codebooks, kernels
 from minilora.quant.weights import thresholds
@@ -158,26 +163,6 @@ def test_packed_bytes_and_absmax_are_equal(torch, bnb, quant_type, block_size, s
             assert np.array_equal(q.codes, packed)
     nested, _ = theirs_4bit(torch, bnb, w, quant_type, block_size, double_quant=True)
     assert np.array_equal(nested, packed)
-
-
-def edge_blocks(block_size, quant_type):
-    """One block of extremes a row, all finite."""
-    rng = np.random.default_rng(1)
-    f = np.float32
-    normal = rng.standard_normal(block_size).astype(f)
-    normal /= np.abs(normal).max()
-    midpoints, _ = codebooks.thresholds(codebooks.code_map(quant_type))
-    at = np.concatenate([midpoints, np.nextafter(midpoints, f(2)), np.nextafter(midpoints, f(-2)), [0, -0.0, 1]])
-    ties = np.resize(at, (2, max(block_size, 64)))[:, :block_size].astype(f)
-    ties[1] = np.resize(at[::-1], block_size)
-    ties[:, 0] = 1  # absmax
-    limits, tiny = np.finfo(f), f(1e-38)
-    scales = [tiny, np.nextafter(tiny, f(0)), np.nextafter(tiny, f(1)), limits.tiny, 1e-44, limits.max, f(1e38)]
-    blocks = [np.zeros(block_size), np.full(block_size, -0.0), np.where(normal > 0, 0.0, -0.0), np.sign(normal) * limits.max]
-    blocks += [normal * f(scale) for scale in scales]
-    blocks += [tie * f(scale) for tie in ties for scale in (1, -1, 2.0**-60, 2.0**100, 3, 1e-39)]
-    blocks += [np.where(np.arange(block_size) == 5, extreme, normal * f(1e-30)) for extreme in (-1, 1, limits.max)]
-    return np.array(blocks, f)
 
 
 @both_types
@@ -446,6 +431,18 @@ def test_rows_that_are_not_whole_blocks(torch, bnb, quant_type, shape, block_siz
     record("AVX-512", bool(getattr(lib, "has_avx512f_cpu", lambda: 0)()))
     record("weights that the peer's kernel decodes otherwise than its definition", f"{wrong} of {w.size}")
     record("weights that the suspected fault would change", int((fault != definition).sum()))
+
+
+# ---- the golden files
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "normal", "edges_nf4", "edges_fp4"])
+def test_this_version_stores_what_the_golden_files_hold(bnb, name):
+    """Packed bytes, absmax and decoded values; nested codes may depend on the processor, next to a threshold."""
+    with np.load(Path(__file__).parents[1] / "golden" / "quant" / f"{name}.npz") as file:
+        for quant_type, block_size in [key.split(".")[:2] for key in file if key.endswith(".packed")]:
+            for key, array in stored(file["w"], quant_type, int(block_size), double_quant=False).items():
+                assert np.array_equal(file[key], array), key
 
 
 # ---- products
