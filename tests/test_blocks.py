@@ -51,7 +51,7 @@ def decode(quant_type, raw):
 
 
 def encode_block(quant_type, xs):
-    """ggml's quantize_row_q*_ref, line by line; each float operation rounds to float32."""
+    """The algorithm of ggml's quantize_row_q*_ref; each float operation rounds to float32."""
     if quant_type == "Q8_0":
         d = f32(max(abs(x) for x in xs) / 127)
         inverse = f32(1 / d) if d else 0.0

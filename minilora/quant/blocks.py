@@ -7,7 +7,7 @@ A block is one scale d, for Q4_1 also one minimum m, both little-endian float16,
     Q8_0   d, 32 signed bytes    w = d·q           8.5
 
 d has 11 significant bits and q at most 8, so d·q is exact in float32 and each weight is rounded once at most: a fused
-multiply-add, another order, ggml, NumPy and the kernels below all give the same bits.
+multiply-add, NumPy, the gguf package and the kernels below all give the same bits.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class BlockWeight(PackedWeight):
 
     @classmethod
     def quantize(cls, w: Array, quant_type: str) -> BlockWeight:
-        """Quantize w (out, in), in a multiple of 32, to the very bytes of ggml's reference (``quantize_row_*_ref``).
+        """Quantize w (out, in), in a multiple of 32, as ggml's ``quantize_row_*_ref`` do, to the very bytes of the gguf package.
 
         Q4_0: d = the weight of largest magnitude / -8, q = min(15, ⌊w/d + 8.5⌋). Q4_1: m = min, d = (max - min)/15,
         q = min(15, ⌊(w - m)/d + 0.5⌋). Q8_0: d = max|w|/127, q = w/d, ties away from zero. The codes are fitted to d before it
@@ -164,7 +164,8 @@ def _quantize(x: Array, quant_type: str, out: Array) -> None:
     else:
         shifted = x * inverse + np.float32(8.5) if low is None else (x - low) * inverse + np.float32(0.5)
         codes = np.minimum(np.trunc(shifted), 15).astype(np.uint8)
-    # d below 2^-128: ggml multiplies by 1/d = ∞, and converts what comes out to 0 on x86. The scale, a float16, is 0 anyway.
+    # d so small that 1/d = ∞: the gguf package multiplies by it, and what comes out converts to 0, on x86 at least. The
+    # scale, a float16, is 0 anyway.
     codes[((inverse == 0) & (d != 0))[:, 0]] = 0
     out[:, : 2 * header.shape[1]] = header.view(np.uint8)
     out[:, 2 * header.shape[1] :] = codes if quant_type == "Q8_0" else codes[:, :16] | codes[:, 16:] << 4
