@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -76,11 +79,106 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
             raise FileError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
     try:
         metadata = json.loads(raw.get(METADATA, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: its {METADATA!r} metadata is not JSON ({error})") from None
     if not isinstance(metadata, dict):
         raise FileError(f"{path}: its {METADATA!r} metadata is not a JSON object")
     return arrays, metadata
+
+
+# ---- one tensor at a time: for files larger than memory allows to hold twice, and for BF16, which NumPy does not know
+
+LONGEST_HEADER = 100_000_000
+"""Bytes of a safetensors header that are read: the limit of safetensors itself."""
+
+_TENSOR_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I32": "<i4"}
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor lies in a safetensors file; ``dtype`` is the file's own name of it."""
+
+    path: Path
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes in the file."""
+        return math.prod(self.shape) * np.dtype(_TENSOR_TYPES[self.dtype]).itemsize
+
+    def read(self) -> Array:
+        """Read it: BF16 comes widened to float32, which is exact; raises FileError for NaN, infinity or a file cut short."""
+        size, dtype = math.prod(self.shape), np.dtype(_TENSOR_TYPES[self.dtype])
+        try:
+            array = np.fromfile(self.path, dtype, size, offset=self.offset)
+        except OSError as error:
+            raise FileError(f"{self.path}: cannot be read ({error.strerror or error})") from None
+        if array.size != size:
+            raise FileError(f"{self.path}: ends within {self.name!r}; fetch a fresh copy")
+        array = array.reshape(self.shape).astype(dtype.newbyteorder("="), copy=False)
+        if self.dtype == "BF16":  # the upper half of a float32
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise FileError(f"{self.path}: {self.name} holds NaN or infinity; use an earlier checkpoint")
+        return array
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Read a safetensors file's header alone: 8 bytes of length, JSON, then the tensors' bytes without gap or overlap.
+
+    Raises FileError if any of this does not hold, or for a dtype other than F32, F16, BF16, U8 and I32.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileError(f"{path}: no such file")
+
+    def refuse(what: str) -> FileError:
+        return FileError(f"{path}: not a complete safetensors file ({what}); write it again or fetch a fresh copy")
+
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(size - 8, LONGEST_HEADER):
+                raise refuse(f"a header of {length} bytes in a file of {size}, the limit is {LONGEST_HEADER}")
+            header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repeats)
+    except FileError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise refuse(f"its header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise refuse("its header is no JSON object")
+    header.pop("__metadata__", None)
+    found, ranges = {}, [(0, 0)]
+    for name, entry in header.items():
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise refuse(f"{name!r} is {reprlib.repr(entry)}, needs dtype, shape and data_offsets")
+        dtype, shape, ends = entry["dtype"], entry["shape"], entry["data_offsets"]
+        if not isinstance(dtype, str) or dtype not in _TENSOR_TYPES:
+            raise FileError(f"{path}: {name!r} has dtype={reprlib.repr(dtype)}, can read {', '.join(_TENSOR_TYPES)}: convert it")
+        if not (_are_sizes(shape) and len(shape) <= 8 and _are_sizes(ends) and len(ends) == 2 and max(shape, default=0) <= size):
+            raise refuse(f"{name!r} has shape={reprlib.repr(shape)}, data_offsets={reprlib.repr(ends)}")
+        found[name] = StoredTensor(path, name, dtype, tuple(shape), 8 + length + ends[0])
+        if ends[1] - ends[0] != found[name].nbytes:
+            raise refuse(f"{name!r} has {ends[1] - ends[0]} bytes, {dtype} {shape} needs {found[name].nbytes}")
+        ranges.append((ends[0], ends[1]))
+    ranges.sort()
+    for (_, last), (first, _) in pairwise([*ranges, (size - 8 - length, 0)]):
+        if first != last:
+            raise refuse(f"byte {last} of its data ends a tensor, byte {first} begins the next or the end of the file")
+    return found
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) != len(pairs):
+        raise ValueError("a name comes twice")
+    return dict(pairs)
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -90,7 +188,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise FileError(f"{path}: no such file")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise FileError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise FileError(f"{path}: expected a JSON object, found {type(value).__name__}")
