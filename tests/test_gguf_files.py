@@ -311,9 +311,23 @@ def test_the_limits_of_a_header(make, monkeypatch):
     with pytest.raises(FileError, match="bytes of the header are left|but a header may have 200"):
         GGUFFile(path)
     monkeypatch.undo()
-    monkeypatch.setattr(ours, "MAX_VALUES", 8)
-    with pytest.raises(FileError, match="one string or array more than the 8 that are read|at most [0-8] are read"):
+    monkeypatch.setattr(ours, "MAX_STRINGS", 3)
+    with pytest.raises(FileError, match="metadata 'tokens' is 3; at most 0 are read"):
         GGUFFile(path)
+    three = [entry("a", 8, text("")), entry("b", 8, text("")), entry("c", 8, text(""))]
+    GGUFFile(make(build(three)))
+    with pytest.raises(FileError, match="metadata 'd' has a string or an array too many: 3 and 4096 are read"):
+        GGUFFile(make(build([*three, entry("d", 8, text(""))])))
+
+
+def test_a_crowd_of_empty_arrays_is_refused_at_once(make):
+    """Each takes 12 bytes in the file and 600 in Python."""
+    path = make(build([entry("k", 9, array(9, 2**20, array(4, 0, b"") * 2**20))]))
+    with pytest.raises(FileError, match="length of metadata 'k' is 1048576; at most 4095 are read"):
+        GGUFFile(path)
+    inner = array(9, 2**11, array(4, 0, b"") * 2**11)
+    with pytest.raises(FileError, match="length of metadata 'k' is 2048; at most 20[0-9][0-9] are read"):
+        GGUFFile(make(build([entry("k", 9, array(9, 2, inner * 2))])))
 
 
 def test_a_huge_count_takes_no_memory(make):

@@ -32,8 +32,8 @@ Array = np.ndarray
 
 MAX_HEADER = 64 * 2**20
 """Bytes of metadata and tensor infos at most; 2^18 tokens of 16 bytes, as many merges of 32, scores and types take 18 MiB."""
-MAX_VALUES = 2**21
-"""Strings and arrays in the metadata at most, which bounds the memory that a hostile header of that size takes."""
+MAX_STRINGS, MAX_ARRAYS = 2**21, 2**12
+"""Strings, and arrays, in the metadata at most: in Python an empty array takes fifty times its 12 bytes in the file."""
 MAX_ENTRIES = 2**16
 """Metadata entries, and tensors, at most."""
 MAX_DEPTH = 4
@@ -172,7 +172,8 @@ class _Header:
     """Reads the header from front to back, and never a byte that is not there."""
 
     def __init__(self, path: Path, data: mmap.mmap):
-        self.path, self.data, self.pos, self.values = path, data, 4, 0
+        self.path, self.data, self.pos = path, data, 4
+        self.left = {STRING: MAX_STRINGS, ARRAY: MAX_ARRAYS}
         self.end = min(len(data), MAX_HEADER)
 
     def error(self, what: str, problem: str) -> FileError:
@@ -219,18 +220,18 @@ class _Header:
             return number if number.dtype == np.float64 else number.item()
         if kind not in (STRING, ARRAY):
             raise self.error(what, f"has type {kind}; the types are 0 to 12")
-        if self.values == MAX_VALUES:
-            raise self.error(what, f"is one string or array more than the {MAX_VALUES} that are read")
-        self.values += 1
+        if self.left[kind] == 0:
+            raise self.error(what, f"has a string or an array too many: {MAX_STRINGS} and {MAX_ARRAYS} are read")
+        self.left[kind] -= 1
         if kind == STRING:
             return self.text(what)
         if depth == 0:
             raise self.error(what, f"holds arrays in arrays, more than {MAX_DEPTH} deep")
-        kind = self.number("<I", f"item type of {what}")
-        if kind in SCALARS:
-            return self.numbers(kind, self.count(f"length of {what}", struct.calcsize(SCALARS[kind])), what)
-        count = self.count(f"length of {what}", 12 if kind == ARRAY else 8, MAX_VALUES - self.values)
-        return [self.value(kind, what, depth - 1) for _ in range(count)]
+        item = self.number("<I", f"item type of {what}")
+        if item in SCALARS:
+            return self.numbers(item, self.count(f"length of {what}", struct.calcsize(SCALARS[item])), what)
+        count = self.count(f"length of {what}", 12 if item == ARRAY else 8, self.left.get(item, MAX_HEADER))
+        return [self.value(item, what, depth - 1) for _ in range(count)]
 
     def numbers(self, kind: int, count: int, what: str) -> Array:
         """Return numbers as a view of the file."""
