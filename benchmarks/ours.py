@@ -14,8 +14,9 @@ from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora, quantize_model
+from minilora.lora import LoraLinear, full, inject_lora
 from minilora.quant.weights import CodebookWeight, DoubleQuant, quantize_weight
+from minilora.quantize import quantize_model
 from minilora.threads import Workers, keep_memory, single_blas
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer

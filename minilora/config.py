@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -15,6 +16,9 @@ AFFINE_TYPES = ("int2", "int3", "int4", "int8")
 QUANTIZERS = ("rtn", "gptq", "hqq")
 FITS = ("minmax", "symmetric", "mse", "hqq")
 OFFSET_STORES = ("float16", "float32", "zero")
+
+SVD_INITS = ("pissa", "loftq")
+INITS = ("normal", "kaiming", "gaussian", *SVD_INITS)
 
 
 class ConfigError(ValueError):
@@ -98,11 +102,15 @@ class LoraConfig:
 
     ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv 2312.03732). A starts Gaussian with standard
     deviation 1/√(3·in) (``"normal"``; the same variance as PEFT's ``"kaiming"``, and independent of r) or, as PEFT's own
-    ``"gaussian"``, with 1/r, which confounds a rank sweep. B starts at zero. ``use_qalora`` pools the input over the base
-    weight's groups (arXiv 2309.14717); the group size is the weight's own.
+    ``"gaussian"``, with 1/r, which confounds a rank sweep. B starts at zero. ``"pissa"`` and ``"loftq"`` (``loftq_iter``
+    rounds) start both from a decomposition: ``minilora.initial``. ``use_qalora`` pools the input over the base weight's groups
+    (arXiv 2309.14717); the group size is the weight's own. ``use_dora`` trains the length of each row of W + ΔW apart (arXiv
+    2402.09353). ``rank_pattern`` and ``alpha_pattern`` give single modules, by name or end of name, another r or lora_alpha.
 
     >>> LoraConfig(r=8, lora_alpha=16).scaling
     2.0
+    >>> LoraConfig(r=8, rank_pattern={"layers.3.mlp.up_proj": 2}).of("model.layers.3.mlp.up_proj").r
+    2
     """
 
     r: int = 8
@@ -112,6 +120,10 @@ class LoraConfig:
     use_rslora: bool = False
     use_qalora: bool = False
     init_lora_weights: str = "normal"
+    use_dora: bool = False
+    loftq_iter: int = 1
+    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _whole(self.r, "r")
@@ -121,12 +133,37 @@ class LoraConfig:
         if isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", expand_modules(self.target_modules))
         require(len(self.target_modules) > 0, "target_modules", self.target_modules, "name at least one module")
-        require_in(self.init_lora_weights, ("normal", "kaiming", "gaussian"), "init_lora_weights")
+        require_in(self.init_lora_weights, INITS, "init_lora_weights")
+        _whole(self.loftq_iter, "loftq_iter")
+        for name, value in self.rank_pattern.items():
+            _whole(value, f"rank_pattern[{name!r}]")
+        for name, alpha in self.alpha_pattern.items():
+            _number(alpha, f"alpha_pattern[{name!r}]", 0, open_low=True)
+        if self.use_qalora:
+            why = "needs an offset that takes up ΔW, and {} changes more than that; choose either, or leave out use_qalora"
+            require(not self.use_dora, "use_dora", True, "use_qalora " + why.format("the length of rows"))
+            require(self.init_lora_weights not in SVD_INITS, "init_lora_weights", self.init_lora_weights,
+                    "starts from a decomposition over all inputs, and use_qalora sees sums of groups; use normal")
 
     @property
     def scaling(self) -> float:
         """The factor in front of B A: α/r, or α/√r for rsLoRA. It is computed here and nowhere else."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
+
+    def of(self, module: str) -> LoraConfig:
+        """The configuration of one module, its full name given: patterns resolved, of which the first that matches counts."""
+        r = next((v for k, v in self.rank_pattern.items() if matches(module, k)), self.r)
+        alpha = next((v for k, v in self.alpha_pattern.items() if matches(module, k)), self.lora_alpha)
+        return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+
+def matches(name: str, target: str) -> bool:
+    """PEFT's rule: the target is the module's last part or a suffix of whole parts, never a substring.
+
+    >>> matches("model.layers.0.self_attn.q_proj", "q_proj"), matches("model.layers.0.self_attn.q_proj", "proj")
+    (True, False)
+    """
+    return name == target or name.endswith("." + target)
 
 
 def expand_modules(text: str) -> tuple[str, ...]:

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minilora.config import LINEAR_MODULES, ConfigError, LoraConfig, QuantConfig, require
+from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
 from minilora.functional import group_repeat, group_sum
+from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
 from minilora.quant.weights import AffineWeight, quantize_weight
 from minilora.threads import single_blas
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
 class LoraLinear:
     """A frozen Linear with a trainable low-rank path beside it.
 
+    With ``use_dora`` the rows of W + s·B A keep their direction and get a trained length m (DoRA, arXiv 2402.09353, eq. 5):
+
+        y = (m / n) ∘ (base(x) + s · x Aᵀ Bᵀ),   n = ‖W + s·B A‖ of each row, a constant for the gradient (its section 4.3)
+
     >>> base = Linear("q_proj", DenseWeight(Parameter("q_proj.weight", np.eye(4, dtype=np.float32))))
     >>> adapted = LoraLinear(base, LoraConfig(r=2), np.random.default_rng(0))
     >>> x = np.ones((1, 4), np.float32)
@@ -35,17 +40,29 @@ class LoraLinear:
     True
     """
 
-    def __init__(self, base: Linear, config: LoraConfig, rng: np.random.Generator, pool: int = 1):
+    def __init__(
+        self, base: Linear, config: LoraConfig, rng: np.random.Generator, pool: int = 1, quant: QuantConfig | None = None
+    ):
         out, in_ = base.shape
+        config = config.of(base.name)
         # with pooling the rank of ΔW is capped at in/pool already; a larger r trains, but only adds parameters
         require(config.r <= min(out, in_), "r", config.r,
                 f"must be at most {min(out, in_)}, the smaller side of {base.name} ({out}, {in_}): a larger rank adds nothing")
-        self.base, self.pool = base, pool
-        self.scaling, self.dropout = config.scaling, config.lora_dropout
+        self.pool, self.scaling, self.dropout = pool, config.scaling, config.lora_dropout
         dtype = base.weight.dtype
-        a = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype)
+        if config.init_lora_weights in SVD_INITS:
+            self.base, a, b = _from_svd(base, config, quant)
+        else:
+            self.base = base if quant is None else Linear(base.name, quantize_weight(base.weight.dense(), quant))
+            a, b = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype), np.zeros((out, config.r), dtype)
+        self.start = (a.copy(), b.copy()) if config.init_lora_weights == "pissa" else None
+        """PiSSA's first A and B, which are missing in the base; ``save_adapter`` needs them."""
         self.lora_A = Parameter(f"{base.name}.lora_A.weight", a, trainable=True)  # (r, in/g)
-        self.lora_B = Parameter(f"{base.name}.lora_B.weight", np.zeros((out, config.r), dtype), trainable=True)  # (out, r)
+        self.lora_B = Parameter(f"{base.name}.lora_B.weight", b, trainable=True)  # (out, r)
+        self.magnitude: Parameter | None = None
+        if config.use_dora:
+            self.row_squares = (self.base.weight.dense().astype(np.float64) ** 2).sum(axis=1).astype(dtype)  # (out,)
+            self.magnitude = Parameter(f"{base.name}.lora_magnitude_vector", self.row_norms(), trainable=True)  # (out,)
 
     @property
     def name(self) -> str:
@@ -57,14 +74,20 @@ class LoraLinear:
         """(out, in) of the base."""
         return self.base.shape
 
+    def trained(self) -> list[Parameter]:
+        """A, B and, with DoRA, the lengths m."""
+        return [self.lora_A, self.lora_B, *([] if self.magnitude is None else [self.magnitude])]
+
     def parameters(self) -> Iterator[Parameter]:
-        """The base's dense parameter (frozen), A and B."""
+        """The base's dense parameter (frozen), and what trains."""
         yield from self.base.parameters()
-        yield self.lora_A
-        yield self.lora_B
+        yield from self.trained()
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """x (…, in) → y (…, out). Kept: the adapter's input p (…, in/g), h (…, r) and, with dropout, one bit an element."""
+        """x (…, in) → y (…, out). Kept: the adapter's input p (…, in/g), h (…, r) and, with dropout, one bit an element.
+
+        DoRA also keeps its result before it is stretched: the price of the lengths.
+        """
         y, _ = self.base.forward(x)  # frozen: keeps nothing
         p = group_sum(x, self.pool)  # (…, in/g)
         mask = None
@@ -74,11 +97,19 @@ class LoraLinear:
             p = p * keep * p.dtype.type(1 / (1 - self.dropout))
         h = p @ self.lora_A.data.T  # (…, r)
         y += h @ (self.lora_B.data * y.dtype.type(self.scaling)).T
-        return y, (p, h, mask)
+        if self.magnitude is None:
+            return y, (p, h, mask)
+        n = self.row_norms()  # (out,)
+        return y * (self.magnitude.data / n), (p, h, mask, y, n)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
-        p, h, mask = cache
+        p, h, mask, *stretched = cache
+        if self.magnitude is not None:
+            # y = (m / n) ∘ z with n constant
+            z, n = stretched
+            grads.add(self.magnitude, (dy * z).reshape(-1, dy.shape[-1]).sum(axis=0) / n)
+            dy = dy * (self.magnitude.data / n)
         s = dy.dtype.type(self.scaling)
         rows = dy.reshape(-1, dy.shape[-1])  # (N, out)
         # y += h (s B)ᵀ
@@ -96,20 +127,40 @@ class LoraLinear:
         dx += group_repeat(dp, self.pool)
         return dx
 
+    def row_norms(self) -> Array:
+        """n (out,) = ‖w + s·b A‖ of each row, without a dense matrix: ‖w‖² + 2s·b·(A wᵀ) + s²·b (A Aᵀ) bᵀ."""
+        a, b = self.lora_A.data, self.lora_B.data
+        s = b.dtype.type(self.scaling)
+        cross = self.base.weight.matmul(a).T  # W Aᵀ: (out, r)
+        squares = self.row_squares + (b * (2 * s * cross + s * s * (b @ (a @ a.T)))).sum(axis=1)
+        return np.sqrt(np.maximum(squares, np.finfo(b.dtype).tiny))  # a row of zeros has no direction, and must not divide by 0
+
     def delta(self, dtype: Any = np.float64) -> Array:
-        """ΔW = scaling · B A, each column repeated over its group: (out, in)."""
-        return group_repeat(self.scaling * (self.lora_B.data.astype(dtype) @ self.lora_A.data.astype(dtype)), self.pool)
+        """ΔW = scaling · B A, each column repeated over its group: (out, in). With DoRA (m / n) ∘ (W + scaling · B A) − W."""
+        delta = group_repeat(self.scaling * (self.lora_B.data.astype(dtype) @ self.lora_A.data.astype(dtype)), self.pool)
+        if self.magnitude is None:
+            return delta
+        w = self.base.weight.dense().astype(dtype)
+        whole = w + delta
+        n = np.maximum(np.linalg.norm(whole, axis=1), np.finfo(self.magnitude.data.dtype).tiny ** 0.5)
+        return (self.magnitude.data / n)[:, None] * whole - w
 
 
-def init_a(config: LoraConfig, shape: tuple[int, int], in_features: int, rng: np.random.Generator) -> Array:
-    """Draw A. ``in_features`` is the layer's true input width also when the input is pooled (√g too large otherwise).
-
-    normal N(0, 1/(3·in)) · kaiming U(±1/√in), PEFT's default, of the same variance · gaussian N(0, 1/r²), which depends on r.
-    """
-    if config.init_lora_weights == "kaiming":
-        return rng.uniform(-1, 1, shape) / in_features**0.5
-    std = 1 / config.r if config.init_lora_weights == "gaussian" else (3 * in_features) ** -0.5
-    return rng.standard_normal(shape) * std
+def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tuple[Linear, Array, Array]:
+    """PiSSA's or LoftQ's new base, A and B."""
+    if not isinstance(base.weight, DenseWeight):
+        raise ConfigError(f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and this start "
+                          "needs the weight in full precision; inject into the dense model and pass quant=QuantConfig(…)")
+    w, name = base.weight.dense(), base.name
+    if config.init_lora_weights == "loftq":
+        if quant is None:
+            raise ConfigError("init_lora_weights='loftq': answers the error of a quantizer; pass inject_lora a quant, e.g. "
+                              "quant=QuantConfig('nf4')")
+        weight, a, b = loftq(w, config.r, config.scaling, lambda x: quantize_weight(x, quant), config.loftq_iter)
+        return Linear(name, weight), a, b
+    residual, a, b = pissa(w, config.r, config.scaling)
+    weight = DenseWeight(Parameter(f"{name}.weight", residual).freeze()) if quant is None else quantize_weight(residual, quant)
+    return Linear(name, weight), a, b
 
 
 def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, int, int]) -> Array:
@@ -121,10 +172,14 @@ def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, int
 # --- which parts of a model train --------------------------------------------------------------------------------------
 
 
-def inject_lora(model: Transformer, config: LoraConfig, rng: np.random.Generator) -> Transformer:
+@single_blas()
+def inject_lora(
+    model: Transformer, config: LoraConfig, rng: np.random.Generator, quant: QuantConfig | None = None
+) -> Transformer:
     """Return a new model with adapters on ``target_modules``; it shares the base's arrays, which become read-only.
 
     A target matches a module's own name (``q_proj``) or the end of its full name (``layers.3.self_attn.q_proj``).
+    With ``quant`` the projections of a dense base are quantized in the same step, which LoftQ needs (PiSSA may have it).
     Several adapters over one base are several injected models. Raises ConfigError if nothing matches, if the model is
     already injected, or if QA-LoRA finds a base without a float offset.
     """
@@ -132,14 +187,18 @@ def inject_lora(model: Transformer, config: LoraConfig, rng: np.random.Generator
     for name, linear in model.linears():
         if isinstance(linear, LoraLinear):
             raise ConfigError(f"model: already injected ({name} has an adapter); inject into the base, once for each adapter")
-    _check_targets(config.target_modules, names)
+    for field in ("target_modules", "rank_pattern", "alpha_pattern"):
+        _check_targets(field, tuple(getattr(config, field)), names)
     frozen = model.map_parameters(Parameter.freeze)
 
     def adapt(linear: Linear) -> Linear | LoraLinear:
+        here = None if linear is frozen.head else quant
         if not any(matches(linear.name, target) for target in config.target_modules):
-            return linear
+            return linear if here is None else Linear(linear.name, quantize_weight(linear.weight.dense(), here))
         if not config.use_qalora:
-            return LoraLinear(linear, config, rng)
+            return LoraLinear(linear, config, rng, quant=here)
+        if here is not None and isinstance(linear.weight, DenseWeight):
+            linear = Linear(linear.name, quantize_weight(linear.weight.dense(), here))
         if not isinstance(linear.weight, AffineWeight):
             why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
                 f"{linear.name} is stored as {type(linear.weight).__name__}"
@@ -175,31 +234,13 @@ def subset(model: Transformer, modules: tuple[str, ...]) -> Transformer:
     return model.map_parameters(choose)
 
 
-def quantize_model(model: Transformer, config: QuantConfig) -> Transformer:
-    """A new model whose block projections are stored in few bits; embedding, norms and head stay, as in bitsandbytes."""
-    if any(isinstance(linear, LoraLinear) for _, linear in model.linears()):
-        raise ConfigError("model: has an adapter; quantize the base model first and inject the adapter into that")
-    head = model.head
-    return model.map_linears(
-        lambda linear: linear if linear is head else Linear(linear.name, quantize_weight(linear.weight.dense(), config)))
-
-
-def matches(name: str, target: str) -> bool:
-    """PEFT's rule: the target is the module's last part or a suffix of whole parts, never a substring.
-
-    >>> matches("model.layers.0.self_attn.q_proj", "q_proj"), matches("model.layers.0.self_attn.q_proj", "proj")
-    (True, False)
-    """
-    return name == target or name.endswith("." + target)
-
-
-def _check_targets(targets: tuple[str, ...], names: list[str]) -> None:
+def _check_targets(field: str, targets: tuple[str, ...], names: list[str]) -> None:
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     for target in targets:
         if targets == LINEAR_MODULES and target == "gate_proj":
             continue  # "all-linear" means all that there are: the two-matrix MLP has no gate
         if not any(matches(name, target) for name in names):
-            raise ConfigError(f"target_modules={target!r}: matches no module; there are {', '.join(kinds)} "
+            raise ConfigError(f"{field}={target!r}: matches no module; there are {', '.join(kinds)} "
                               f"(or full names such as {names[0]})")
 
 

@@ -50,7 +50,7 @@ def model_bytes(model: Transformer) -> dict[str, int]:
     """Bytes of a model by class: weights (dense arrays and codes), scales_offsets, code_maps, adapters."""
     found: dict[str, list[Array]] = {"weights": [], "scales_offsets": [], "code_maps": [], "adapters": []}
     for p in model.parameters():
-        kind = "adapters" if p.name.endswith((".lora_A.weight", ".lora_B.weight")) else "weights"
+        kind = "adapters" if ".lora_" in p.name else "weights"
         found[kind].append(p.data)
     for _, linear in model.linears():
         weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight

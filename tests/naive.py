@@ -234,3 +234,40 @@ def clip(grads, max_norm):
     """All gradients as one list: scaled to max_norm if longer; also the length before."""
     norm = math.sqrt(math.fsum(g * g for g in grads))
     return [g * max_norm / norm if norm > max_norm else g for g in grads], norm
+
+
+def obq(w, hessian, damp, bits, group):
+    """Round row by row as optimal brain quantization says, by eliminating each column from H⁻¹: GPTQ without Cholesky or blocks.
+
+    Min/max groups of float16 scale and offset, fitted to the weights as they are when the group begins. Returns codes.
+    """
+    n = len(hessian)
+    h = [[float(hessian[i][j]) for j in range(n)] for i in range(n)]
+    mean = sum(h[i][i] for i in range(n)) / n
+    for i in range(n):
+        h[i][i] += damp * mean
+    inverse = np.linalg.inv(np.array(h)).tolist()
+    w = [[float(v) for v in row] for row in w]
+    codes = [[0] * n for _ in w]
+    scale, offset = [None] * len(w), [None] * len(w)
+    for i in range(n):
+        for r, row in enumerate(w):
+            if i % group == 0:
+                low, high = np.float32(min(row[i : i + group])), np.float32(max(row[i : i + group]))
+                scale[r] = np.float32(np.float16((high - low) / np.float32(2**bits - 1))) or np.float32(1)
+                offset[r] = np.float32(np.float16(low))
+            code = int(min(max(np.rint((np.float32(row[i]) - offset[r]) / scale[r]), 0), 2**bits - 1))
+            codes[r][i] = code
+            error = (row[i] - float(np.float32(code) * scale[r] + offset[r])) / inverse[i][i]
+            for j in range(i, n):
+                row[j] -= error * inverse[i][j]
+        pivot = list(inverse[i])
+        for a in range(n):
+            factor = inverse[a][i] / pivot[i]
+            for b in range(n):
+                inverse[a][b] -= factor * pivot[b]
+            inverse[a][i] = 0.0
+        for b in range(n):
+            inverse[i][b] = 0.0
+        inverse[i][i] = 1.0  # never used again
+    return np.array(codes)

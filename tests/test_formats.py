@@ -14,7 +14,8 @@ from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import LoraLinear, inject_lora, merge, quantize_model
+from minilora.lora import LoraLinear, inject_lora, merge
+from minilora.quantize import quantize_model
 from minilora.transformer import init_model
 
 IDS = np.array([[1, 2, 3, 4]])
@@ -323,9 +324,16 @@ def change_settings(folder, **changes):
     [
         ({"peft_type": "LOHA"}, "peft_type='LOHA', only LORA"),
         ({"peft_type": None}, "peft_type=None"),
-        ({"use_dora": True}, "use_dora=True is not supported"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern=.*is not supported"),
-        ({"alpha_pattern": {"q_proj": 4}}, "alpha_pattern=.*is not supported"),
+        ({"use_dora": True}, "q_proj.lora_magnitude_vector is missing"),
+        ({"rank_pattern": {"q_proj": 4}}, r"is float32 \(3, 16\), this base needs a float array \(4, 16\)"),
+        ({"rank_pattern": {"q_proj": 0}}, r"rank_pattern\['q_proj'\]=0: must be a whole number"),
+        ({"rank_pattern": {"lm": 2}}, "rank_pattern='lm': matches no module"),
+        ({"rank_pattern": {"(a+)+$": 2}}, "no regular expressions"),
+        ({"rank_pattern": [1]}, r"rank_pattern=\[1\] must be an object"),
+        ({"alpha_pattern": {"q_proj": "4"}}, r"alpha_pattern\['q_proj'\]='4': must be a finite number"),
+        ({"bias": "all"}, "bias='all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=.*is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4' changes the base weights"),
         ({"r": 0}, "r=0"),
         ({"r": "3"}, "r='3'"),
         ({"r": 17}, "r=17: must be at most"),
@@ -364,9 +372,9 @@ def test_an_adapter_of_another_base_is_refused(tmp_path):
     save_adapter(lora(), LORA, tmp_path)
     with pytest.raises(FileError, match="this base needs a float array"):
         load_adapter(base(replace(GQA, hidden_size=24)), tmp_path)
-    save_adapter(lora(base(quant=QuantConfig("int4", group_size=4)), QALORA), QALORA, tmp_path)
-    with pytest.raises(FileError, match="this base needs a float array"):
-        load_adapter(base(quant=QuantConfig("int4", group_size=2)), tmp_path)
+    save_adapter(lora(base(quant=QuantConfig("int4", group_size=2)), QALORA), QALORA, tmp_path)
+    with pytest.raises(FileError, match="not constant within the base's groups of 4"):
+        load_adapter(base(quant=QuantConfig("int4", group_size=4)), tmp_path)
 
 
 def test_an_injected_model_takes_no_second_adapter(tmp_path):

@@ -9,7 +9,8 @@ from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
 from minilora.generation import KVCache, decode, generate, prefill, sample
-from minilora.lora import inject_lora, quantize_model
+from minilora.lora import inject_lora
+from minilora.quantize import quantize_model
 
 LENGTH = GQA.context_length
 PROMPTS = [[1, 2, 3], [4], [5, 6, 0, 7, 8, 2], [2, 2]]

@@ -19,7 +19,7 @@ FILES = {
 
 # module (or package) → what of minilora it may import; itself is always allowed
 LAYERS = {"config", "functional", "threads", "layers", "quant"}
-MODELS = LAYERS | {"transformer", "lora"}
+MODELS = LAYERS | {"transformer", "initial", "quantize", "lora"}
 ALLOWED = {
     "config": set(),
     "functional": set(),
@@ -30,7 +30,9 @@ ALLOWED = {
     "quant": {"config"},
     "layers": {"config", "functional"},
     "transformer": {"config", "functional", "layers"},  # knows nothing of LoRA
-    "lora": LAYERS,  # and LoRA nothing of the transformer
+    "initial": {"config"},
+    "quantize": LAYERS,
+    "lora": LAYERS | {"initial"},  # and LoRA nothing of the transformer
     "generation": {"functional", "layers", "threads", "transformer"},
     "data": {"config"},
     "memory": MODELS,

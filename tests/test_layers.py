@@ -18,9 +18,10 @@ from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
 from minilora.gradients import gradcheck
 from minilora.layers import MLP, DenseWeight, Embedding, Gradients, Linear, Parameter, RMSNorm
-from minilora.lora import LoraLinear, inject_lora, quantize_model
+from minilora.lora import LoraLinear, inject_lora
 from minilora.memory import arrays_in, unique_bytes
 from minilora.quant.weights import quantize_weight
+from minilora.quantize import quantize_model
 
 KEY = (7, 3, 1)  # seed, step, shard: dropout draws from it
 

@@ -22,22 +22,21 @@ from helpers import (
     random_batch,
 )
 
-from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig
+from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig, matches
+from minilora.initial import init_a
 from minilora.layers import DenseWeight, Gradients, Linear, Parameter
 from minilora.lora import (
     LoraLinear,
     full,
-    init_a,
     inject_lora,
-    matches,
     merge,
     merge_linear,
-    quantize_model,
     subset,
     unmerge_linear,
 )
 from minilora.memory import count_parameters
 from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.trainer import Trainer
 from minilora.transformer import parameter_shapes

@@ -10,7 +10,7 @@ from helpers import CONFIGS, GQA, adapters, make_model, random_batch
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.layers import Gradients
-from minilora.lora import full, inject_lora, quantize_model
+from minilora.lora import full, inject_lora
 from minilora.memory import (
     activation_bytes,
     arrays_in,
@@ -22,6 +22,7 @@ from minilora.memory import (
     trainable_line,
     unique_bytes,
 )
+from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import make_optimizer
 from minilora.transformer import parameter_shapes

@@ -11,8 +11,9 @@ from helpers import CONFIGS, GQA, adapters, assert_close, close_rtol, digest, fi
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.gradients import gradcheck
 from minilora.layers import Block, Gradients, Parameter
-from minilora.lora import full, inject_lora, quantize_model, subset
+from minilora.lora import full, inject_lora, subset
 from minilora.memory import arrays_in, unique_bytes
+from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.transformer import build_model, init_model, parameter_shapes
 

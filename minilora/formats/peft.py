@@ -1,27 +1,35 @@
-"""PEFT's adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` with PEFT's names."""
+"""PEFT's adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` with PEFT's names.
+
+What PEFT has no form for is written in one that it has, with the same function:
+
+* QA-LoRA: s·B A on inputs summed over a group is ordinary LoRA with each column of A repeated over its group; so it is written
+  (PEFT's own ``use_qalora`` is another function: the mean times the number of groups). The file's metadata name the group size.
+* PiSSA: its base is W − s·B₀A₀, so over W itself the adapter is s·(B A − B₀A₀), which is ordinary LoRA of rank 2r.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.config import LoraConfig, expand_modules
+from minilora.config import LoraConfig, expand_modules, matches
 from minilora.formats.files import FileError, read_json, read_tensors, write_file, write_tensors
-from minilora.lora import LoraLinear, inject_lora, matches
+from minilora.functional import group_repeat
+from minilora.layers import Array
+from minilora.lora import LoraLinear, inject_lora
 from minilora.transformer import Transformer
 
 PREFIX = "base_model.model."
 
 
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
-    """Save A and B alone; returns the size of ``adapter_model.safetensors`` in bytes.
+    """Save the adapters alone, for PEFT and for us; returns the size of ``adapter_model.safetensors`` in bytes.
 
-    LoRA and QLoRA folders load in PEFT. A QA-LoRA folder is ours: its A belongs to inputs *summed* over a group, while PEFT's
-    ``use_qalora`` takes the mean times the number of groups, and GPTQ bases only.
-
+    Over a quantized base PEFT needs that base's own weights: a LoftQ base differs from the rounded model.
     Raises ValueError if there is no adapter or ``config`` is not the one that was given to ``inject_lora``.
     """
     folder = Path(folder)
@@ -29,19 +37,28 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     if not adapted:
         raise ValueError("model: has no adapter to save; inject_lora makes one")
     targets = {name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)}
-    made_with = {(len(linear.lora_A.data), linear.scaling, linear.dropout) for linear in adapted}
-    if targets != {linear.name for linear in adapted} or made_with != {(config.r, config.scaling, config.lora_dropout)}:
+    if targets != {linear.name for linear in adapted} or not all(_made_with(linear, config) for linear in adapted):
         raise ValueError(f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora")
+    twice = 2 if config.init_lora_weights == "pissa" else 1  # rank 2r with the same scaling: α twice, or √2 times with rsLoRA
+    alpha = twice**0.5 if config.use_rslora else twice
     settings: dict[str, Any] = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-        "fan_in_fan_out": False, "r": config.r, "lora_alpha": config.lora_alpha, "lora_dropout": config.lora_dropout,
-        "target_modules": list(config.target_modules), "use_rslora": config.use_rslora, "use_dora": False,
-        "use_qalora": config.use_qalora, "qalora_group_size": adapted[0].pool, "init_lora_weights": True,
-        "rank_pattern": {}, "alpha_pattern": {},
+        "fan_in_fan_out": False, "r": twice * config.r, "lora_alpha": alpha * config.lora_alpha,
+        "lora_dropout": config.lora_dropout, "target_modules": list(config.target_modules), "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora, "use_qalora": False, "init_lora_weights": True,
+        "rank_pattern": {k: twice * v for k, v in config.rank_pattern.items()},
+        "alpha_pattern": {k: alpha * v for k, v in config.alpha_pattern.items()},
     }
-    arrays = {PREFIX + p.name: p.data for linear in adapted for p in (linear.lora_A, linear.lora_B)}
+    arrays: dict[str, Array] = {}
+    for linear in adapted:
+        a, b = group_repeat(linear.lora_A.data, linear.pool), linear.lora_B.data
+        if linear.start is not None:
+            a, b = np.concatenate([a, linear.start[0]]), np.concatenate([b, -linear.start[1]], axis=1)
+        arrays |= {PREFIX + linear.lora_A.name: a, PREFIX + linear.lora_B.name: b}
+        if linear.magnitude is not None:
+            arrays[PREFIX + linear.magnitude.name] = linear.magnitude.data
     file = folder / "adapter_model.safetensors"
-    write_tensors(file, arrays, {}, plain={"format": "pt"})
+    write_tensors(file, arrays, {"group_size": adapted[0].pool} if config.use_qalora else {}, plain={"format": "pt"})
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     return file.stat().st_size
 
@@ -51,26 +68,34 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
 
     Raises FileError if the folder's files are missing, truncated, foreign, or do not fit this base.
     """
-    folder = Path(folder)
+    config, arrays = _read(Path(folder))
+    try:
+        injected = inject_lora(model, config, np.random.default_rng(0))
+    except ValueError as error:
+        raise FileError(f"{folder}: {error}") from None
+    _fill(injected, arrays, Path(folder))
+    return injected, config
+
+
+def fill_adapter(injected: Transformer, folder: str | Path) -> None:
+    """Give an injected model the saved A and B in place: for LoftQ, whose base is made together with the adapter's start."""
+    _fill(injected, _read(Path(folder))[1], Path(folder))
+
+
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array]]:
     settings = read_json(folder / "adapter_config.json")
     if settings.get("peft_type") != "LORA":
         raise FileError(f"{folder}: peft_type={settings.get('peft_type')!r}, only LORA adapters can be read")
-    for unsupported in ("use_dora", "rank_pattern", "alpha_pattern"):
-        if settings.get(unsupported):
-            raise FileError(f"{folder}: {unsupported}={settings[unsupported]!r} is not supported")
-    targets = settings.get("target_modules")
-    try:
-        config = LoraConfig(
-            r=settings.get("r", 8), lora_alpha=settings.get("lora_alpha", 8), lora_dropout=settings.get("lora_dropout", 0.0),
-            target_modules=expand_modules(targets) if isinstance(targets, str) else tuple(sorted(targets or ())),
-            use_rslora=bool(settings.get("use_rslora", False)), use_qalora=bool(settings.get("use_qalora", False)))
-        injected = inject_lora(model, config, np.random.default_rng(0))
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{folder}: {error}") from None
-    arrays, _ = read_tensors(folder / "adapter_model.safetensors")
+    arrays, metadata = read_tensors(folder / "adapter_model.safetensors")
+    return _read_config(folder, settings, pooled="group_size" in metadata), arrays
+
+
+def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None:
     for linear in (linear for _, linear in injected.linears() if isinstance(linear, LoraLinear)):
-        for parameter in (linear.lora_A, linear.lora_B):
+        for parameter in linear.trained():
             array = arrays.pop(PREFIX + parameter.name, None)
+            if array is not None and parameter is linear.lora_A:
+                array = _pooled(array, linear, folder)
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise FileError(f"{folder}: {parameter.name} is {found}, this base needs a float array {parameter.data.shape}")
@@ -80,4 +105,51 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
             raise FileError(f"{folder}: was made over a base whose {linear.name} differs from this one's")
     if arrays:
         raise FileError(f"{folder}: unknown tensors {sorted(arrays)[:3]}")
-    return injected, config
+
+
+def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraConfig:
+    """PEFT's settings as ours; refuses what would change the function and is not here."""
+    for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("use_qalora", False), ("lora_bias", False)):
+        if settings.get(name, plain) != plain:
+            raise FileError(f"{folder}: {name}={settings[name]!r} is not supported, only {plain!r}")
+    for name in ("layers_to_transform", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"):
+        if settings.get(name):
+            raise FileError(f"{folder}: {name}={settings[name]!r} is not supported")
+    init = settings.get("init_lora_weights", True)
+    if isinstance(init, str) and init.startswith(("pissa", "olora", "loftq", "corda")):
+        raise FileError(f"{folder}: init_lora_weights={init!r} changes the base weights; convert the adapter to plain LoRA in "
+                        "PEFT (path_initial_model_for_weight_conversion) and save it again")
+    targets = settings.get("target_modules")
+    patterns: dict[str, Any] = {name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
+    for name, pattern in patterns.items():
+        if not isinstance(pattern, dict):
+            raise FileError(f"{folder}: {name}={pattern!r} must be an object")
+        for key in pattern:
+            # PEFT takes a regular expression; only names are read, "." being part of a name
+            if not re.fullmatch(r"[A-Za-z0-9_.]{1,500}", key):
+                raise FileError(f"{folder}: {name} has the key {key!r}; only module names are supported, no regular expressions")
+    try:
+        return LoraConfig(
+            r=settings.get("r", 8), lora_alpha=settings.get("lora_alpha", 8), lora_dropout=settings.get("lora_dropout", 0.0),
+            target_modules=expand_modules(targets) if isinstance(targets, str) else tuple(sorted(targets or ())),
+            use_rslora=bool(settings.get("use_rslora", False)), use_dora=bool(settings.get("use_dora", False)), use_qalora=pooled,
+            **patterns)
+    except (ValueError, TypeError) as error:
+        raise FileError(f"{folder}: {error}") from None
+
+
+def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
+    """A as it was before its columns were repeated over their groups."""
+    if linear.pool == 1 or a.ndim != 2 or a.shape[1] != linear.shape[1]:
+        return a
+    narrow = a[:, :: linear.pool]
+    if not np.array_equal(group_repeat(narrow, linear.pool), a):
+        raise FileError(f"{folder}: {linear.lora_A.name} is not constant within the base's groups of {linear.pool}; this adapter "
+                        "belongs to another group size")
+    return narrow
+
+
+def _made_with(linear: LoraLinear, config: LoraConfig) -> bool:
+    mine = config.of(linear.name)
+    found = (len(linear.lora_A.data), linear.scaling, linear.dropout, linear.magnitude is not None, linear.start is not None)
+    return found == (mine.r, mine.scaling, mine.lora_dropout, mine.use_dora, mine.init_lora_weights == "pissa")

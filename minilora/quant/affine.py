@@ -121,7 +121,8 @@ class AffineWeight(CodedWeight):
         require_in(store, fits.OFFSET_STORES, "store")
         before = self.offset.astype(np.float32)
         offset = fits.stored_offset(before, self.scale, self.bits, store)
-        weight = AffineWeight.from_stored(self.codes, self.scale, offset, self.shape, self.bits, self.group_size)
+        make = AffineWeight.from_zeros if store == "zero" else AffineWeight
+        weight = make(self.codes, self.scale, offset, self.shape, self.bits, self.group_size)
         return weight, float(np.abs(weight.offset - before).max())
 
     def arrays(self) -> dict[str, list[Array]]:

@@ -216,7 +216,8 @@ def learned(folder: str | Path, module: str) -> tuple[Matrix, Matrix | None]:
         The folder is no run, or the name fits no module or more than one.
     """
     from minilora.formats.checkpoint import load_base
-    from minilora.lora import LoraLinear, matches
+    from minilora.config import matches
+    from minilora.lora import LoraLinear
     from minilora.study.run import load_run
 
     model = load_run(folder)[1]

@@ -23,8 +23,9 @@ from minilora.formats.checkpoint import load_base, load_model, save_model, sha25
 from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.generation import generate
-from minilora.lora import full, inject_lora, merge, quantize_model, subset
+from minilora.lora import full, inject_lora, merge, subset
 from minilora.quant.weights import quantize_weight
+from minilora.quantize import quantize_model
 from minilora.study.results import ADAPTERS
 from minilora.study.settings import DEFAULT_RATES, NAMES, RunConfig
 from minilora.threads import Workers, available_threads, single_blas

@@ -1,0 +1,96 @@
+"""Quantize a whole model: its block projections one by one, or, with GPTQ, layer by layer with calibration data.
+
+Embedding, norms and head stay as they are, as in bitsandbytes and GPTQ.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.config import ConfigError, QuantConfig, require
+from minilora.layers import Array, Block, Cache, Key, Linear
+from minilora.quant.gptq import Hessian, gptq
+from minilora.quant.weights import quantize_weight
+from minilora.threads import single_blas
+
+if TYPE_CHECKING:
+    from minilora.transformer import Transformer
+
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+"""Projections that read the same input; a later stage's input has passed through the earlier ones as they are quantized."""
+
+
+def quantize_model(
+    model: Transformer, config: QuantConfig, calibration: Sequence[Array] = (), progress: bool = False
+) -> Transformer:
+    """A new model whose block projections are stored in few bits; embedding, norms and head stay.
+
+    ``calibration``, token ids (B, T) batch by batch, is for ``quantizer="gptq"`` alone. Raises ConfigError for a model with
+    adapters and for GPTQ without data.
+    """
+    if any(not isinstance(linear, Linear) for _, linear in model.linears()):
+        raise ConfigError("model: has an adapter; quantize the base model first and inject the adapter into that")
+    if config.quantizer != "gptq":
+        head = model.head
+        return model.map_linears(
+            lambda linear: linear if linear is head else Linear(linear.name, quantize_weight(linear.weight.dense(), config)))
+    require(sum(ids.size for ids in calibration) > 0, "calibration", "no tokens",
+            "quantizer='gptq' needs token ids to see each layer's inputs, a few dozen sequences at least")
+    done = quantize_by_layer(model, config, calibration, progress)
+    return model.map_linears(lambda linear: done.get(linear.name, linear))
+
+
+@single_blas()
+def quantize_by_layer(
+    model: Transformer, config: QuantConfig, calibration: Sequence[Array], progress: bool = False
+) -> dict[str, Linear]:
+    """GPTQ through the model's own forward pass; returns the quantized linears by name.
+
+    Held at once: the hidden states of the calibration data, one block, and the Hessian of one input. Each block reads what the
+    quantized blocks below it compute, so that later layers also make up for earlier ones (arXiv 2210.17323, section 4).
+    """
+    hidden = [model.embedding.forward(ids)[0] for ids in calibration]
+    ropes = [model.rope(np.arange(ids.shape[1])) for ids in calibration]
+    done: dict[str, Linear] = {}
+    for block in tqdm(model.blocks, desc="gptq", unit="layer", disable=not progress):
+        block = _copy(block)
+        for stage in STAGES:
+            members = [(owner, name, linear) for owner, name, linear in block.linears() if name in stage]
+            if not members:
+                continue
+            owner, name, first = members[0]
+            recorder = _Recorder(first)
+            setattr(owner, name, recorder)
+            for x, rope in zip(hidden, ropes, strict=True):
+                block.forward(x, rope)
+            hessian = recorder.hessian.value()
+            for owner, name, linear in members:
+                weight, _ = gptq(linear.weight.dense(), hessian, config)
+                done[linear.name] = Linear(linear.name, weight)
+                setattr(owner, name, done[linear.name])
+        hidden = [block.forward(x, rope)[0] for x, rope in zip(hidden, ropes, strict=True)]
+    return done
+
+
+class _Recorder(Linear):
+    """A Linear that also adds its inputs to a Hessian."""
+
+    def __init__(self, linear: Linear):
+        super().__init__(linear.name, linear.weight)
+        self.hessian = Hessian(linear.shape[1])
+
+    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
+        self.hessian.add(x)
+        return super().forward(x, key)
+
+
+def _copy(block: Block) -> Any:
+    """A block whose linears can be replaced without touching the model's."""
+    new = copy.copy(block)
+    new.attention, new.mlp = copy.copy(block.attention), copy.copy(block.mlp)
+    return new
