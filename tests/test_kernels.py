@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.quant import codebooks, kernels
+from minilora.quant import AffineWeight, CodebookWeight, codebooks, kernels, simd
 from minilora.quant.packed import NO_OFFSETS, frozen
 from minilora.quant.weights import thresholds
 
@@ -228,12 +228,120 @@ def test_lookup_table_lists_the_levels_of_every_index(bits):
         assert table[index].tolist() == [int(digits[i : i + bits], 2) for i in range(0, width, bits)]
 
 
+# ---- vectors of the processor
+
+vectors = pytest.mark.skipif(not simd.available(), reason="needs AVX2")
+
+
+@vectors
+@pytest.mark.parametrize("quant_type", ["nf2", "nf3", "nf4", "fp4"])
+@pytest.mark.parametrize("count, block_size", [(640, 32), (640, 64), (96, 96), (8192, 4096)])
+def test_vectors_quantize_as_the_loops(quant_type, count, block_size):
+    w, _ = codebook_case(7, count, block_size, quant_type)
+    found = []
+    for quantize in (simd.quantize_codebook, kernels.quantize_codebook_numpy):
+        out, absmax = np.full(count + 2, 99, np.uint8), np.full(count // block_size + 2, np.nan, np.float32)
+        quantize(w, thresholds(quant_type)[0], block_size, absmax[1:-1], out[1:-1])
+        assert out[0] == out[-1] == 99 and np.isnan(absmax[[0, -1]]).all()
+        found.append((out.tolist(), absmax[1:-1].tolist()))
+    assert found[0] == found[1]
+
+
+def vectors_case(affine, count, block_size, zeros=False):
+    packed, table, scales, offsets, _ = dequantize_case(4, count, block_size, affine, seed=count)
+    if zeros:  # FP4's two, of which the second is negative
+        table = kernels.lookup_table(codebooks.code_map("fp4"), 4)
+    return packed, table, scales, offsets
+
+
+@vectors
+@pytest.mark.parametrize("affine, zeros", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("block_size", [32, 64, 96, 4096])
+def test_vectors_dequantize_as_the_loops_and_as_numpy(affine, zeros, block_size):
+    packed, table, scales, offsets = vectors_case(affine, 4800, block_size, zeros)
+    for start, stop in [(0, 4800), (32, 4800), (96, 128), (64, 1600), (4768, 4800), (32, 32)]:
+        first = start // block_size
+        results = []
+        for dequantize in (simd.dequantize, kernels.dequantize, kernels.dequantize_numpy):
+            out = np.full(stop - start + 2, 7, np.float32)  # two numbers more, so that the vectors are not aligned
+            dequantize(packed, 4, table, scales[first:], offsets[first:], block_size, start, out[1:-1])
+            assert out[0] == out[-1] == 7
+            results.append(out.view(np.uint32))  # the sign of a zero counts
+        assert np.array_equal(results[0], results[1]) and np.array_equal(results[0], results[2])
+
+
+@vectors
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("rows, width, block_size", [(5, 32, 32), (3, 96, 64), (9, 160, 96), (2, 4096, 64), (4, 64, 4096)])
+def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, block_size):
+    packed, table, scales, offsets = vectors_case(affine, (rows + 1) * width, block_size)
+    x = np.random.default_rng(1).standard_normal(width).astype(np.float32)
+    first = width // block_size  # start at the second row
+    w, out = np.empty(rows * width, np.float32), np.full(rows, np.nan, np.float32)
+    kernels.dequantize_numpy(packed, 4, table, scales[first:], offsets[first:], block_size, width, w)
+    lanes = np.zeros((rows, 32), np.float32)
+    for piece in np.split(w.reshape(rows, width) * x, width // 32, axis=1):  # each product and each sum is rounded
+        lanes += piece
+    sums = ((lanes[:, :8] + lanes[:, 8:16]) + lanes[:, 16:24]) + lanes[:, 24:]
+    for half in (4, 2, 1):
+        sums = sums[:, :half] + sums[:, half:]
+    simd.matvec(packed, 4, table, scales[first:], offsets[first:], block_size, width, x, out)
+    assert np.array_equal(out, sums[:, 0])
+
+
+@vectors
+def test_vectors_keep_nan_and_infinity():
+    packed, table, _, _ = vectors_case(False, 64, 32)
+    table, scales = frozen(np.abs(table) + 1, np.float32), frozen([np.nan, np.inf], np.float32)
+    out, y = np.empty(64, np.float32), np.empty(2, np.float32)
+    simd.dequantize(packed, 4, table, scales, NO_OFFSETS, 32, 0, out)
+    simd.matvec(packed, 4, table, scales, NO_OFFSETS, 32, 0, np.ones(32, np.float32), y)
+    assert np.isnan(out[:32]).all() and np.isposinf(out[32:]).all() and np.isnan(y[0]) and np.isposinf(y[1])
+
+
+def test_weights_are_the_same_without_the_vectors(monkeypatch):
+    rng = np.random.default_rng(0)
+    w, x = rng.standard_normal((24, 192)).astype(np.float32), rng.standard_normal((1, 192)).astype(np.float32)
+
+    def results():
+        found = []
+        for q in (CodebookWeight.quantize(w), CodebookWeight.quantize(w, "fp4", 32, False), AffineWeight.quantize(w)):
+            found.append((q.codes, *q.arrays()["scales"], q.dense(), q.rows(np.array([3, 5, 6])), q.matmul(x)))
+        return found
+
+    fast = results()
+    monkeypatch.setattr(simd, "available", lambda: False)
+    for a, b in zip(fast, results(), strict=True):
+        assert all(np.array_equal(v, u) for v, u in zip(a[:-1], b[:-1], strict=True))
+        np.testing.assert_allclose(a[-1], b[-1], rtol=0, atol=193 * EPS * float(np.abs(w).max(0) @ np.abs(x[0])))
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+@pytest.mark.parametrize("block_size", [24, 64])
+def test_a_weight_that_is_not_finite_is_named_by_loops_and_vectors(value, block_size):
+    w = np.ones((4, 192), np.float32)
+    w[2, 77] = value
+    with pytest.raises(ValueError, match=r"w\[2, 77\]=-?(nan|inf): weights must be finite"):
+        CodebookWeight.quantize(w, block_size=block_size)
+
+
+def test_vectors_need_avx2():
+    code = "from minilora.quant import simd; print(simd.available())"
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "PYTHONPATH": root, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stdout == "False\n"
+
+
 COUNT_SIGNATURES = """
 import json, numpy as np
+from numba.core.dispatcher import Dispatcher
 from minilora.config import QuantConfig
-from minilora.quant import kernels, quantize_weight, warm_up
+from minilora.quant import kernels, quantize_weight, simd, warm_up
+def count(module):
+    return {f"{module.__name__}.{n}": len(f.signatures) for n, f in vars(module).items() if isinstance(f, Dispatcher)}
 warm_up()
-warmed = {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "py_func")}
+warmed = count(kernels) | count(simd)
 for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "int8"):
     for double_quant in (False, True):
         w = np.eye(24, 64, dtype=np.float32)
@@ -244,7 +352,7 @@ for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "i
         q.matmul(x), q.matmul(x[:1]), q.matmul_t(q.matmul(x)), q.rows(np.array([3])), q.dense(), q.unpacked()
         if hasattr(q, "with_offset"):
             q.with_offset(q.offset + np.float32(1)).matmul(x)
-found = {name: len(f.signatures) for name, f in vars(kernels).items() if hasattr(f, "py_func")}
+found = count(kernels) | count(simd)
 print(json.dumps([warmed, found]))
 """
 
@@ -255,5 +363,5 @@ def test_each_kernel_compiles_one_signature():
     environment = {**os.environ, "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", COUNT_SIGNATURES], env=environment, capture_output=True, text=True, check=True)
     for found in json.loads(run.stdout):  # after the warm-up, and after all that a weight can do
-        public = {name: n for name, n in found.items() if not name.startswith("_")}
-        assert len(public) == 8 and set(public.values()) == {1}, public
+        public = {name: n for name, n in found.items() if "._" not in name and (simd.available() or "simd" not in name)}
+        assert len(public) == 8 + 3 * simd.available() and set(public.values()) == {1}, public

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
-from minilora.quant import codebooks, kernels
+from minilora.quant import codebooks, kernels, simd
 
 Array = NDArray[Any]
 
@@ -202,27 +202,44 @@ class CodedWeight(PackedWeight):
         """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
         return self._block_values(start // self.block_size, -(-stop // self.block_size))
 
+    @property
+    def _kernels(self) -> Any:
+        """The module that decodes this weight; the bits are the same."""
+        by_32 = self.bits == 4 and self.shape[1] % 32 == 0 and self.block_size % 32 == 0
+        return simd if by_32 and simd.available() else kernels
+
     def _decode_into(self, start: int, out: Array) -> None:
         scales, offsets = self._window(start, start + out.size)
-        kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
+        self._kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
 
     def _matvec(self, first: int, x: Array, out: Array) -> None:
         start = first * x.size
         scales, offsets = self._window(start, start + out.size * x.size)
-        kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, x, out)
+        self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, x, out)
 
 
 def checked(w: Array) -> Array:
     """Return w as read-only contiguous float32, refusing what cannot be quantized."""
+    w = as_matrix(w)
+    require_finite(w)
+    return w
+
+
+def as_matrix(w: Array) -> Array:
+    """Return w as read-only contiguous float32, refusing all but two axes that hold something."""
     w = np.asarray(w)
     require(w.ndim == 2 and w.size > 0, "w.shape", w.shape, "must be (out, in), both at least 1")
     w = np.ascontiguousarray(w, np.float32).view()
     w.flags.writeable = False
+    return w
+
+
+def require_finite(w: Array) -> None:
+    """Raise ``ValueError`` that names the first element of w (out, in) that is not finite, if there is one."""
     finite = np.isfinite(w)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
         raise ValueError(f"w[{row}, {column}]={w[row, column]}: weights must be finite float32 before they are quantized")
-    return w
 
 
 def packed(codes: Array, bits: int) -> Array:

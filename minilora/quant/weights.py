@@ -16,13 +16,14 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
 from minilora.config import ConfigError, QuantConfig, require
-from minilora.quant import codebooks, kernels
+from minilora.quant import codebooks, kernels, simd
 from minilora.quant.affine import AffineWeight
-from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, checked, frozen, packed
+from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, as_matrix, frozen, packed, require_finite
 
 NESTED_BLOCK_SIZE = 256
 """Block size of double quantization (QLoRA, arXiv 2305.14314, section 3)."""
@@ -109,10 +110,12 @@ class CodebookWeight(CodedWeight):
 
         Raises ``ValueError`` if a weight is not finite, or for an unknown ``quant_type``.
         """
-        w = checked(w)
+        w = as_matrix(w)
         codebooks.code_map(quant_type)  # an unknown name is refused here
         require(block_size >= 1, "block_size", block_size, "must be at least 1")
         codes, absmax = _quantize_blocks(w.reshape(-1), quant_type, block_size)
+        if not np.isfinite(absmax).all():  # so is max|w| of a block with a NaN: a pass over w is saved
+            require_finite(w)
         scales = DoubleQuant.quantize(absmax) if double_quant else absmax
         shape = (w.shape[0], w.shape[1])
         return cls(packed(codes, int(quant_type[-1])), scales, shape, quant_type, block_size)
@@ -156,11 +159,12 @@ def warm_up() -> float:
     Call it before worker processes start: otherwise each of them compiles the same kernels.
     """
     start = time.perf_counter()
-    w = np.eye(2, 8, dtype=np.float32)
-    for weight in (CodebookWeight.quantize(w), AffineWeight.quantize(w, group_size=8)):
-        weight.matmul(w[:1])  # matvec
-        weight.rows(np.arange(2))  # dequantize
-        weight.unpacked()
+    for width in (8, 64):  # the loops, and, where the processor has them, the vectors
+        w = np.eye(2, width, dtype=np.float32)
+        for weight in (CodebookWeight.quantize(w), AffineWeight.quantize(w, group_size=width)):
+            weight.matmul(w[:1])  # matvec
+            weight.rows(np.arange(2))  # dequantize
+            weight.unpacked()
     return time.perf_counter() - start
 
 
@@ -168,5 +172,7 @@ def _quantize_blocks(flat: Array, quant_type: str, block_size: int) -> tuple[Arr
     """Return (codes (n,) uint8, absmax (blocks,) float32) of a flat read-only float32 array."""
     midpoints, order = thresholds(quant_type)
     absmax, ranks = np.empty(-(-flat.size // block_size), np.float32), np.empty(flat.size, np.uint8)
-    kernels.quantize_codebook(flat, midpoints, block_size, absmax, ranks)
+    by_32 = midpoints.size == 15 and block_size % 32 == 0 and flat.size % block_size == 0
+    module: Any = simd if by_32 and simd.available() else kernels
+    module.quantize_codebook(flat, midpoints, block_size, absmax, ranks)
     return (order[ranks] if quant_type == "fp4" else ranks), absmax  # elsewhere a code is its rank
