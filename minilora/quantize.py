@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from minilora.config import ConfigError, QuantConfig, require
+from minilora.config import ConfigError, QuantConfig, matches, require
 from minilora.layers import Array, Block, Cache, Key, Linear
 from minilora.quant.gptq import Hessian, gptq
 from minilora.quant.weights import quantize_weight
@@ -75,6 +75,26 @@ def quantize_by_layer(
                 setattr(owner, name, done[linear.name])
         hidden = [block.forward(x, rope)[0] for x, rope in zip(hidden, ropes, strict=True)]
     return done
+
+
+def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -> Array:
+    """H = 2·XᵀX/n (in, in) of the inputs that one projection, named by the end of its name, sees in the model as it is."""
+    (linear,) = find_linears(model, name)
+    recorder = _Recorder(linear)
+    watched = model.map_linears(lambda other: recorder if other is linear else other)
+    for ids in calibration:
+        watched.forward(ids)
+    return recorder.hessian.value()
+
+
+def find_linears(model: Transformer, name: str) -> list[Any]:
+    """The one block projection whose name ends in ``name``; raises ConfigError if none or several do."""
+    names = [linear.name for block in model.blocks for _, _, linear in block.linears()]
+    found = [linear for block in model.blocks for _, _, linear in block.linears() if matches(linear.name, name)]
+    if len(found) != 1:
+        some = ", ".join((names if not found else [linear.name for linear in found])[:7])
+        raise ConfigError(f"weight={name!r}: matches {len(found)} projections, choose one, by the end of its name: {some} …")
+    return found
 
 
 class _Recorder(Linear):

@@ -451,3 +451,47 @@ def test_a_merged_qalora_model_stays_quantized_in_its_file(tmp_path):
     assert again.blocks[0].mlp.down_proj.weight.codes.tobytes() == codes.tobytes()
     ids = np.arange(10)[None]
     assert np.array_equal(merged.logits(ids), again.logits(ids))
+
+
+# --- every kind of quantized weight ------------------------------------------------------------------------------------
+
+
+def kinds_of_weights():
+    """Whole zero points of each width, and GGUF's blocks, which a model file must keep bit by bit."""
+    from minilora.quant import AffineWeight, BlockWeight
+
+    for bits in (2, 3, 4, 8):
+        yield f"int{bits} zero", lambda w, bits=bits: AffineWeight.quantize(w, bits, 8, store="zero")
+    for kind in ("Q4_0", "Q4_1", "Q8_0"):
+        yield kind, lambda w, kind=kind: BlockWeight.quantize(w, kind)
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in kinds_of_weights()])
+def test_zero_points_and_blocks_come_back_bit_by_bit(tmp_path, make):
+    config = replace(GQA, hidden_size=32, intermediate_size=64)
+    model = make_model(config, dtype=np.float32, trainable=False)
+    head = model.head
+    quantized = model.map_linears(lambda x: x if x is head else type(x)(x.name, make(x.weight.dense())))
+    save_model(quantized, tmp_path / "m.safetensors")
+    found = load_model(tmp_path / "m.safetensors")
+    assert np.array_equal(found.logits(IDS), quantized.logits(IDS))
+    for (_, a), (_, b) in zip(found.linears(), quantized.linears(), strict=True):
+        assert type(a.weight) is type(b.weight)
+        if a.weight is not found.head.weight:
+            for kind, arrays in b.weight.arrays().items():
+                for x, y in zip(a.weight.arrays()[kind], arrays, strict=True):
+                    assert x.dtype == y.dtype and np.array_equal(x, y)
+
+
+def test_zero_points_of_another_length_are_refused(tmp_path):
+    from minilora.quant import AffineWeight
+
+    model = base()
+    quantized = model.map_linears(
+        lambda x: x if x is model.head else type(x)(x.name, AffineWeight.quantize(x.weight.dense(), 4, 4, store="zero"))
+    )
+    save_model(quantized, tmp_path / "m.safetensors")
+    name = "model.layers.0.self_attn.q_proj.offset"
+    rewrite(tmp_path / "m.safetensors", lambda a, m: a.__setitem__(name, a[name][:-1]))
+    with pytest.raises(FileError, match="codes.shape"):
+        load_model(tmp_path / "m.safetensors")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from minilora.config import ConfigError
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
 from minilora.study.results import clean_row
-from minilora.study.run import build, check_kept, deploy, load_run, run, warm_kernels, write
+from minilora.study.run import build, calibration, check_kept, deploy, load_run, make_run_task, run, warm_kernels, write
 from minilora.study.settings import RunConfig
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
@@ -138,3 +139,64 @@ def test_running_again_into_a_finished_folder_continues_from_its_checkpoint(tmp_
     first, again = (run(config, tmp_path, checkpoint_every=1) for _ in range(2))
     assert again["loss"] == first["loss"] and again["train_loss"] == first["train_loss"]
     assert first["step_seconds"] > 0 and again["step_seconds"] is None
+
+
+VARIANTS = [
+    {"method": "qalora", "quant_type": "int2", "quantizer": "gptq"},
+    {"method": "qalora", "quant_type": "int2", "quantizer": "hqq"},
+    {"method": "qlora", "quant_type": "nf2", "quantizer": "gptq"},
+    {"method": "qlora", "quant_type": "nf2", "init_lora_weights": "loftq"},
+    {"method": "quantized_base", "quant_type": "int2", "quantizer": "gptq"},
+    {"method": "lora", "use_dora": True},
+    {"method": "lora", "init_lora_weights": "pissa"},
+]
+
+
+@pytest.mark.parametrize("settings", VARIANTS, ids=lambda s: " ".join(map(str, s.values())))
+def test_quantizers_and_variants_run_are_saved_and_load_again(settings, tmp_path):
+    config = RunConfig(**settings, steps=2, n_train=40, n_eval=2, batch_size=4, write_all=False)
+    row = run(config, tmp_path)
+    plain = replace(config, quantizer="rtn", use_dora=False, init_lora_weights="normal")
+    assert row["status"] == "success" and config.key() != plain.key()
+    found, model = load_run(tmp_path)
+    assert found == config
+    base, ids = load_base(), np.arange(20)[None]
+    assert np.abs(model.logits(ids) - build(plain, base).logits(ids)).max() > 1e-3
+    if config.method == "quantized_base":
+        assert np.array_equal(model.logits(ids), build(config, base).logits(ids))
+    elif config.method == "qlora":
+        assert row["deployed_effective_bits"] < 2.2
+
+
+def test_a_gptq_base_is_the_same_bytes_every_time_and_never_sees_the_test_split():
+    config, base = RunConfig(method="qalora", quant_type="int3", quantizer="gptq", n_train=64, n_eval=4), load_base()
+    logits = [build(config, base).logits(np.arange(20)[None]) for _ in range(2)]
+    assert np.array_equal(*logits)
+    task = make_run_task(config)
+    training = {bytes(row) for i in range(64) for row in task.batch([i]).ids.astype(np.int32)}
+    seen = [ids for ids in calibration(config)]
+    assert sum(map(len, seen)) == 64
+    # each calibration sequence begins as one of the training examples does, padding apart
+    for ids in seen:
+        for row in ids.astype(np.int32):
+            assert any(bytes(row).startswith(t) or t.startswith(bytes(row)) for t in training)
+
+
+def test_settings_that_came_later_leave_old_fingerprints_as_they_were():
+    """The rows of the committed study keep their keys."""
+    rows = [json.loads(line) for line in Path("benchmarks/results/study/results.jsonl").read_text().splitlines()[:40]]
+    names = {field.name for field in fields(RunConfig)}
+    for row in rows:
+        assert RunConfig(**{k: v for k, v in row.items() if k in names}).key() == row["key"]
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"method": "lora", "quantizer": "gptq"}, "quantizer='gptq': method 'lora' quantizes nothing"),
+    ({"method": "qlora", "quantizer": "hqq"}, "fits offsets, and nf4 has none"),
+    ({"method": "full", "use_dora": True}, "use_dora=True: method 'full' has no adapter"),
+    ({"method": "lora", "init_lora_weights": "loftq"}, "answers the rounding of a QLoRA base"),
+    ({"method": "qlora", "init_lora_weights": "pissa"}, "quantized already"),
+])  # fmt: skip
+def test_variants_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        build(RunConfig(**settings), load_base())

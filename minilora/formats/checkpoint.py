@@ -13,6 +13,8 @@ import numpy as np
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ModelConfig, require_in
 from minilora.formats.files import FileError, read_tensors, write_tensors
 from minilora.layers import DenseWeight, Linear
+from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
+from minilora.quant.packed import unpacked
 from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
@@ -28,7 +30,11 @@ def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, me
         weight = getattr(linear, "weight", None)
         if isinstance(weight, AffineWeight):
             stored[name] = {"quant_type": weight.quant_type, "group_size": weight.group_size}
-            arrays |= {f"{name}.codes": weight.codes, f"{name}.scale": weight.scale, f"{name}.offset": weight.offset}
+            (offset,) = weight.arrays()["offsets"]  # as stored: whole zero points are packed uint8
+            arrays |= {f"{name}.codes": weight.codes, f"{name}.scale": weight.scale, f"{name}.offset": offset}
+        elif isinstance(weight, BlockWeight):
+            stored[name] = {"quant_type": weight.quant_type}
+            arrays[f"{name}.blocks"] = weight.blocks
         elif isinstance(weight, CodebookWeight):
             stored[name] = {"quant_type": weight.quant_type, "block_size": weight.block_size, "double_quant": weight.double_quant}
             arrays[f"{name}.codes"] = weight.codes
@@ -69,13 +75,20 @@ def load_model(path: str | Path) -> Transformer:
 def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]) -> Any:
     """Take one quantized weight's arrays out of ``arrays``; the classes check every size themselves."""
     out_in = shapes[f"{name}.weight"]
-    shape, codes = (out_in[0], out_in[1]), arrays.pop(f"{name}.codes")
-    require_in(how["quant_type"], CODEBOOK_TYPES + AFFINE_TYPES, f"{name}.quant_type")
+    shape = (out_in[0], out_in[1])
+    require_in(how["quant_type"], (*CODEBOOK_TYPES, *AFFINE_TYPES, *BLOCK_BYTES), f"{name}.quant_type")
+    if how["quant_type"] in BLOCK_BYTES:
+        return BlockWeight(arrays.pop(f"{name}.blocks"), how["quant_type"], shape)
+    codes = arrays.pop(f"{name}.codes")
     if codes.dtype != np.uint8:
         raise ValueError(f"{name}.codes: {codes.dtype}, must be uint8")
     if how["quant_type"] in AFFINE_TYPES:
         scale, offset = arrays.pop(f"{name}.scale"), arrays.pop(f"{name}.offset")
-        return AffineWeight(codes, scale, offset, shape, int(how["quant_type"][-1]), how["group_size"])
+        bits = int(how["quant_type"][-1])
+        if offset.dtype == np.uint8:
+            offset = unpacked(offset, scale.size, bits).reshape(scale.shape)
+            return AffineWeight.from_zeros(codes, scale, offset, shape, bits, how["group_size"])
+        return AffineWeight(codes, scale, offset, shape, bits, how["group_size"])
     if how["double_quant"]:
         scales: Any = DoubleQuant(*(arrays.pop(f"{name}.scale.{part}") for part in ("codes", "absmax", "offset")))
     else:

@@ -258,3 +258,16 @@ def packed(codes: Array, bits: int) -> Array:
     kernels.pack(codes, bits, out)
     out.flags.writeable = False
     return out
+
+
+def unpacked(codes: Array, count: int, bits: int) -> Array:
+    """Return the first ``count`` codes of packed ones, a byte each; raises ``ValueError`` if the packed ones have another length.
+
+    >>> unpacked(packed(np.array([1, 2, 3], np.uint8), 3), 3, 3).tolist()
+    [1, 2, 3]
+    """
+    size = kernels.packed_size(count, bits)
+    require(codes.shape == (size,), "codes.shape", codes.shape, f"{count} codes of {bits} bits take ({size},)")
+    out = np.empty(count, np.uint8)
+    kernels.unpack(frozen(codes, np.uint8), bits, out)
+    return out

@@ -215,8 +215,8 @@ def learned(folder: str | Path, module: str) -> tuple[Matrix, Matrix | None]:
     ValueError
         The folder is no run, or the name fits no module or more than one.
     """
-    from minilora.formats.checkpoint import load_base
     from minilora.config import matches
+    from minilora.formats.checkpoint import load_base
     from minilora.lora import LoraLinear
     from minilora.study.run import load_run
 

@@ -21,9 +21,9 @@ from minilora.data.tasks import Task, make_task
 from minilora.data.tokenizer import EOS, decode
 from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
 from minilora.formats.files import FileError, read_json, write_file
-from minilora.formats.peft import load_adapter, save_adapter
+from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
-from minilora.lora import full, inject_lora, merge, subset
+from minilora.lora import LoraLinear, full, inject_lora, merge, subset
 from minilora.quant.weights import quantize_weight
 from minilora.quantize import quantize_model
 from minilora.study.results import ADAPTERS
@@ -45,6 +45,10 @@ def _task(name: str, text_path: str | None, n_train: int, n_eval: int) -> Task:
     return make_task(name, text_path=text_path, n_train=n_train, n_eval=n_eval)
 
 
+CALIBRATION = 128
+"""Training examples that GPTQ looks at."""
+
+
 def build(config: RunConfig, base: Transformer) -> Transformer:
     """The model of a run before training: what is frozen, what is quantized, what trains."""
     # the stream of initialisation; data and dropout have their own. With r in it, two ranks do not share A's first rows
@@ -53,8 +57,25 @@ def build(config: RunConfig, base: Transformer) -> Transformer:
         return full(base)
     if config.method == "subset":
         return subset(base, expand_modules(config.subset_modules))
-    model = quantize_model(base, config.quant()) if config.quantized else base
+    if config.init_lora_weights == "loftq":
+        return inject_lora(base, config.lora(), rng, quant=config.base_quant())
+    model = frozen_base(config, base)
     return inject_lora(model, config.lora(), rng) if config.method in ADAPTERS else model
+
+
+def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
+    """The base under the adapter, as it is stored."""
+    if not config.quantized:
+        return base
+    quant = config.base_quant()
+    return quantize_model(base, quant, calibration(config) if quant.quantizer == "gptq" else ())
+
+
+def calibration(config: RunConfig) -> list[Any]:
+    """Token ids of training examples, drawn by the run's seed: what GPTQ may look at. Never the test or validation split."""
+    task = make_run_task(config)
+    chosen = np.random.default_rng([config.seed, 3]).permutation(task.n_train)[:CALIBRATION]
+    return [task.batch(chosen[i : i + 16]).ids for i in range(0, len(chosen), 16)]
 
 
 def check_buildable(configs: Sequence[RunConfig]) -> None:
@@ -62,7 +83,7 @@ def check_buildable(configs: Sequence[RunConfig]) -> None:
     base, _ = _base()
     kinds = {(c.method, c.r, c.target_modules, c.subset_modules, c.quant_type, c.block_size, c.group_size): c for c in configs}
     for config in kinds.values():
-        build(config, base)
+        build(replace(config, quantizer="rtn"), base)  # what GPTQ refuses besides is refused by QuantConfig
 
 
 def check_kept(rows: Sequence[dict[str, Any]]) -> None:
@@ -81,8 +102,20 @@ def check_kept(rows: Sequence[dict[str, Any]]) -> None:
 
 def deploy(config: RunConfig, model: Transformer) -> Transformer:
     """The model as one would ship it: LoRA merged, QLoRA merged and rounded to the same bits again, QA-LoRA merged exactly."""
-    how = {"lora": "dense", "qlora": "requantize", "qalora": "offsets"}[config.method]
-    return merge(model, how, config.quant())[0]
+    if config.method == "qlora":
+        quant = config.quant()
+        return requantize(model, quant, calibration(config) if quant.quantizer == "gptq" else ())
+    return merge(model, {"lora": "dense", "qalora": "offsets"}[config.method])[0]
+
+
+def requantize(model: Transformer, quant: QuantConfig, data: Sequence[Any] = ()) -> Transformer:
+    """Merge and quantize again; with GPTQ the whole merged model is, layer by layer, with token ids to calibrate on."""
+    if quant.quantizer != "gptq":
+        return merge(model, "requantize", quant)[0]
+    adapted = {name for name, linear in model.linears() if isinstance(linear, LoraLinear)}
+    merged = merge(model, "dense")[0]
+    found = dict(quantize_model(merged, quant, data).linears())
+    return merged.map_linears(lambda linear: found[linear.name] if linear.name in adapted else linear)
 
 
 def measure(
@@ -257,7 +290,11 @@ def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
     if made_on != base_hash:
         raise FileError(f"{folder}: was trained on another base (SHA-256 {made_on[:12]}, here {base_hash[:12]}); train again")
     if config.method in ADAPTERS:
-        return config, load_adapter(quantize_model(base, config.quant()) if config.quantized else base, folder)[0]
+        if config.init_lora_weights == "loftq":
+            model = build(config, base)
+            fill_adapter(model, folder)
+            return config, model
+        return config, load_adapter(frozen_base(config, base), folder)[0]
     return config, load_model(folder / "model.safetensors") if config.method in DEFAULT_RATES else build(config, base)
 
 

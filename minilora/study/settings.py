@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from minilora.config import (
 from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 
 NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
+# fields that came after the first results: at these values they leave a run, and so its fingerprint, what it was
+LATER = {"quantizer": "rtn", "use_dora": False, "init_lora_weights": "normal"}
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 
 
@@ -30,7 +32,9 @@ class RunConfig:
 
     ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
     ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
-    those of the deployed weights, whose loss is still measured.
+    those of the deployed weights, whose loss is still measured. ``quantizer`` finds the codes of a QA-LoRA or quantized base and,
+    for QLoRA, those of the merged weights (its base is rounded to nearest, as bitsandbytes does). ``use_dora`` and
+    ``init_lora_weights`` are LoraConfig's.
 
     >>> RunConfig(method="lora", bits=4)
     Traceback (most recent call last):
@@ -63,6 +67,9 @@ class RunConfig:
     text_path: str | None = None
     preset: str = "custom"
     stage: str = "study"
+    quantizer: str = "rtn"
+    use_dora: bool = False
+    init_lora_weights: str = "normal"
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -93,8 +100,15 @@ class RunConfig:
         else:
             require(self.bits == 32, "bits", self.bits,
                     f"method {self.method!r} stands on the full-precision base (bits=32); qlora and qalora quantize")
+            require(self.quantizer == "rtn", "quantizer", self.quantizer, f"method {self.method!r} quantizes nothing")
         if self.method in ADAPTERS:
             self.lora()
+            require(self.init_lora_weights != "loftq" or self.method == "qlora", "init_lora_weights", "loftq",
+                    "answers the rounding of a QLoRA base; take method 'qlora'")
+        else:
+            for field in ("use_dora", "init_lora_weights"):
+                value = getattr(self, field)
+                require(value == LATER[field], field, value, f"method {self.method!r} has no adapter")
         if self.method in DEFAULT_RATES:
             self.train()
         require(isinstance(self.n_eval, int) and self.n_eval >= 1, "n_eval", self.n_eval, "must be at least 1")
@@ -107,15 +121,20 @@ class RunConfig:
         return self.method in QUANTIZED
 
     def quant(self) -> QuantConfig:
-        """The storage of the base."""
+        """The storage of the weights that are deployed, and of the base."""
         double = True if self.double_quant is None else self.double_quant
-        return QuantConfig(self.quant_type or "nf4", self.block_size or 64, double, self.group_size or 32)
+        return QuantConfig(self.quant_type or "nf4", self.block_size or 64, double, self.group_size or 32, self.quantizer)
+
+    def base_quant(self) -> QuantConfig:
+        """How the base is quantized: as ``quant()``, but for QLoRA always to nearest."""
+        return replace(self.quant(), quantizer="rtn") if self.method == "qlora" else self.quant()
 
     def lora(self) -> LoraConfig:
         """The adapter."""
         modules = expand_modules(self.target_modules or "all-linear")
         r, alpha = 8 if self.r is None else self.r, 16.0 if self.lora_alpha is None else self.lora_alpha
-        return LoraConfig(r, alpha, self.lora_dropout, modules, self.use_rslora, use_qalora=self.method == "qalora")
+        return LoraConfig(r, alpha, self.lora_dropout, modules, self.use_rslora, use_qalora=self.method == "qalora",
+                          init_lora_weights=self.init_lora_weights, use_dora=self.use_dora)
 
     def train(self) -> TrainConfig:
         """The training run."""
@@ -125,7 +144,7 @@ class RunConfig:
 
     def key(self) -> str:
         """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
-        text = {k: v for k, v in asdict(self).items() if k not in NAMES}
+        text = {k: v for k, v in asdict(self).items() if k not in NAMES and (k not in LATER or v != LATER[k])}
         if self.text_path is not None:
             text["text_path"] = str(Path(self.text_path).resolve())
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SweepConfig", "describe", "expand", "load_results", "outline", "run_sweep", "write_csv"]
 
-ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio")
+ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio", "use_dora")
 BITS = (2, 3, 4, 8)
 
 
@@ -65,6 +65,8 @@ class SweepConfig:
     lora_dropout: float = 0.0
     use_rslora: bool = False
     lora_plus_ratio: float = 1.0
+    use_dora: bool = False
+    quantizer: str = "rtn"
     subset_modules: str | None = None
     block_size: int = 64
     double_quant: bool = True
@@ -137,11 +139,12 @@ def _settings(config: SweepConfig, method: str) -> Iterator[dict[str, Any]]:
 def _weights(config: SweepConfig, method: str) -> list[dict[str, Any]]:
     """Return the ways in which a method stores the frozen base."""
     codebook = [
-        {"bits": bits, "quant_type": f"nf{bits}", "block_size": config.block_size, "double_quant": config.double_quant}
+        {"bits": bits, "quant_type": f"nf{bits}", "block_size": config.block_size, "double_quant": config.double_quant,
+         "quantizer": config.quantizer}  # fmt: skip
         for bits in config.bits
     ]
     affine = [
-        {"bits": bits, "quant_type": f"int{bits}", "group_size": group_size}
+        {"bits": bits, "quant_type": f"int{bits}", "group_size": group_size, "quantizer": config.quantizer}
         for bits, group_size in itertools.product(config.bits, config.group_size)
     ]
     if method == "quantized_base":  # the control of each method that stands on a quantized base

@@ -1,0 +1,164 @@
+"""One adapter, merged in every way there is: what each costs, measured against the unmerged model.
+
+    full-precision base    W + ΔW in float32: not the base that the adapter was trained over, if that was quantized
+    dequantized base       Ŵ + ΔW in float32: exact up to rounding, but no longer in few bits
+    re-quantized           quantize(Ŵ + ΔW): few bits again, and part of ΔW is rounded away
+    offsets                scale·q + (offset + ΔW): QA-LoRA's, exact, and still in few bits; the offsets as float32, float16 or
+                           whole zero points
+
+ΔW of a QA-LoRA adapter is s·B A with A repeated over its groups, an ordinary LoRA update, so it can take the first three ways
+too. Re-quantized to min/max groups of its own size it even keeps its codes, because a whole group moves together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from minilora.config import ConfigError, QuantConfig
+from minilora.data.tasks import Batch
+from minilora.layers import DenseWeight, Linear, Parameter
+from minilora.lora import LoraLinear, merge
+from minilora.memory import effective_bits, model_bytes
+from minilora.study.run import requantize
+from minilora.threads import single_blas
+from minilora.transformer import Transformer
+
+Row = dict[str, Any]
+COLUMNS = {"way": "merged into", "loss": "loss", "kl": "KL to unmerged, nats", "logit_error": "largest logit error",
+           "bits": "bits a weight", "bytes": "bytes of the projections"}  # fmt: skip
+
+
+@single_blas()
+def compare_merges(
+    model: Transformer, base: Transformer, batches: Sequence[Batch], quants: Sequence[QuantConfig],
+    calibration: Sequence[Any] = (), progress: bool = False,
+) -> list[Row]:  # fmt: skip
+    """Merge the adapters of ``model`` in every way; one row each, the first that of the unmerged model.
+
+    ``base`` is the dense model that the adapted one was made from, ``quants`` what to re-quantize to. A way that cannot be has
+    its reason in ``refused`` instead of numbers. loss and KL(unmerged ‖ merged) are means over the counted targets;
+    ``logit_error`` is the largest difference of any logit there; ``bytes`` are those of the block projections, as stored, and of
+    adapters still beside them.
+    """
+    ways: dict[str, Callable[[], Transformer]] = {"not merged": lambda: model}
+    ways["full-precision base"] = lambda: merge_into_dense(model, base)
+    if any(not isinstance(linear.base.weight, DenseWeight) for linear in _adapted(model)):
+        ways["dequantized base"] = lambda: merge(model, "dense")[0]
+    for quant in quants:
+        ways[f"re-quantized: {describe(quant)}"] = partial(requantize, model, quant, calibration)
+    for store in ("float32", "float16", "zero"):
+        ways[f"offsets, {'whole zero points' if store == 'zero' else store}"] = partial(merge_offsets, model, store)
+    reference = [_logits(model, batch) for batch in batches]
+    rows = []
+    for way, make in tqdm(ways.items(), desc="merging", unit="way", disable=not progress):
+        try:
+            merged = make()
+        except ConfigError as error:
+            rows.append({"way": way, "refused": str(error)})
+            continue
+        row = {"way": way, **_distance(merged, batches, reference)}
+        rows.append(row | {"bits": effective_bits(merged), "bytes": _bytes(merged)})
+    return rows
+
+
+def merge_into_dense(model: Transformer, base: Transformer) -> Transformer:
+    """W + ΔW for the full-precision W of ``base``, whatever base the adapter was trained over."""
+    deltas = {linear.name: linear.delta() for linear in _adapted(model)}
+
+    def change(linear: Any) -> Any:
+        if linear.name not in deltas:
+            return linear
+        w = (linear.weight.dense().astype(np.float64) + deltas[linear.name]).astype(np.float32)
+        return Linear(linear.name, DenseWeight(Parameter(f"{linear.name}.weight", w)))
+
+    merged = base.map_linears(change)
+    if base.config.tie_word_embeddings and not merged.tied:
+        merged.config = replace(base.config, tie_word_embeddings=False)
+    return merged
+
+
+def merge_offsets(model: Transformer, store: str = "float32") -> Transformer:
+    """QA-LoRA's merge, with the merged offsets stored as ``float32``, ``float16`` or ``zero``."""
+    adapted = {linear.name for linear in _adapted(model)}
+    merged = merge(model, "offsets")[0]
+    return merged.map_linears(
+        lambda linear: Linear(linear.name, linear.weight.stored(store)[0]) if linear.name in adapted else linear)
+
+
+def quants_to_compare(quant: QuantConfig, both: bool = True) -> list[QuantConfig]:
+    """What --compare re-quantizes to: as asked; with ``both`` also by GPTQ; and for integers with whole zero points, as in files.
+
+    >>> [describe(q) for q in quants_to_compare(QuantConfig("int4"))]
+    ['int4, g = 32', 'int4, g = 32, gptq', 'int4, g = 32, whole zero points', 'int4, g = 32, whole zero points, gptq']
+    """
+    found = [quant, *([replace(quant, quantizer="gptq")] if both else [])]
+    return found + ([replace(q, offset_dtype="zero") for q in found] if quant.affine else [])
+
+
+def describe(quant: QuantConfig) -> str:
+    """A quantizer in a few words.
+
+    >>> describe(QuantConfig("int4")), describe(QuantConfig("nf4", quantizer="gptq"))
+    ('int4, g = 32', 'nf4, block 64, gptq')
+    """
+    words = f"{quant.quant_type}, " + (f"g = {quant.group_size}" if quant.affine else f"block {quant.block_size}")
+    words += ", whole zero points" * (quant.offset_dtype == "zero")
+    return words + ("" if quant.quantizer == "rtn" else f", {quant.quantizer}")
+
+
+def format_merges(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table; what was refused follows as sentences."""
+    formats = {"way": "{}", "bits": "{:.3f}", "bytes": "{:,}", "loss": "{:.5f}"}
+
+    def cell(row: Row, name: str) -> str:
+        return formats.get(name, "{:.1e}").format(row[name])
+
+    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --: |" * (len(COLUMNS) - 1)]
+    lines += ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows if "refused" not in row]
+    refused = {row["refused"]: row["way"] for row in reversed(rows) if "refused" in row}
+    return "\n".join(lines + [f"\nNot possible: {way.split(',')[0]}: {why}" for why, way in refused.items()])
+
+
+def _adapted(model: Transformer) -> list[LoraLinear]:
+    found = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+    if not found:
+        raise ConfigError("model: has no adapter to merge; inject_lora makes one")
+    return found
+
+
+def _logits(model: Transformer, batch: Batch) -> Any:
+    """Logits (n, V) of the counted targets."""
+    hidden = model.forward(batch.ids)[0]
+    return model.head.forward(hidden[batch.mask])[0]
+
+
+def _distance(model: Transformer, batches: Sequence[Batch], reference: Sequence[Any]) -> Row:
+    loss = kl = largest = 0.0
+    count = sum(len(r) for r in reference)
+    for batch, before in zip(batches, reference, strict=True):
+        after = _logits(model, batch)
+        p, q = _log_softmax(before), _log_softmax(after)
+        loss -= float(q[np.arange(len(q)), batch.targets[batch.mask]].sum())
+        kl += float((np.exp(p) * (p - q)).sum())
+        largest = max(largest, float(np.abs(after - before).max(initial=0)))
+    return {"loss": loss / count, "kl": max(0.0, kl / count), "logit_error": largest}
+
+
+def _log_softmax(logits: Any) -> Any:
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def _bytes(model: Transformer) -> int:
+    """Bytes of the block projections as stored, and of adapters that are still beside them."""
+    weights = [(linear.base if isinstance(linear, LoraLinear) else linear).weight
+               for block in model.blocks for _, _, linear in block.linears()]  # fmt: skip
+    stored = sum(a.nbytes for w in weights for kind, arrays in w.arrays().items() if kind != "code_maps" for a in arrays)
+    return stored + model_bytes(model)["adapters"]
