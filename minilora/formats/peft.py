@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,21 @@ from minilora.lora import LoraLinear, inject_lora
 from minilora.transformer import Transformer
 
 PREFIX = "base_model.model."
+
+# Settings of PEFT that say nothing about the function of saved A and B.
+_IDLE = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
+         "runtime_config", "megatron_config", "megatron_core", "layers_pattern", "qalora_group_size", "loftq_config",
+         "eva_config", "corda_config", "lora_ga_config"}  # fmt: skip
+_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+         "init_lora_weights"}  # fmt: skip
+# Starts that leave the base's weights as they are; the others (pissa, olora, corda, loftq, lora_ga) need their own base.
+_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_LARGEST_ALPHA = 1e18
+"""Its square, which DoRA takes, is a float32."""
+_LONGEST_SETTINGS = 4_000_000
+"""Bytes of ``adapter_config.json`` that are read: JSON takes many times its size in memory."""
+_short = reprlib.Repr()
+_short.maxstring = _short.maxlong = _short.maxother = 200
 
 
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
@@ -72,7 +88,7 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
     try:
         injected = inject_lora(model, config, np.random.default_rng(0))
     except ValueError as error:
-        raise FileError(f"{folder}: {error}") from None
+        raise _refusal(folder, error) from None
     _fill(injected, arrays, Path(folder))
     return injected, config
 
@@ -83,9 +99,12 @@ def fill_adapter(injected: Transformer, folder: str | Path) -> None:
 
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array]]:
-    settings = read_json(folder / "adapter_config.json")
+    path = folder / "adapter_config.json"
+    if path.is_file() and path.stat().st_size > _LONGEST_SETTINGS:
+        raise FileError(f"{path}: has {path.stat().st_size} bytes, settings are read up to {_LONGEST_SETTINGS}")
+    settings = read_json(path)
     if settings.get("peft_type") != "LORA":
-        raise FileError(f"{folder}: peft_type={settings.get('peft_type')!r}, only LORA adapters can be read")
+        raise FileError(f"{folder}: peft_type={_short.repr(settings.get('peft_type'))}, only LORA adapters can be read")
     arrays, metadata = read_tensors(folder / "adapter_model.safetensors")
     return _read_config(folder, settings, pooled="group_size" in metadata), arrays
 
@@ -99,43 +118,65 @@ def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise FileError(f"{folder}: {parameter.name} is {found}, this base needs a float array {parameter.data.shape}")
-            parameter.data[...] = array
+            with np.errstate(over="ignore"):
+                parameter.data[...] = array
+            if not np.isfinite(parameter.data).all():
+                raise FileError(f"{folder}: {parameter.name} holds numbers beyond {parameter.data.dtype}")
         copied = arrays.pop(f"{PREFIX}{linear.name}.base_layer.weight", None)  # PEFT adds an adapted head's own weight
         if copied is not None and not np.array_equal(copied, linear.base.weight.dense()):
             raise FileError(f"{folder}: was made over a base whose {linear.name} differs from this one's")
     if arrays:
-        raise FileError(f"{folder}: unknown tensors {sorted(arrays)[:3]}")
+        raise FileError(f"{folder}: unknown tensors {_short.repr(sorted(arrays)[:3])}")
 
 
 def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraConfig:
-    """PEFT's settings as ours; refuses what would change the function and is not here."""
-    for name, plain in (("bias", "none"), ("fan_in_fan_out", False), ("use_qalora", False), ("lora_bias", False)):
-        if settings.get(name, plain) != plain:
-            raise FileError(f"{folder}: {name}={settings[name]!r} is not supported, only {plain!r}")
-    for name in ("layers_to_transform", "layer_replication", "modules_to_save", "target_parameters", "trainable_token_indices"):
-        if settings.get(name):
-            raise FileError(f"{folder}: {name}={settings[name]!r} is not supported")
-    init = settings.get("init_lora_weights", True)
-    if isinstance(init, str) and init.startswith(("pissa", "olora", "loftq", "corda")):
-        raise FileError(f"{folder}: init_lora_weights={init!r} changes the base weights; convert the adapter to plain LoRA in "
-                        "PEFT (path_initial_model_for_weight_conversion) and save it again")
-    targets = settings.get("target_modules")
+    """PEFT's settings as ours; refuses what would change the function and is not here, or is of another type than PEFT's."""
+
+    def refuse(name: str, why: str) -> FileError:
+        return FileError(f"{folder}: {_short.repr(name)[1:-1]}={_short.repr(settings.get(name))} {why}")
+
+    if settings.get("bias", "none") != "none":
+        raise refuse("bias", "is not supported, only 'none'")
+    for name in sorted(settings.keys() - _READ - _IDLE - {"bias"}):
+        if settings[name]:  # all that PEFT has besides is off when it is false, null, 0 or empty
+            raise refuse(name, "is not supported; merge the adapter in PEFT and read the merged model")
+    for name in ("use_rslora", "use_dora"):
+        if settings.get(name) not in (True, False, None):
+            raise refuse(name, "must be true or false")
+    for name in ("r", "lora_alpha", "lora_dropout"):
+        if isinstance(settings.get(name), (list, dict)):
+            raise refuse(name, "must be a number")
+    if settings.get("init_lora_weights", True) not in _PLAIN_STARTS:
+        raise refuse("init_lora_weights", "changes the base weights, or is unknown; convert the adapter to plain LoRA in PEFT "
+                     "(path_initial_model_for_weight_conversion) and save it again")  # fmt: skip
+    targets = settings.get("target_modules") or []
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise refuse("target_modules", "must be a name or a list of names")
     patterns: dict[str, Any] = {name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
-        if not isinstance(pattern, dict):
-            raise FileError(f"{folder}: {name}={pattern!r} must be an object")
+        if not isinstance(pattern, dict) or any(isinstance(value, (list, dict)) for value in pattern.values()):
+            raise refuse(name, "must be an object of numbers")
         for key in pattern:
             # PEFT takes a regular expression; only names are read, "." being part of a name
             if not re.fullmatch(r"[A-Za-z0-9_.]{1,500}", key):
-                raise FileError(f"{folder}: {name} has the key {key!r}; only module names are supported, no regular expressions")
+                raise FileError(f"{folder}: {name} has the key {_short.repr(key)}; only module names are supported, no regular "
+                                "expressions")  # fmt: skip
+    for alpha in (settings.get("lora_alpha"), *patterns["alpha_pattern"].values()):
+        if isinstance(alpha, (int, float)) and alpha > _LARGEST_ALPHA:
+            raise FileError(f"{folder}: lora_alpha or alpha_pattern has {_short.repr(alpha)}, must be at most {_LARGEST_ALPHA:g}")
     try:
         return LoraConfig(
             r=settings.get("r", 8), lora_alpha=settings.get("lora_alpha", 8), lora_dropout=settings.get("lora_dropout", 0.0),
-            target_modules=expand_modules(targets) if isinstance(targets, str) else tuple(sorted(targets or ())),
-            use_rslora=bool(settings.get("use_rslora", False)), use_dora=bool(settings.get("use_dora", False)), use_qalora=pooled,
-            **patterns)
-    except (ValueError, TypeError) as error:
-        raise FileError(f"{folder}: {error}") from None
+            target_modules=expand_modules(targets) if isinstance(targets, str) else tuple(sorted(targets)),
+            use_rslora=bool(settings.get("use_rslora")), use_dora=bool(settings.get("use_dora")), use_qalora=pooled, **patterns)
+    except ValueError as error:
+        raise _refusal(folder, error) from None
+
+
+def _refusal(folder: str | Path, error: ValueError) -> FileError:
+    """Another's message with the folder before it, cut where a value in it is very long."""
+    text = str(error)
+    return FileError(f"{folder}: {text if len(text) <= 1000 else text[:500] + ' … ' + text[-300:]}")
 
 
 def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
