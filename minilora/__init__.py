@@ -16,7 +16,7 @@ _EXPORTS = {
     "LoraConfig": "config", "ModelConfig": "config", "QuantConfig": "config", "TrainConfig": "config",
     "Transformer": "transformer", "init_model": "transformer", "build_model": "transformer",
     "generate": "generation", "gradcheck": "gradients",
-    "full": "lora", "subset": "lora", "inject_lora": "lora", "quantize_model": "quantize", "merge": "lora",
+    "full": "lora", "subset": "lora", "inject_lora": "lora", "quantize_model": "quantize", "merge": "merging",
     "load_base": "formats.checkpoint", "load_model": "formats.checkpoint", "save_model": "formats.checkpoint",
     "load_adapter": "formats.peft", "save_adapter": "formats.peft",
     "Trainer": "training.trainer", "evaluate": "training.loss", "make_task": "data.tasks",

@@ -1,4 +1,4 @@
-"""The command line: train · sweep · plot · generate · merge · pretrain · info."""
+"""The command line: train · sweep · plot · generate · merge · quantize · pretrain · info."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ EXAMPLES = {
     "plot": "minilora sweep --method lora base --r 2 --seed 0 --steps 5 --n-eval 20 --name mine && minilora plot runs/mine",
     "generate": "minilora generate --prompt 'lamp card. style is modern. trim is teal.' --max-new-tokens 60",
     "merge": "minilora train --method qalora --steps 20 --n-eval 20 --out runs/qa && minilora merge --run runs/qa",
+    "quantize": "minilora quantize --quant-type nf4 int4 int2 --quantizer rtn gptq",
     "pretrain": "minilora pretrain --steps 20 --out runs/base",
     "info": "minilora info",
 }
@@ -79,11 +80,32 @@ class Generate:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge a trained adapter into its base, and say what that costs."""
+    """Merge a trained adapter into its base, and say what that costs; with --compare in every way there is."""
 
     run: str  # a folder that `minilora train` wrote
     how: Literal["auto", "dense", "requantize", "offsets"] = "auto"  # auto: offsets for QA-LoRA, else dense
-    out: str | None = None  # file to write; default: merged.safetensors in the run's folder
+    compare: bool = False  # print a table of all ways (and their loss, KL divergence, bytes) instead of writing a file
+    quant_type: str | None = None  # what to re-quantize to; default: the run's own, nf4 for LoRA
+    quantizer: Literal["rtn", "gptq", "hqq"] = "rtn"  # how; --compare shows rtn and gptq
+    offsets: Literal["float32", "float16", "zero"] = "float32"  # how QA-LoRA's merged offsets are stored
+    out: str | None = None  # X.safetensors, ours, or a Hugging Face folder; default: merged.safetensors in the run's folder
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Show what a weight loses in few bits: levels, error by block, error against bits; or quantize a model and save it."""
+
+    model: str | None = None  # a model file of ours or a Hugging Face folder; default: the tiny base
+    weight: str = "layers.0.mlp.up_proj"  # the weight to look at, by the end of its name
+    quant_type: tuple[str, ...] = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
+    block_size: tuple[int, ...] = (64,)  # for codebooks
+    group_size: tuple[int, ...] = (32,)  # for integers
+    quantizer: tuple[Literal["rtn", "gptq", "hqq"], ...] = ("rtn", "gptq", "hqq")
+    fit: Literal["minmax", "symmetric", "mse"] = "minmax"  # of scale and offset
+    offset_dtype: Literal["float16", "float32", "zero"] = "float16"
+    task: Literal["products", "python"] = "products"  # its training examples calibrate GPTQ, its test split measures the loss
+    out: str = "runs/quantize"  # folder for table and figures
+    save: str | None = None  # quantize the whole model by the first of each setting, to X.safetensors or a Hugging Face folder
 
 
 @dataclass(frozen=True)
@@ -97,6 +119,7 @@ Command = (
     | Annotated[Plot, tyro.conf.subcommand("plot")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Quantize, tyro.conf.subcommand("quantize")]
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -122,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     named = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in arguments if a.startswith("--")}
     handlers: dict[type, Callable[[Any], int]] = {
         Train: _train, Sweep: partial(_sweep, named=named), Plot: _plot, Generate: _generate, Merge: _merge,
-        PretrainConfig: _pretrain, Info: _info}
+        Quantize: _quantize, PretrainConfig: _pretrain, Info: _info}
     try:
         return handlers[type(command)](command)
     except KeyboardInterrupt:
@@ -173,8 +196,8 @@ WHAT = {
     "custom": "Your own grid.",
 }
 AXES = ("method", "r", "bits", "group_size", "target_modules", "learning_rate", "task", "seed", "split", "text_path")
-SCALARS = ("steps", "batch_size", "n_train", "n_eval", "lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio",
-           "subset_modules", "block_size", "double_quant", "write_all")
+SCALARS = ("steps", "batch_size", "n_train", "n_eval", "lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio", "use_dora",
+           "quantizer", "subset_modules", "block_size", "double_quant", "write_all")
 
 
 def _sweep(command: Sweep, named: Collection[str]) -> int:
@@ -271,25 +294,109 @@ def _generate(command: Generate) -> int:
 
 def _merge(command: Merge) -> int:
     from minilora import memory
-    from minilora.formats.checkpoint import save_model
-    from minilora.lora import merge
+    from minilora.config import QuantConfig
+    from minilora.formats.checkpoint import load_base
+    from minilora.merging import merge, merge_errors
+    from minilora.study.merging import compare_merges, format_merges, merge_offsets, quants_to_compare
     from minilora.study.results import ADAPTERS
-    from minilora.study.run import load_run, make_run_task
+    from minilora.study.run import calibration, load_run, make_run_task, requantize
     from minilora.training.loss import evaluate
 
     config, model = load_run(command.run)
     if config.method not in ADAPTERS:
         raise ConfigError(f"run={command.run!r}: method {config.method!r} has no adapter to merge")
-    merged, errors = merge(model, command.how, config.quant() if config.quantized else None)
-    worst = max(errors, key=lambda name: errors[name].relative)
+    kind, double = command.quant_type or config.quant_type or "nf4", config.double_quant is not False
+    quant = QuantConfig(kind, config.block_size or 64, double, config.group_size or 32, command.quantizer)
     batches = make_run_task(config).eval_batches("test")
-    before, after = evaluate(model, batches), evaluate(merged, batches)
+    if command.compare:
+        quants = quants_to_compare(quant, both=command.quantizer == "rtn")
+        rows = compare_merges(model, load_base(), batches, quants, calibration(config), progress=sys.stderr.isatty())
+        table = format_merges(rows)
+        print(table)
+        print(f"written to {write_file(Path(command.run) / 'merges.md', table + chr(10))}")
+        return 0
+    how = ("offsets" if config.method == "qalora" else "dense") if command.how == "auto" else command.how
+    if how == "requantize":
+        merged = requantize(model, quant, calibration(config) if quant.quantizer == "gptq" else ())
+    else:
+        merged = merge_offsets(model, command.offsets) if how == "offsets" else merge(model, how)[0]
+    errors = merge_errors(model, merged)
+    worst = max(errors, key=lambda name: errors[name].relative)
     print(f"merged {len(errors)} layers; largest error relative to ΔW: {errors[worst].relative:.2e} in {worst}")
+    before, after = evaluate(model, batches), evaluate(merged, batches)
     print(f"loss {before['loss']:.5f} with the adapter, {after['loss']:.5f} merged")
     print(f"effective bits per weight {memory.effective_bits(model):.3f} before, {memory.effective_bits(merged):.3f} merged")
-    path = Path(command.out or Path(command.run) / "merged.safetensors")
-    save_model(merged, path)
-    print(f"written to {path}, {memory.format_bytes(path.stat().st_size)}")
+    print(_save(merged, Path(command.out or Path(command.run) / "merged.safetensors")))
+    return 0
+
+
+def _save(model: Any, target: Path) -> str:
+    """Save a model in the form that the target's name asks for; returns what was written, in words."""
+    from minilora.formats.checkpoint import save_model
+    from minilora.formats.huggingface import save_huggingface
+    from minilora.memory import format_bytes
+
+    if target.suffix == ".safetensors":
+        save_model(model, target)
+        files = [target]
+    else:
+        files = save_huggingface(model, target)
+    return f"written to {target}, {format_bytes(sum(file.stat().st_size for file in files))}"
+
+
+def _quant_configs(command: Quantize) -> list[Any]:
+    """Every combination that there is: hqq fits offsets, which codebooks have not."""
+    from minilora.config import AFFINE_TYPES, QuantConfig
+
+    found = []
+    for kind in command.quant_type:
+        for quantizer in command.quantizer:
+            if kind not in AFFINE_TYPES and quantizer != "hqq":
+                found += [QuantConfig(kind, size, quantizer=quantizer) for size in command.block_size]
+            elif kind in AFFINE_TYPES:
+                fit = "hqq" if quantizer == "hqq" else command.fit
+                found += [QuantConfig(kind, group_size=size, quantizer=quantizer, fit=fit, offset_dtype=command.offset_dtype)
+                          for size in command.group_size]
+    if not found:
+        raise ConfigError(f"quantizer={command.quantizer}: nothing to do for {', '.join(command.quant_type)}; add rtn")
+    return found
+
+
+def _quantize(command: Quantize) -> int:
+    from minilora import memory
+    from minilora.data.tasks import make_task
+    from minilora.data.tokenizer import VOCAB_SIZE
+    from minilora.formats.checkpoint import load_base, load_model
+    from minilora.formats.huggingface import load_huggingface
+    from minilora.quantize import find_linears, input_hessian, quantize_model
+    from minilora.study.quantization import print_weight_table, weight_errors
+    from minilora.study.quantization_plots import write_weight_figures
+    from minilora.training.loss import evaluate
+
+    path = None if command.model is None else Path(command.model)
+    model = load_base() if path is None else load_huggingface(path) if path.is_dir() else load_model(path)
+    (linear,) = find_linears(model, command.weight)
+    configs = _quant_configs(command)
+    own_text = model.config.vocab_size == VOCAB_SIZE
+    if "gptq" in command.quantizer and not own_text:
+        raise ConfigError(f"quantizer='gptq': calibrates on byte-level text, and this model has {model.config.vocab_size} tokens "
+                          "of its own; choose rtn or hqq")
+    task = make_task(command.task, n_train=512, n_eval=64)
+    data = [task.batch(range(i, i + 16)).ids for i in range(0, 128, 16)] if own_text else []
+    hessian = input_hessian(model, linear.name, data) if data else None
+    writable_folder(Path(command.out))
+    rows = weight_errors(linear.weight.dense(), configs, hessian)
+    table = print_weight_table(rows)
+    print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
+    write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
+    for figure in write_weight_figures(linear.weight.dense(), rows, Path(command.out)):
+        print(f"figure {figure}")
+    if command.save:
+        quantized = quantize_model(model, configs[0], data if configs[0].quantizer == "gptq" else (), progress=True)
+        if own_text:
+            batches = task.eval_batches("test")
+            print(f"loss {evaluate(model, batches)['loss']:.5f} before, {evaluate(quantized, batches)['loss']:.5f} quantized")
+        print(f"{memory.effective_bits(quantized):.3f} bits a weight, " + _save(quantized, Path(command.save)))
     return 0
 
 

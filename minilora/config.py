@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -47,7 +48,7 @@ def _whole(value: Any, field: str, least: int = 1) -> None:
 
 
 def _number(value: Any, field: str, low: float, high: float = float("inf"), *, open_low: bool = False) -> None:
-    ok = isinstance(value, (int, float)) and value == value and low <= value <= high and value != float("inf")
+    ok = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max and low <= value <= high  # NaN fails, 10**400 too
     ok = ok and not (open_low and value == low)
     require(ok, field, value, f"must be a finite number {'above' if open_low else 'from'} {low:g} to {high:g}")
 

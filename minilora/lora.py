@@ -1,4 +1,4 @@
-"""Low-rank adaptation: one adapter class for LoRA, QLoRA and QA-LoRA; injection; merging.
+"""Low-rank adaptation: one adapter class for LoRA, QLoRA and QA-LoRA, and injection.
 
     y = base(x) + scaling · pool(x) Aᵀ Bᵀ        A (r, in/g), B (out, r)
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -249,84 +248,3 @@ def _refuse_quantized(model: Transformer, method: str) -> None:
         if not isinstance(getattr(linear, "weight", None), DenseWeight):
             raise ConfigError(f"method={method!r}: {name} is {'adapted' if isinstance(linear, LoraLinear) else 'quantized'}; "
                               "gradients of W need a dense base model")
-
-
-# --- merging -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class MergeError:
-    """How far a merged weight is from W + ΔW computed in float64: largest and root-mean-square, in units of the weight."""
-
-    max_abs: float
-    rms: float
-    relative: float  # ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt
-
-
-@single_blas()
-def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Any, MergeError]:
-    """Return a new weight W + scaling·B A, and the error that storing it caused. The adapted layer stays valid.
-
-    ``how``: ``dense`` (float32) · ``requantize`` (rounded to ``quant`` again, which loses some of ΔW) · ``offsets`` (QA-LoRA:
-    offset += scaling·B A, the codes stay the same object) · ``auto``: offsets if the adapter pools, else dense.
-    """
-    weight = adapted.base.weight
-    if how == "auto":
-        how = "offsets" if adapted.pool > 1 else "dense"
-    exact = weight.dense().astype(np.float64) + adapted.delta()
-    if how == "dense":
-        name = adapted.lora_A.name.replace(".lora_A.weight", ".weight")
-        merged: Any = DenseWeight(Parameter(name, exact.astype(weight.dtype)))
-    elif how == "requantize":
-        if quant is None:
-            raise ConfigError("quant=None: merging with how='requantize' needs a QuantConfig, e.g. QuantConfig('nf4')")
-        merged = quantize_weight(exact.astype(np.float32), quant)
-    elif how == "offsets":
-        merged = _merge_offsets(adapted)
-    else:
-        raise ConfigError(f"how={how!r}: choose one of auto, dense, requantize, offsets")
-    error = merged.dense() - exact
-    norm = float(np.linalg.norm(adapted.delta()))
-    relative = float(np.linalg.norm(error)) / norm if norm else 0.0
-    return merged, MergeError(float(np.abs(error).max()), float(np.sqrt((error**2).mean())), relative)
-
-
-def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
-    weight = adapted.base.weight
-    if not isinstance(weight, AffineWeight):
-        raise ConfigError(f"how='offsets': {adapted.name} is stored as {type(weight).__name__}, which has no float offset; "
-                          "use dense or requantize")
-    if adapted.pool % weight.group_size:
-        raise ConfigError(f"how='offsets': the adapter is constant over {adapted.pool} inputs, the weight's groups have "
-                          f"{weight.group_size}; only an adapter that is constant within each group merges exactly")
-    # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number a group
-    per_group = adapted.delta()[:, :: weight.group_size]  # (out, in/g)
-    return weight.with_offset((weight.offset + per_group).astype(np.float32))
-
-
-def unmerge_linear(merged: Any, adapted: LoraLinear) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is returned."""
-    name = f"{adapted.name}.weight"
-    base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
-    return DenseWeight(Parameter(name, base)), float(np.abs(base - adapted.base.weight.dense()).max())
-
-
-def merge(model: Transformer, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Transformer, dict[str, MergeError]]:
-    """Merge every adapter into a new model without adapters; also returns the error of each layer.
-
-    A merged tied head becomes a head of its own. The injected model stays valid.
-    """
-    errors: dict[str, MergeError] = {}
-
-    def change(linear: Any) -> Any:
-        if not isinstance(linear, LoraLinear):
-            return linear
-        weight, errors[linear.name] = merge_linear(linear, how, quant)
-        return Linear(linear.name, weight)
-
-    merged = model.map_linears(change)
-    if not errors:
-        raise ConfigError("model: has no adapter to merge; inject_lora makes one")
-    if model.config.tie_word_embeddings and not merged.tied:
-        merged.config = replace(model.config, tie_word_embeddings=False)
-    return merged, errors

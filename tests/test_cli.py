@@ -13,6 +13,7 @@ import time
 import pytest
 
 from minilora import cli
+from minilora.formats.checkpoint import load_model
 
 
 def call(*arguments):
@@ -51,6 +52,28 @@ def test_train_generate_merge_in_a_row(tmp_path, capsys):
     assert "merged 28 layers" in text and (out / "merged.safetensors").is_file()
     before, after = text.split("loss ")[1].split("\n")[0].split(" with the adapter, ")
     assert abs(float(before) - float(after.split()[0])) < 1e-4
+    assert call("merge", "--run", out, "--compare") == 0
+    text = capsys.readouterr().out
+    for way in ("not merged", "full-precision base", "dequantized base", "re-quantized: int4, g = 16, gptq", "offsets, float32",
+                "offsets, whole zero points"):
+        assert f"| {way} |" in text
+    assert (out / "merges.md").read_text() in text
+    assert call("merge", "--run", out, "--offsets", "zero", "--out", tmp_path / "hf") == 0
+    assert (tmp_path / "hf" / "config.json").is_file() and "4.562" not in capsys.readouterr().err
+    assert call("merge", "--run", out, "--out", tmp_path / "float offsets") == 2  # GPTQ's form holds whole zero points only
+    assert "whole zero points" in capsys.readouterr().err
+
+
+def test_what_a_weight_loses_and_a_model_saved_in_each_form(tmp_path, capsys):
+    out = tmp_path / "q"
+    arguments = ["quantize", "--quant-type", "nf4", "int2", "--quantizer", "rtn", "gptq", "hqq", "--out", out]
+    assert call(*arguments, "--weight", "layers.1.self_attn.q_proj", "--save", tmp_path / "hf") == 0
+    text = capsys.readouterr().out
+    assert "model.layers.1.self_attn.q_proj 128 × 128" in text and "loss " in text
+    assert (out / "weight.md").is_file() and len(list(out.glob("*.png"))) >= 3
+    assert call("quantize", "--model", tmp_path / "hf", "--quant-type", "int4", "--quantizer", "hqq", "--out", out,
+                "--save", tmp_path / "m.safetensors") == 0
+    assert load_model(tmp_path / "m.safetensors").blocks[0].mlp.up_proj.weight.quant_type == "int4"
 
 
 def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys):
@@ -83,6 +106,13 @@ def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys
     (["generate", "--prompt", "x", "--run", "no/such/run"], ["no/such/run"]),
     (["merge", "--run", "no/such/run"], ["no/such/run"]),
     (["plot", "no/such/folder"], ["no/such/folder"]),
+    (["train", "--method", "lora", "--quantizer", "gptq"], ["quantizer='gptq'", "quantizes nothing"]),
+    (["train", "--method", "qalora", "--use-dora"], ["use_dora=True", "use_qalora"]),
+    (["quantize", "--weight", "proj", "--out", "{tmp}"], ["weight='proj'", "matches 0", "q_proj"]),
+    (["quantize", "--weight", "q_proj", "--out", "{tmp}"], ["weight='q_proj'", "matches 4"]),
+    (["quantize", "--model", "no/such/model", "--out", "{tmp}"], ["no/such/model"]),
+    (["quantize", "--quant-type", "nf5", "--out", "{tmp}"], ["nf5", "nf4"]),
+    (["quantize", "--quant-type", "nf4", "--quantizer", "hqq", "--out", "{tmp}"], ["nothing to do for nf4"]),
     (["pretrain", "--text", "no/such/file.txt", "--out", "{tmp}"], ["no/such/file.txt"]),
     (["sweep", "--method", "lora", "--r", 500, "--out", "{tmp}"], ["r=500", "at most"]),
     (["sweep", "--preset", "fulll"], ["fulll", "demo, full"]),

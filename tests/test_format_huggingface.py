@@ -19,7 +19,8 @@ from minilora.data import tokenizer
 from minilora.formats.files import FileError, read_json, stored_tensors
 from minilora.formats.huggingface import BYTE_TOKENS, load_huggingface, save_huggingface
 from minilora.layers import DenseWeight, Linear
-from minilora.lora import inject_lora, merge
+from minilora.lora import inject_lora
+from minilora.merging import merge
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.transformer import Transformer
 

@@ -14,7 +14,8 @@ from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import LoraLinear, inject_lora, merge
+from minilora.lora import LoraLinear, inject_lora
+from minilora.merging import merge
 from minilora.quantize import quantize_model
 from minilora.transformer import init_model
 
@@ -495,3 +496,22 @@ def test_zero_points_of_another_length_are_refused(tmp_path):
     rewrite(tmp_path / "m.safetensors", lambda a, m: a.__setitem__(name, a[name][:-1]))
     with pytest.raises(FileError, match="codes.shape"):
         load_model(tmp_path / "m.safetensors")
+
+
+def test_an_adapter_in_bfloat16_is_widened_exactly(tmp_path):
+    """As torch saves half-precision adapters; NumPy has no such type, so the bytes are written here by hand."""
+    save_adapter(lora(), LORA, tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    arrays, _ = read_tensors(path)
+    header, body = {}, b""
+    for name, a in arrays.items():
+        half = (np.ascontiguousarray(a).view(np.uint32) >> 16).astype(np.uint16).tobytes()
+        header[name] = {"dtype": "BF16", "shape": list(a.shape), "data_offsets": [len(body), len(body) + len(half)]}
+        body += half
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    model, _ = load_adapter(base(), tmp_path)
+    for p in model.trainable():
+        expected = arrays[f"base_model.model.{p.name}"].view(np.uint32) & 0xFFFF0000
+        assert np.array_equal(p.data, expected.view(np.float32))

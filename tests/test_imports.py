@@ -19,7 +19,7 @@ FILES = {
 
 # module (or package) → what of minilora it may import; itself is always allowed
 LAYERS = {"config", "functional", "threads", "layers", "quant"}
-MODELS = LAYERS | {"transformer", "initial", "quantize", "lora"}
+MODELS = LAYERS | {"transformer", "initial", "quantize", "lora", "merging"}
 ALLOWED = {
     "config": set(),
     "functional": set(),
@@ -32,6 +32,7 @@ ALLOWED = {
     "transformer": {"config", "functional", "layers"},  # knows nothing of LoRA
     "initial": {"config"},
     "quantize": LAYERS,
+    "merging": LAYERS | {"lora"},
     "lora": LAYERS | {"initial"},  # and LoRA nothing of the transformer
     "generation": {"functional", "layers", "threads", "transformer"},
     "data": {"config"},

@@ -25,16 +25,9 @@ from helpers import (
 from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig, matches
 from minilora.initial import init_a
 from minilora.layers import DenseWeight, Gradients, Linear, Parameter
-from minilora.lora import (
-    LoraLinear,
-    full,
-    inject_lora,
-    merge,
-    merge_linear,
-    subset,
-    unmerge_linear,
-)
+from minilora.lora import LoraLinear, full, inject_lora, subset
 from minilora.memory import count_parameters
+from minilora.merging import merge, merge_linear, unmerge_linear
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss

@@ -106,7 +106,7 @@ def test_effective_bits_are_those_of_the_base_whatever_the_adapter():
 
 
 def test_a_merged_offset_costs_its_float32():
-    from minilora.lora import merge
+    from minilora.merging import merge
 
     model = lora(base(QuantConfig("int4", group_size=4)), use_qalora=True)
     assert effective_bits(merge(model)[0]) == 4 + (16 + 32) / 4

@@ -12,8 +12,9 @@ from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.gradients import gradcheck
 from minilora.initial import loftq, low_rank, pissa
 from minilora.layers import Gradients
-from minilora.lora import LoraLinear, inject_lora, merge, merge_linear
+from minilora.lora import LoraLinear, inject_lora
 from minilora.memory import count_parameters, model_bytes
+from minilora.merging import merge, merge_linear
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
 from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
@@ -255,7 +256,8 @@ def test_qalora_is_written_as_ordinary_lora_and_comes_back_pooled(tmp_path):
     written = read_json(tmp_path / "adapter_config.json")
     assert written["use_qalora"] is False
     arrays, metadata = read_tensors(tmp_path / "adapter_model.safetensors")
-    assert metadata == {"group_size": 4} and arrays["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"].shape == (3, 16)
+    wide = arrays["base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"]
+    assert metadata == {"group_size": 4} and wide.shape == (3, 16)
     again, loaded = load_adapter(base, tmp_path)
     assert loaded.use_qalora and np.array_equal(again.logits(IDS), model.logits(IDS))
     assert adapters(again)[0].lora_A.data.shape == (3, 4)

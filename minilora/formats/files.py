@@ -64,14 +64,19 @@ def write_tensors(path: Path, arrays: dict[str, Array], metadata: dict[str, Any]
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read a safetensors file; raises FileError if it is missing, truncated, foreign or holds NaN or infinity."""
+    """Read a safetensors file, BF16 as float32; raises FileError if it is missing, cut short, foreign, or holds NaN or inf."""
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            names = list(file.keys())
+            widen = [name for name in names if file.get_slice(name).get_dtype() == "BF16"]  # NumPy has no such type
+            arrays = {name: file.get_tensor(name) for name in names if name not in widen}
             raw = file.metadata() or {}
+        if widen:
+            stored = stored_tensors(path)
+            arrays |= {name: stored[name].read() for name in widen}
     except (SafetensorError, OSError, TypeError) as error:
         raise FileError(f"{path}: not a complete safetensors file ({error}); write it again or fetch a fresh copy") from None
     for name, array in arrays.items():

@@ -23,8 +23,9 @@ from tqdm import tqdm
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import LoraLinear, merge
+from minilora.lora import LoraLinear
 from minilora.memory import effective_bits, model_bytes
+from minilora.merging import merge
 from minilora.study.run import requantize
 from minilora.threads import single_blas
 from minilora.transformer import Transformer

@@ -23,7 +23,8 @@ from minilora.formats.checkpoint import load_base, load_model, save_model, sha25
 from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora, merge, subset
+from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.merging import merge
 from minilora.quant.weights import quantize_weight
 from minilora.quantize import quantize_model
 from minilora.study.results import ADAPTERS

@@ -10,6 +10,9 @@ import numpy as np
 from minilora.config import TrainConfig
 from minilora.layers import Array, Gradients, Parameter
 
+FASTER = ("lora_B.weight", "lora_magnitude_vector")
+"""Whose learning rate LoRA+ multiplies: B's, and as in PEFT that of DoRA's lengths."""
+
 
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101, Algorithm 2).
@@ -36,7 +39,7 @@ class AdamW:
         correct_m, correct_v = 1 - c.beta1**self.t, 1 - c.beta2**self.t
         for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
             g, one = grads[p], p.data.dtype.type
-            rate = one(lr * (c.lora_plus_ratio if p.name.endswith("lora_B.weight") else 1.0))  # LoRA+
+            rate = one(lr * (c.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))  # LoRA+
             m *= one(c.beta1)
             m += one(1 - c.beta1) * g
             v *= one(c.beta2)
@@ -67,7 +70,7 @@ class SGD:
         self.t += 1
         for i, p in enumerate(self.parameters):
             g, one = grads[p], p.data.dtype.type
-            rate = one(lr * (c.lora_plus_ratio if p.name.endswith("lora_B.weight") else 1.0))
+            rate = one(lr * (c.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))
             if self.u:
                 self.u[i] *= one(c.momentum)
                 self.u[i] += g

@@ -27,7 +27,8 @@ from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.initial import loftq
 from minilora.layers import Gradients
-from minilora.lora import inject_lora, merge
+from minilora.lora import inject_lora
+from minilora.merging import merge
 from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
