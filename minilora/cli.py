@@ -363,14 +363,25 @@ def _quant_configs(command: Quantize) -> list[Any]:
 
 
 def _quantize(command: Quantize) -> int:
+    from tqdm import tqdm
+
     from minilora import memory
     from minilora.data.tasks import make_task
     from minilora.data.tokenizer import VOCAB_SIZE
     from minilora.formats.checkpoint import load_base, load_model
     from minilora.formats.huggingface import load_huggingface
     from minilora.quantize import find_linears, input_hessian, quantize_model
-    from minilora.study.quantization import print_weight_table, weight_errors
-    from minilora.study.quantization_plots import write_weight_figures
+    from minilora.study import quantization_plots as plots
+    from minilora.study.quantization import weight_configs
+    from minilora.study.run import CALIBRATION, unpadded
+    from minilora.study.weight_errors import (
+        block_errors,
+        crossover,
+        level_data,
+        print_weight_table,
+        size_rows,
+        weight_errors,
+    )
     from minilora.training.loss import evaluate
 
     path = None if command.model is None else Path(command.model)
@@ -382,15 +393,28 @@ def _quantize(command: Quantize) -> int:
         raise ConfigError(f"quantizer='gptq': calibrates on byte-level text, and this model has {model.config.vocab_size} tokens "
                           "of its own; choose rtn or hqq")
     task = make_task(command.task, n_train=512, n_eval=64)
-    data = [task.batch(range(i, i + 16)).ids for i in range(0, 128, 16)] if own_text else []
+    data = unpadded(task, range(CALIBRATION)) if own_text else []
     hessian = input_hessian(model, linear.name, data) if data else None
     writable_folder(Path(command.out))
-    rows = weight_errors(linear.weight.dense(), configs, hessian)
+    w = linear.weight.dense()
+
+    def errors(of: Sequence[Any], what: str) -> list[dict[str, Any]]:
+        steps = tqdm(of, desc=what, unit="setting", disable=not sys.stderr.isatty())
+        return [row for config in steps for row in weight_errors(w, [config], hessian)]
+
+    rows = errors(configs, "quantizing")
     table = print_weight_table(rows)
     print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
     write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
-    for figure in write_weight_figures(linear.weight.dense(), rows, Path(command.out)):
-        print(f"figure {figure}")
+    plain = list({config.quant_type: replace(config, quantizer="rtn", fit="minmax") for config in configs}.values())
+    grid = [config for config in weight_configs(w.shape[1]) if config.quantizer in command.quantizer]
+    figures = plots.save(command.out, {
+        "levels": plots.draw_levels([level_data(w, config) for config in plain[:6]]),
+        "blocks": plots.draw_blocks([block_errors(w, config) for config in plain[:2]]),
+        "errors": plots.draw_errors(errors(grid, "error against bits")),
+        "bytes": plots.draw_bytes(size_rows(), crossover()),
+    })
+    print(f"table and figures ({', '.join(path.name for path in figures)}) in {command.out}")
     if command.save:
         quantized = quantize_model(model, configs[0], data if configs[0].quantizer == "gptq" else (), progress=True)
         if own_text:

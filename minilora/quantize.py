@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -64,10 +65,11 @@ def quantize_by_layer(
             if not members:
                 continue
             owner, name, first = members[0]
-            recorder = _Recorder(first)
+            recorder = _Recorder(first, stop=True)
             setattr(owner, name, recorder)
             for x, rope in zip(hidden, ropes, strict=True):
-                block.forward(x, rope)
+                with suppress(_SeenError):  # what comes after the recorder is not needed yet
+                    block.forward(x, rope)
             hessian = recorder.hessian.value()
             for owner, name, linear in members:
                 weight, _ = gptq(linear.weight.dense(), hessian, config)
@@ -97,15 +99,21 @@ def find_linears(model: Transformer, name: str) -> list[Any]:
     return found
 
 
-class _Recorder(Linear):
-    """A Linear that also adds its inputs to a Hessian."""
+class _SeenError(Exception):
+    """The recorder has its input."""
 
-    def __init__(self, linear: Linear):
+
+class _Recorder(Linear):
+    """A Linear that also adds its inputs to a Hessian, and may end the forward pass there."""
+
+    def __init__(self, linear: Linear, stop: bool = False):
         super().__init__(linear.name, linear.weight)
-        self.hessian = Hessian(linear.shape[1])
+        self.hessian, self.stop = Hessian(linear.shape[1]), stop
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
         self.hessian.add(x)
+        if self.stop:
+            raise _SeenError
         return super().forward(x, key)
 
 

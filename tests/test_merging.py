@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from helpers import GQA, adapters, assert_close, fill_adapters, make_model, random_batch
@@ -11,7 +13,15 @@ from minilora.lora import inject_lora
 from minilora.memory import effective_bits
 from minilora.quant import AffineWeight
 from minilora.quantize import quantize_model
-from minilora.study.merging import compare_merges, describe, format_merges, merge_into_dense, merge_offsets, quants_to_compare
+from minilora.study.merging import (
+    compare_merges,
+    describe,
+    format_merges,
+    merge_into_dense,
+    merge_offsets,
+    merge_study,
+    quants_to_compare,
+)
 from minilora.study.run import requantize
 
 INT4 = QuantConfig("int4", group_size=4)
@@ -138,3 +148,12 @@ def test_what_is_compared_and_how_it_is_called():
 def test_a_model_without_adapters_is_refused(dense):
     with pytest.raises(ConfigError, match="has no adapter to merge"):
         compare_merges(dense, dense, BATCHES, [NF4])
+
+
+def test_the_study_writes_rows_and_a_page_with_means_over_seeds(tmp_path):
+    page = merge_study(tmp_path, (0, 1), (("lora", None),), progress=False, steps=1, batch_size=2, n_train=32, n_eval=2)
+    rows = [json.loads(line) for line in (tmp_path / "merging.jsonl").read_text().splitlines()]
+    assert page == (tmp_path / "README.md").read_text() and {row["seed"] for row in rows} == {0, 1}
+    losses = [row["loss"] for row in rows if row["way"] == "re-quantized: nf4, block 64"]
+    assert f"| re-quantized: nf4, block 64 | {np.mean(losses):.5f} ± " in page
+    assert all(row["numpy_version"] for row in rows) and "Not possible: offsets" in page

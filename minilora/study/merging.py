@@ -12,9 +12,12 @@ too. Re-quantized to min/max groups of its own size it even keeps its codes, bec
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,17 @@ from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
+from minilora.formats.checkpoint import load_base
+from minilora.formats.files import write_file
 from minilora.layers import DenseWeight, Linear, Parameter
 from minilora.lora import LoraLinear
 from minilora.memory import effective_bits, model_bytes
 from minilora.merging import merge
-from minilora.study.run import requantize
-from minilora.threads import single_blas
+from minilora.study.run import build, calibration, environment, make_run_task, requantize
+from minilora.study.settings import RunConfig
+from minilora.study.statistics import mean_interval
+from minilora.threads import available_threads, single_blas
+from minilora.training.trainer import Trainer
 from minilora.transformer import Transformer
 
 Row = dict[str, Any]
@@ -118,12 +126,67 @@ def format_merges(rows: Sequence[Row]) -> str:
     formats = {"way": "{}", "bits": "{:.3f}", "bytes": "{:,}", "loss": "{:.5f}"}
 
     def cell(row: Row, name: str) -> str:
-        return formats.get(name, "{:.1e}").format(row[name])
+        form = formats.get(name, "{:.1e}")
+        half = row.get(f"{name}_half")
+        return form.format(row[name]) + ("" if half is None else f" ± {form.format(half)}")
 
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --: |" * (len(COLUMNS) - 1)]
     lines += ["| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows if "refused" not in row]
     refused = {row["refused"]: row["way"] for row in reversed(rows) if "refused" in row}
     return "\n".join(lines + [f"\nNot possible: {way.split(',')[0]}: {why}" for why, way in refused.items()])
+
+
+STUDY = (("qalora", "int4"), ("qalora", "int2"), ("qlora", "nf4"), ("qlora", "nf2"), ("lora", None))
+
+
+def merge_study(
+    folder: str | Path, seeds: Sequence[int] = (0, 1, 2), kinds: Sequence[tuple[str, str | None]] = STUDY,
+    progress: bool = True, **settings: Any,
+) -> str:  # fmt: skip
+    """Train an adapter of each kind and seed on ``products``, merge it in every way, and write rows and a page into ``folder``.
+
+    loss and KL: mean ± half the 95 % t-interval over seeds; the logit error is the largest of all seeds. Returns the page.
+    """
+    start, rows, parts = time.perf_counter(), [], []
+    jobs = [(kind, seed) for kind in kinds for seed in seeds]
+    for (method, quant_type), seed in tqdm(jobs, desc="merge study", unit="adapter", disable=not progress):
+        chosen: dict[str, Any] = {"steps": 250, "batch_size": 8, "n_eval": 128} | settings
+        config = RunConfig(method=method, quant_type=quant_type, seed=seed, **chosen)
+        base, task = load_base(), make_run_task(config)
+        model = build(config, base)
+        Trainer(model, task, config.train(), threads=available_threads()).train()
+        quants = quants_to_compare(config.quant())
+        found = compare_merges(model, base, task.eval_batches("test"), quants, calibration(config))
+        rows += [{"method": method, "quant_type": quant_type, "seed": seed, **row, **environment()} for row in found]
+    for method, quant_type in kinds:
+        mine = [row for row in rows if (row["method"], row["quant_type"]) == (method, quant_type)]
+        parts.append(f"## {method}, {quant_type or 'float32'}\n\n{format_merges(_over_seeds(mine))}\n")
+    command = f"python -c \"from minilora.study.merging import merge_study; merge_study('{folder}')\""
+    env = environment()
+    page = (f"# One adapter, merged in every way\n\nWritten by `{command}` in {(time.perf_counter() - start) / 60:.0f} minutes "
+            f"({env['machine']}; Python {env['python_version']}, NumPy {env['numpy_version']}, Numba {env['numba_version']}). "
+            f"Task products, {len(seeds)} seeds, ± half the 95 % t-interval over them; the logit error is the largest of all. "
+            "Bytes are those of the block projections and of adapters still beside them. Whole zero points are what GPTQ files hold."
+            "\n\n")
+    page += "\n".join(parts)
+    write_file(Path(folder) / "merging.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(Path(folder) / "README.md", page)
+    return page
+
+
+def _over_seeds(rows: Sequence[Row]) -> list[Row]:
+    """One row a way: means, with the interval's half where it is known."""
+    found = []
+    for way in dict.fromkeys(row["way"] for row in rows):
+        mine = [row for row in rows if row["way"] == way]
+        row = dict(mine[0])
+        if "refused" not in row:
+            row["logit_error"] = max(r["logit_error"] for r in mine)
+            for name in ("loss", "kl"):
+                interval = mean_interval(r[name] for r in mine)
+                row[name], row[f"{name}_half"] = interval.mean, interval.high - interval.mean
+        found.append(row)
+    return found
 
 
 def _adapted(model: Transformer) -> list[LoraLinear]:

@@ -18,7 +18,7 @@ import minilora
 from minilora import memory
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules
 from minilora.data.tasks import Task, make_task
-from minilora.data.tokenizer import EOS, decode
+from minilora.data.tokenizer import EOS, PAD, decode
 from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
 from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
@@ -75,8 +75,12 @@ def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
 def calibration(config: RunConfig) -> list[Any]:
     """Token ids of training examples, drawn by the run's seed: what GPTQ may look at. Never the test or validation split."""
     task = make_run_task(config)
-    chosen = np.random.default_rng([config.seed, 3]).permutation(task.n_train)[:CALIBRATION]
-    return [task.batch(chosen[i : i + 16]).ids for i in range(0, len(chosen), 16)]
+    return unpadded(task, np.random.default_rng([config.seed, 3]).permutation(task.n_train)[:CALIBRATION])
+
+
+def unpadded(task: Task, examples: Sequence[int] | np.ndarray) -> list[Any]:
+    """Token ids (1, T) of training examples, one by one: GPTQ would take padding for inputs that matter."""
+    return [row[row != PAD][None] for row in task.batch(examples).ids]
 
 
 def check_buildable(configs: Sequence[RunConfig]) -> None:
