@@ -166,7 +166,7 @@ def merge_study(
     page = (f"# One adapter, merged in every way\n\nWritten by `{command}` in {(time.perf_counter() - start) / 60:.0f} minutes "
             f"({env['machine']}; Python {env['python_version']}, NumPy {env['numpy_version']}, Numba {env['numba_version']}). "
             f"Task products, {len(seeds)} seeds, ± half the 95 % t-interval over them; the logit error is the largest of all. "
-            "Bytes are those of the block projections and of adapters still beside them. Whole zero points are what GPTQ files hold."
+            "Bytes are those of the block projections and of adapters beside them. Whole zero points are what GPTQ files hold."
             "\n\n")
     page += "\n".join(parts)
     write_file(Path(folder) / "merging.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
