@@ -79,6 +79,7 @@ def quantize_by_layer(
     return done
 
 
+@single_blas()
 def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -> Array:
     """H = 2·XᵀX/n (in, in) of the inputs that one projection, named by the end of its name, sees in the model as it is."""
     (linear,) = find_linears(model, name)

@@ -50,8 +50,8 @@ def test_qalora_takes_all_four_ways(dense):
     model = adapted(dense, INT4, use_qalora=True)
     rows = by_way(compare_merges(model, dense, BATCHES, [INT4, NF4]))
     assert list(rows) == ["not merged", "full-precision base", "dequantized base", "re-quantized: int4, g = 4",
-                          "re-quantized: nf4, block 32", "offsets, float32", "offsets, float16",
-                          "offsets, whole zero points"]  # fmt: skip
+                          "re-quantized: nf4, block 32", "control: not merged, base on whole zero points",
+                          "offsets, float32", "offsets, float16", "offsets, whole zero points"]  # fmt: skip
     assert not any("refused" in row for row in rows.values())
     assert rows["not merged"]["kl"] == rows["not merged"]["logit_error"] == 0
     for exact in ("dequantized base", "offsets, float32"):

@@ -4,7 +4,7 @@
     dequantized base       Ŵ + ΔW in float32: exact up to rounding, but no longer in few bits
     re-quantized           quantize(Ŵ + ΔW): few bits again, and part of ΔW is rounded away
     offsets                scale·q + (offset + ΔW): QA-LoRA's, exact, and still in few bits; the offsets as float32, float16 or
-                           whole zero points
+                           whole zero points. The latter already harm a base that was fitted with real offsets: the control
 
 ΔW of a QA-LoRA adapter is s·B A with A repeated over its groups, an ordinary LoRA update, so it can take the first three ways
 too. Re-quantized to min/max groups of its own size it even keeps its codes, because a whole group moves together.
@@ -12,6 +12,7 @@ too. Re-quantized to min/max groups of its own size it even keeps its codes, bec
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from minilora.layers import DenseWeight, Linear, Parameter
 from minilora.lora import LoraLinear
 from minilora.memory import effective_bits, model_bytes
 from minilora.merging import merge
+from minilora.quant.affine import AffineWeight
 from minilora.study.run import build, calibration, environment, make_run_task, requantize
 from minilora.study.settings import RunConfig
 from minilora.study.statistics import mean_interval
@@ -61,6 +63,8 @@ def compare_merges(
         ways["dequantized base"] = lambda: merge(model, "dense")[0]
     for quant in quants:
         ways[f"re-quantized: {describe(quant)}"] = partial(requantize, model, quant, calibration)
+    if any(isinstance(linear.base.weight, AffineWeight) and linear.pool > 1 for linear in _adapted(model)):
+        ways["control: not merged, base on whole zero points"] = lambda: round_base_offsets(model)
     for store in ("float32", "float16", "zero"):
         ways[f"offsets, {'whole zero points' if store == 'zero' else store}"] = partial(merge_offsets, model, store)
     reference = [_logits(model, batch) for batch in batches]
@@ -98,6 +102,19 @@ def merge_offsets(model: Transformer, store: str = "float32") -> Transformer:
     merged = merge(model, "offsets")[0]
     return merged.map_linears(
         lambda linear: Linear(linear.name, linear.weight.stored(store)[0]) if linear.name in adapted else linear)
+
+
+def round_base_offsets(model: Transformer) -> Transformer:
+    """The unmerged model over a base whose own offsets are whole zero points: what that costs without any merge."""
+
+    def change(linear: Any) -> Any:
+        if not isinstance(linear, LoraLinear):
+            return linear
+        changed = copy.copy(linear)
+        changed.base = Linear(linear.name, linear.base.weight.stored("zero")[0])
+        return changed
+
+    return model.map_linears(change)
 
 
 def quants_to_compare(quant: QuantConfig, both: bool = True) -> list[QuantConfig]:
@@ -150,7 +167,7 @@ def merge_study(
     start, rows, parts = time.perf_counter(), [], []
     jobs = [(kind, seed) for kind in kinds for seed in seeds]
     for (method, quant_type), seed in tqdm(jobs, desc="merge study", unit="adapter", disable=not progress):
-        chosen: dict[str, Any] = {"steps": 250, "batch_size": 8, "n_eval": 128} | settings
+        chosen: dict[str, Any] = {"steps": 200, "batch_size": 8, "n_eval": 64} | settings
         config = RunConfig(method=method, quant_type=quant_type, seed=seed, **chosen)
         base, task = load_base(), make_run_task(config)
         model = build(config, base)
