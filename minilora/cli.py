@@ -86,7 +86,7 @@ class Merge:
     how: Literal["auto", "dense", "requantize", "offsets"] = "auto"  # auto: offsets for QA-LoRA, else dense
     compare: bool = False  # print a table of all ways (and their loss, KL divergence, bytes) instead of writing a file
     quant_type: str | None = None  # what to re-quantize to; default: the run's own, nf4 for LoRA
-    quantizer: Literal["rtn", "gptq", "hqq"] = "rtn"  # how; --compare shows rtn and gptq
+    quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare shows rtn and gptq
     offsets: Literal["float32", "float16", "zero"] = "float32"  # how QA-LoRA's merged offsets are stored
     out: str | None = None  # X.safetensors, ours, or a Hugging Face folder; default: merged.safetensors in the run's folder
 
@@ -306,10 +306,11 @@ def _merge(command: Merge) -> int:
     if config.method not in ADAPTERS:
         raise ConfigError(f"run={command.run!r}: method {config.method!r} has no adapter to merge")
     kind, double = command.quant_type or config.quant_type or "nf4", config.double_quant is not False
-    quant = QuantConfig(kind, config.block_size or 64, double, config.group_size or 32, command.quantizer)
+    quant = QuantConfig(kind, config.block_size or 64, double, config.group_size or 32,
+                        command.quantizer or ("rtn" if command.quant_type else config.quantizer))
     batches = make_run_task(config).eval_batches("test")
     if command.compare:
-        quants = quants_to_compare(quant, both=command.quantizer == "rtn")
+        quants = quants_to_compare(quant, both=quant.quantizer == "rtn")
         rows = compare_merges(model, load_base(), batches, quants, calibration(config), progress=sys.stderr.isatty())
         table = format_merges(rows)
         print(table)
@@ -370,23 +371,16 @@ def _quantize(command: Quantize) -> int:
     from minilora.data.tokenizer import VOCAB_SIZE
     from minilora.formats.checkpoint import load_base, load_model
     from minilora.formats.huggingface import load_huggingface
-    from minilora.quantize import find_linears, input_hessian, quantize_model
-    from minilora.study import quantization_plots as plots
+    from minilora.quantize import find_linear, input_hessian, quantize_model
     from minilora.study.quantization import weight_configs
+    from minilora.study.quantization_plots import write_weight_figures
     from minilora.study.run import CALIBRATION, unpadded
-    from minilora.study.weight_errors import (
-        block_errors,
-        crossover,
-        level_data,
-        print_weight_table,
-        size_rows,
-        weight_errors,
-    )
+    from minilora.study.weight_errors import print_weight_table, weight_errors
     from minilora.training.loss import evaluate
 
     path = None if command.model is None else Path(command.model)
     model = load_base() if path is None else load_huggingface(path) if path.is_dir() else load_model(path)
-    (linear,) = find_linears(model, command.weight)
+    linear = find_linear(model, command.weight)
     configs = _quant_configs(command)
     own_text = model.config.vocab_size == VOCAB_SIZE
     if "gptq" in command.quantizer and not own_text:
@@ -406,14 +400,8 @@ def _quantize(command: Quantize) -> int:
     table = print_weight_table(rows)
     print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
     write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
-    plain = list({config.quant_type: replace(config, quantizer="rtn", fit="minmax") for config in configs}.values())
     grid = [config for config in weight_configs(w.shape[1]) if config.quantizer in command.quantizer]
-    figures = plots.save(command.out, {
-        "levels": plots.draw_levels([level_data(w, config) for config in plain[:6]]),
-        "blocks": plots.draw_blocks([block_errors(w, config) for config in plain[:2]]),
-        "errors": plots.draw_errors(errors(grid, "error against bits")),
-        "bytes": plots.draw_bytes(size_rows(), crossover()),
-    })
+    figures = write_weight_figures(w, rows, command.out, errors(grid, "error against bits"))
     print(f"table and figures ({', '.join(path.name for path in figures)}) in {command.out}")
     if command.save:
         quantized = quantize_model(model, configs[0], data if configs[0].quantizer == "gptq" else (), progress=True)

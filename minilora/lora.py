@@ -54,8 +54,8 @@ class LoraLinear:
         else:
             self.base = base if quant is None else Linear(base.name, quantize_weight(base.weight.dense(), quant))
             a, b = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype), np.zeros((out, config.r), dtype)
-        self.start = (a.copy(), b.copy()) if config.init_lora_weights == "pissa" else None
-        """PiSSA's first A and B, which are missing in the base; ``save_adapter`` needs them."""
+        self.start = (a.copy(), b.copy()) if config.init_lora_weights in SVD_INITS else None
+        """The first A and B of PiSSA and LoftQ: with them the adapter is no update of W itself, but of W − s·B₀A₀."""
         self.lora_A = Parameter(f"{base.name}.lora_A.weight", a, trainable=True)  # (r, in/g)
         self.lora_B = Parameter(f"{base.name}.lora_B.weight", b, trainable=True)  # (out, r)
         self.magnitude: Parameter | None = None
@@ -140,9 +140,20 @@ class LoraLinear:
         if self.magnitude is None:
             return delta
         w = self.base.weight.dense().astype(dtype)
-        whole = w + delta
+        return self._stretched(w + delta) - w
+
+    def over(self, w: Array) -> Array:
+        """The merged weight over another W (out, in), the dense one that a quantized or PiSSA base came from: float64."""
+        a, b = self.lora_A.data.astype(np.float64), self.lora_B.data.astype(np.float64)
+        product = b @ a - (0 if self.start is None else self.start[1].astype(np.float64) @ self.start[0])
+        return self._stretched(w.astype(np.float64) + group_repeat(self.scaling * product, self.pool))
+
+    def _stretched(self, whole: Array) -> Array:
+        """(m / n) ∘ V for V = W + ΔW (out, in); V itself without DoRA."""
+        if self.magnitude is None:
+            return whole
         n = np.maximum(np.linalg.norm(whole, axis=1), np.finfo(self.magnitude.data.dtype).tiny ** 0.5)
-        return (self.magnitude.data / n)[:, None] * whole - w
+        return (self.magnitude.data / n)[:, None] * whole
 
 
 def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tuple[Linear, Array, Array]:
@@ -153,10 +164,12 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
     w, name = base.weight.dense(), base.name
     if config.init_lora_weights == "loftq":
         if quant is None:
-            raise ConfigError("init_lora_weights='loftq': answers the error of a quantizer; pass inject_lora a quant, e.g. "
-                              "quant=QuantConfig('nf4')")
+            raise ConfigError(f"init_lora_weights='loftq': answers the error of a quantizer, and {name} gets none; pass "
+                              "quant=QuantConfig('nf4'), and leave lm_head, which stays dense, out of target_modules")
         weight, a, b = loftq(w, config.r, config.scaling, lambda x: quantize_weight(x, quant), config.loftq_iter)
         return Linear(name, weight), a, b
+    require(2 * config.r <= min(w.shape), "r", config.r, f"PiSSA on {name} {w.shape} takes at most {min(w.shape) // 2}: what it "
+            "learns is saved as an ordinary adapter of rank 2r")
     residual, a, b = pissa(w, config.r, config.scaling)
     weight = DenseWeight(Parameter(f"{name}.weight", residual).freeze()) if quant is None else quantize_weight(residual, quant)
     return Linear(name, weight), a, b
@@ -188,6 +201,8 @@ def inject_lora(
             raise ConfigError(f"model: already injected ({name} has an adapter); inject into the base, once for each adapter")
     for field in ("target_modules", "rank_pattern", "alpha_pattern"):
         _check_targets(field, tuple(getattr(config, field)), names)
+    if quant is not None and any(not isinstance(linear.weight, DenseWeight) for _, linear in model.linears()):
+        raise ConfigError("quant: the base is quantized already, and would be rounded twice; leave it out, or give a dense model")
     frozen = model.map_parameters(Parameter.freeze)
 
     def adapt(linear: Linear) -> Linear | LoraLinear:
@@ -196,13 +211,14 @@ def inject_lora(
             return linear if here is None else Linear(linear.name, quantize_weight(linear.weight.dense(), here))
         if not config.use_qalora:
             return LoraLinear(linear, config, rng, quant=here)
-        if here is not None and isinstance(linear.weight, DenseWeight):
+        if here is not None:
             linear = Linear(linear.name, quantize_weight(linear.weight.dense(), here))
         if not isinstance(linear.weight, AffineWeight):
             why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
                 f"{linear.name} is stored as {type(linear.weight).__name__}"
             raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; "
-                              "quantize the base to int2, int3, int4 or int8, or leave the module out of target_modules")
+                              "quantize the base to int2, int3, int4 or int8 (a Q4_1 BlockWeight has .affine()), or leave it "
+                              "out of target_modules")
         return LoraLinear(linear, config, rng, pool=linear.weight.group_size)
 
     return frozen.map_linears(adapt)

@@ -6,7 +6,7 @@ Embedding, norms and head stay as they are, as in bitsandbytes and GPTQ.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +27,10 @@ STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"),
 
 
 def quantize_model(
-    model: Transformer, config: QuantConfig, calibration: Sequence[Array] = (), progress: bool = False
-) -> Transformer:
-    """A new model whose block projections are stored in few bits; embedding, norms and head stay.
+    model: Transformer, config: QuantConfig, calibration: Sequence[Array] = (), progress: bool = False,
+    only: Collection[str] | None = None,
+) -> Transformer:  # fmt: skip
+    """A new model whose block projections (``only`` those of these names) are stored in few bits; embedding, norms and head stay.
 
     ``calibration``, token ids (B, T) batch by batch, is for ``quantizer="gptq"`` alone. Raises ConfigError for a model with
     adapters and for GPTQ without data.
@@ -37,19 +38,24 @@ def quantize_model(
     if any(not isinstance(linear, Linear) for _, linear in model.linears()):
         raise ConfigError("model: has an adapter; quantize the base model first and inject the adapter into that")
     if config.quantizer != "gptq":
-        head = model.head
+        names = set(_names(model)) if only is None else set(_names(model)) & set(only)
         return model.map_linears(
-            lambda linear: linear if linear is head else Linear(linear.name, quantize_weight(linear.weight.dense(), config)))
+            lambda x: Linear(x.name, quantize_weight(x.weight.dense(), config)) if x.name in names else x)
+    for ids in calibration:
+        ok = ids.ndim == 2 and ids.dtype.kind in "iu" and ids.size and ids.min() >= 0 and ids.max() < model.config.vocab_size
+        require(bool(ok) and ids.shape[1] <= model.config.context_length, "calibration", f"{ids.dtype} {ids.shape}",
+                f"token ids (B, T) from 0 to {model.config.vocab_size - 1}, T up to {model.config.context_length}")
     require(sum(ids.size for ids in calibration) > 0, "calibration", "no tokens",
             "quantizer='gptq' needs token ids to see each layer's inputs, a few dozen sequences at least")
-    done = quantize_by_layer(model, config, calibration, progress)
+    done = quantize_by_layer(model, config, calibration, progress, only)
     return model.map_linears(lambda linear: done.get(linear.name, linear))
 
 
 @single_blas()
 def quantize_by_layer(
-    model: Transformer, config: QuantConfig, calibration: Sequence[Array], progress: bool = False
-) -> dict[str, Linear]:
+    model: Transformer, config: QuantConfig, calibration: Sequence[Array], progress: bool = False,
+    only: Collection[str] | None = None,
+) -> dict[str, Linear]:  # fmt: skip
     """GPTQ through the model's own forward pass; returns the quantized linears by name.
 
     Held at once: the hidden states of the calibration data, one block, and the Hessian of one input. Each block reads what the
@@ -61,7 +67,8 @@ def quantize_by_layer(
     for block in tqdm(model.blocks, desc="gptq", unit="layer", disable=not progress):
         block = _copy(block)
         for stage in STAGES:
-            members = [(owner, name, linear) for owner, name, linear in block.linears() if name in stage]
+            members = [(owner, name, linear) for owner, name, linear in block.linears()
+                       if name in stage and (only is None or linear.name in only)]
             if not members:
                 continue
             owner, name, first = members[0]
@@ -82,7 +89,7 @@ def quantize_by_layer(
 @single_blas()
 def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -> Array:
     """H = 2·XᵀX/n (in, in) of the inputs that one projection, named by the end of its name, sees in the model as it is."""
-    (linear,) = find_linears(model, name)
+    linear = find_linear(model, name)
     recorder = _Recorder(linear)
     watched = model.map_linears(lambda other: recorder if other is linear else other)
     for ids in calibration:
@@ -90,14 +97,18 @@ def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -
     return recorder.hessian.value()
 
 
-def find_linears(model: Transformer, name: str) -> list[Any]:
+def find_linear(model: Transformer, name: str) -> Any:
     """The one block projection whose name ends in ``name``; raises ConfigError if none or several do."""
-    names = [linear.name for block in model.blocks for _, _, linear in block.linears()]
+    names = _names(model)
     found = [linear for block in model.blocks for _, _, linear in block.linears() if matches(linear.name, name)]
     if len(found) != 1:
         some = ", ".join((names if not found else [linear.name for linear in found])[:7])
         raise ConfigError(f"weight={name!r}: matches {len(found)} projections, choose one, by the end of its name: {some} …")
-    return found
+    return found[0]
+
+
+def _names(model: Transformer) -> list[str]:
+    return [linear.name for block in model.blocks for _, _, linear in block.linears()]
 
 
 class _SeenError(Exception):

@@ -272,7 +272,7 @@ STATE_BYTES = {
     "nested a thousand times": (b"[" * 1000, "is not JSON"),
     "a list": (b"[1]", "holds list, must hold"),
     "null": (b"null", "holds NoneType"),
-    "a key twice": (b'{"quant_type": "nf4", "quant_type": "nf4"}', "a key comes twice"),
+    "a key twice": (b'{"quant_type": "nf4", "quant_type": "nf4"}', "a name comes twice"),
     "trailing text": (b"{} {}", "is not JSON"),
     "long number": (b'{"blocksize": ' + b"9" * 900 + b"}", "must hold"),
     "lone surrogate": (rb'{"\ud800": 1}', "must hold"),

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 from helpers import CONFIGS, GQA, adapters, digest, fill_adapters, make_model
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
@@ -515,3 +517,66 @@ def test_an_adapter_in_bfloat16_is_widened_exactly(tmp_path):
     for p in model.trainable():
         expected = arrays[f"base_model.model.{p.name}"].view(np.uint32) & 0xFFFF0000
         assert np.array_equal(p.data, expected.view(np.float32))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E4M3", "F8_E5M2", "C64"])
+def test_types_that_numpy_lacks_are_refused_by_name(tmp_path, dtype):
+    size = 8 if dtype == "C64" else 1
+    text = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, size]}}).encode()
+    (tmp_path / "f").write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    with pytest.raises(FileError, match=f"'a' has dtype={dtype}, can read|not a complete safetensors file"):
+        read_tensors(tmp_path / "f")
+
+
+def test_json_that_says_something_twice_or_is_too_long_is_refused(tmp_path):
+    (tmp_path / "f.json").write_text('{"r": 1, "r": 2}')
+    with pytest.raises(FileError, match="a name comes twice"):
+        read_json(tmp_path / "f.json")
+    (tmp_path / "f.json").write_text('{"r": 1}' + " " * 100)
+    with pytest.raises(FileError, match="has 108 bytes, such a file is read up to 50"):
+        read_json(tmp_path / "f.json", longest=50)
+
+
+Q = "model.layers.0.self_attn.q_proj"
+# what is damaged, in the arrays a or the metadata m of a quantized model, and what must be said of it
+DAMAGED_MODELS = {
+    "norm": (lambda a, m: m["minilora_quantized"].update({"model.norm": m["minilora_quantized"][Q]}), "is no projection"),
+    "embedding": (lambda a, m: m["minilora_quantized"].update({"model.embed_tokens": {}}), "is no projection"),
+    "infinity": (lambda a, m: m["minilora_quantized"][Q].update(block_size=float("inf")), "block_size=inf, must be a whole"),
+    "layers": (lambda a, m: m["minilora_model"].update(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but there"),
+    "float codes": (lambda a, m: a.update({f"{Q}.scale.codes": a[f"{Q}.scale.codes"] + 300.5}), "scale.codes: float64, must be"),
+    "whole scales": (lambda a, m: a.update({f"{Q}.scale.absmax": a[f"{Q}.scale.absmax"].astype(int)}), "must be float32"),
+    "missing": (lambda a, m: a.pop(f"{Q}.codes"), "codes: missing"),
+}
+
+
+@pytest.mark.parametrize("change, message", DAMAGED_MODELS.values(), ids=DAMAGED_MODELS.keys())
+def test_damaged_quantized_models_are_refused(tmp_path, change, message):
+    path = tmp_path / "m.safetensors"
+    save_model(base(quant=QuantConfig("nf4", 32)), path)
+    rewrite(path, change)
+    with pytest.raises(FileError, match=message):
+        load_model(path)
+
+
+@pytest.fixture(scope="module")
+def real_model_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("fuzz") / "m.safetensors"
+    save_model(base(quant=QuantConfig("nf4", 32)), path)
+    return path.read_bytes(), path.with_name("changed.safetensors")
+
+
+@given(st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=3), st.integers(0, 40))
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_mutated_model_file_is_read_or_refused(real_model_file, changes, cut):
+    data, path = bytearray(real_model_file[0]), real_model_file[1]
+    for at, value in changes:
+        data[at : at + len(value)] = value
+    path.write_bytes(data[: len(data) - cut] if cut < 20 else data)
+    with np.errstate(all="ignore"):
+        try:
+            model = load_model(path)
+        except FileError as error:
+            assert str(path) in str(error)
+        else:
+            assert model.logits(IDS).shape == (1, 4, model.config.vocab_size)

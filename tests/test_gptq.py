@@ -102,6 +102,17 @@ def test_the_loss_is_the_damped_quadratic_form():
     assert loss == pytest.approx(0.5 * np.einsum("ri,ij,rj->", d, damped, d), rel=1e-6)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
+def test_a_dead_input_and_the_size_of_the_inputs_change_nothing_else(size):
+    """What stands in for the dead input's curvature is as large as the others', so that the damping stays what it was."""
+    w, (h, x) = matrix(8, 32, seed=20), hessian(32, seed=21)
+    plain = gptq(w, h * size**2, settings("int3"))[0]
+    assert np.array_equal(plain.codes, gptq(w, h, settings("int3"))[0].codes)
+    h[5], h[:, 5], x[:, 5] = 0, 0, 0
+    found = output_error(gptq(w, h * size**2, settings("int3"))[0], w, x)
+    assert found < 0.8 * output_error(AffineWeight.quantize(w, 3, 8), w, x)
+
+
 def test_an_input_that_is_never_used_gets_weight_zero():
     w, (h, _) = matrix(4, 16, seed=10), hessian(16, seed=11)
     h[3], h[:, 3] = 0, 0
@@ -132,6 +143,8 @@ def test_bad_input_is_refused():
         gptq(w, h, settings("nf4"))
     with pytest.raises(ConfigError, match=r"hessian.shape=\(8, 8\)"):
         gptq(w, h[:8, :8], settings("int4"))
+    with pytest.raises(ConfigError, match="damp_percent=1e-09: leaves a Hessian of 16 inputs without an inverse"):
+        gptq(w, np.ones((16, 16)) - 2 * np.eye(16), settings("int4", damp_percent=1e-9))
     h[0, 0] = np.nan
     with pytest.raises(ConfigError, match="inputs must be finite"):
         gptq(w, h, settings("int4"))
@@ -191,6 +204,9 @@ def test_a_model_of_two_matrix_mlps_works_too():
 def test_models_and_data_that_cannot_be_are_refused(base):
     with pytest.raises(ConfigError, match="calibration='no tokens'"):
         quantize_model(base, quant())
+    for bad in ([[0, -1]], [[0, GQA.vocab_size]], [[0.5]], [0, 1], np.zeros((1, GQA.context_length + 1), int)):
+        with pytest.raises(ConfigError, match="calibration=.*token ids"):
+            quantize_model(base, quant(), [np.asarray(bad)])
     with pytest.raises(ConfigError, match="has an adapter"):
         quantize_model(inject_lora(base, LoraConfig(r=2), np.random.default_rng(0)), quant(), batches())
 

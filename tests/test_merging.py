@@ -72,7 +72,8 @@ def test_lora_and_qlora_are_refused_the_offsets_with_the_reason(dense, quant):
     assert set(refused) == {way for way in rows if way.startswith("offsets")} and len(refused) == 3
     for reason in refused.values():
         assert ("constant within each group" if quant is INT4 else "has no float offset") in reason
-    assert ("dequantized base" in rows) == (quant is not None)
+    assert rows["dequantized base"]["logit_error"] < 1e-4
+    assert (rows["full-precision base"]["logit_error"] < 1e-4) == (quant is None)
     text = format_merges(list(rows.values()))
     assert text.count("Not possible: offsets") == 1
 
@@ -157,3 +158,21 @@ def test_the_study_writes_rows_and_a_page_with_means_over_seeds(tmp_path):
     losses = [row["loss"] for row in rows if row["way"] == "re-quantized: nf4, block 64"]
     assert f"| re-quantized: nf4, block 64 | {np.mean(losses):.5f} ± " in page
     assert all(row["numpy_version"] for row in rows) and "Not possible: offsets" in page
+
+
+@pytest.mark.parametrize("init, quant", [("pissa", None), ("loftq", QuantConfig("nf2", 32))])
+def test_starts_from_a_decomposition_are_taken_out_again_over_the_dense_base(dense, init, quant):
+    """What has not been trained changes nothing: W + s·(B A − B₀A₀) = W."""
+    model = inject_lora(dense, LoraConfig(r=3, lora_alpha=5, init_lora_weights=init), np.random.default_rng(0), quant=quant)
+    for (_, found), (_, plain) in zip(merge_into_dense(model, dense).linears(), dense.linears(), strict=True):
+        assert_close(found.weight.dense(), plain.weight.dense(), 2e-7)
+
+
+def test_dora_over_the_dense_base_keeps_the_trained_lengths(dense):
+    model = inject_lora(dense, LoraConfig(r=3, use_dora=True), np.random.default_rng(0), quant=QuantConfig("nf2", 32))
+    fill_adapters(model)
+    merged = dict(merge_into_dense(model, dense).linears())
+    for linear in adapters(model):
+        if linear.magnitude is not None:
+            lengths = np.linalg.norm(merged[linear.name].weight.dense(), axis=1)
+            np.testing.assert_allclose(lengths, linear.magnitude.data, rtol=1e-5)

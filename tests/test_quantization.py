@@ -336,7 +336,8 @@ def test_figures_are_drawn_on_given_axes_and_the_same_again(tmp_path):
     one, two = (quantization_plots.save(tmp_path, {name: ax.figure})[0].read_bytes() for name in "ab")
     assert one == two and one.startswith(b"\x89PNG")
     paths = quantization_plots.write_weight_figures(W, rows, tmp_path / "w")
-    assert [path.name for path in paths] == ["levels.png", "blocks.png", "errors.png"] and all(p.is_file() for p in paths)
+    assert [path.name for path in paths] == ["levels.png", "blocks.png", "errors.png", "bytes.png"]
+    assert all(p.is_file() for p in paths)
 
 
 # the study

@@ -13,7 +13,18 @@ from minilora.config import ConfigError
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
 from minilora.study.results import clean_row
-from minilora.study.run import build, calibration, check_kept, deploy, load_run, make_run_task, run, warm_kernels, write
+from minilora.study.run import (
+    build,
+    calibration,
+    check_buildable,
+    check_kept,
+    deploy,
+    load_run,
+    make_run_task,
+    run,
+    warm_kernels,
+    write,
+)
 from minilora.study.settings import RunConfig
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
@@ -195,8 +206,18 @@ def test_settings_that_came_later_leave_old_fingerprints_as_they_were():
     ({"method": "qlora", "quantizer": "hqq"}, "fits offsets, and nf4 has none"),
     ({"method": "full", "use_dora": True}, "use_dora=True: method 'full' has no adapter"),
     ({"method": "lora", "init_lora_weights": "loftq"}, "answers the rounding of a QLoRA base"),
-    ({"method": "qlora", "init_lora_weights": "pissa"}, "quantized already"),
+    ({"method": "qlora", "init_lora_weights": "pissa"}, "out of a full-precision base; take method 'lora'"),
+    ({"method": "lora", "init_lora_weights": "pissa", "r": 96}, "r=96: PiSSA on .* takes at most 64"),
 ])  # fmt: skip
 def test_variants_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(RunConfig(**settings), load_base())
+
+
+def test_blocks_that_gptq_cannot_take_are_refused_before_training():
+    config = RunConfig(method="qlora", block_size=256, quantizer="gptq", **TINY)
+    for refuse in (lambda: check_buildable([config]), lambda: run(config)):
+        with pytest.raises(ConfigError, match="block_size=256: quantizer='gptq' needs a divisor of in=128"):
+            refuse()
+    with pytest.raises(ConfigError, match="r=4096"):  # a config that cannot be built is found behind one that can
+        check_buildable([RunConfig(method="lora"), RunConfig(method="lora", r=4096)])

@@ -270,3 +270,30 @@ def test_the_loss_of_a_batch_has_gradients_for_all_that_trains():
     batch, grads = random_batch(GQA), Gradients(model.trainable())
     shard_loss(model, batch, float(batch.mask.sum()), grads)
     assert all(g.any() for g in grads.values()) and len(grads) == 3 * len(adapters(model))
+
+
+def test_adapters_that_mean_nothing_without_their_base_are_not_written_or_read_alone(base, tmp_path):
+    settings = config(init_lora_weights="pissa")
+    with pytest.raises(ValueError, match="the residual W - s·B A was quantized"):
+        save_adapter(inject_lora(base, settings, RNG(0), quant=NF4), settings, tmp_path)
+    settings = config(init_lora_weights="loftq", loftq_iter=3)
+    save_adapter(inject_lora(base, settings, RNG(0), quant=NF4), settings, tmp_path)
+    with pytest.raises(FileError, match="a LoftQ adapter of 3 rounds"):
+        load_adapter(quantize_model(base, NF4), tmp_path)
+    settings = config(init_lora_weights="loftq")
+    model = inject_lora(base, settings, RNG(0), quant=NF4)
+    save_adapter(model, settings, tmp_path)
+    found, _ = load_adapter(quantize_model(base, NF4), tmp_path)  # after one round the base is the rounded model
+    assert np.array_equal(found.logits(IDS), model.logits(IDS))
+    with pytest.raises(ConfigError, match="r=9: PiSSA .* takes at most"):
+        inject_lora(base, config(r=9, init_lora_weights="pissa"), RNG(0))
+    with pytest.raises(ConfigError, match="would be rounded twice"):
+        inject_lora(quantize_model(base, NF4), config(), RNG(0), quant=NF4)
+
+
+def test_an_adapter_folder_with_a_link_that_leads_out_is_refused(base, tmp_path):
+    save_adapter(fill_adapters(inject_lora(base, config(), RNG(0))), config(), tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.safetensors").rename(tmp_path / "elsewhere")
+    (tmp_path / "a" / "adapter_model.safetensors").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileError, match="is a link to .*elsewhere, outside the folder"):
+        load_adapter(base, tmp_path / "a")

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from minilora.config import require, require_in
-from minilora.formats.files import Array, FileError
+from minilora.formats.files import Array, FileError, without_repeats
 from minilora.quant import codebooks
 from minilora.quant.weights import NESTED_BLOCK_SIZE, CodebookWeight, DoubleQuant
 
@@ -124,7 +124,7 @@ def _take_state(name: str, arrays: dict[str, Array], where: str) -> tuple[str, d
     if raw.dtype != np.uint8 or raw.ndim != 1 or not 0 < raw.size <= LONGEST_STATE:
         raise FileError(f"{where}: {key} is {raw.dtype} {raw.shape}, must be uint8, 1 to {LONGEST_STATE} bytes of JSON")
     try:
-        state = json.loads(raw.tobytes().decode(), object_pairs_hook=_without_repeats)
+        state = json.loads(raw.tobytes().decode(), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: {key} is not JSON ({error})") from None
     if not isinstance(state, dict) or set(state) not in (set(_PLAIN_STATE), set(_NESTED_STATE)):
@@ -143,13 +143,6 @@ def _take_state(name: str, arrays: dict[str, Array], where: str) -> tuple[str, d
     if "nested_offset" in state and not _is_float32(state["nested_offset"]):
         raise FileError(f"{where}: {key}: nested_offset={state['nested_offset']!r}, must be a finite float32")
     return quant_type, state
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Make a JSON object, refusing one that says something twice."""
-    if len(dict(pairs)) != len(pairs):
-        raise ValueError("a key comes twice")
-    return dict(pairs)
 
 
 def _is_float32(value: Any) -> bool:

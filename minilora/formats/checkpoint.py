@@ -58,6 +58,8 @@ def load_model(path: str | Path) -> Transformer:
         raise FileError(f"{path}: no minilora model (its metadata lacks a complete 'minilora_model' entry)")
     try:
         model_config = ModelConfig(**config)
+        if model_config.num_hidden_layers > len(arrays):  # before a name is made for each array of each layer
+            raise ValueError(f"num_hidden_layers={model_config.num_hidden_layers}, but there are {len(arrays)} arrays in all")
         shapes = parameter_shapes(model_config)
         weights = {name: _quantized(name, shapes, how, arrays) for name, how in stored.items()}
         if any(array.dtype.kind != "f" for array in arrays.values()):
@@ -65,7 +67,7 @@ def load_model(path: str | Path) -> Transformer:
         # build_model wants every matrix: a quantized one is put in its place afterwards
         dense = arrays | {f"{name}.weight": np.broadcast_to(np.float32(0), shapes[f"{name}.weight"]) for name in weights}
         model = build_model(model_config, {name: a if a.strides == (0, 0) else a.astype(np.float32) for name, a in dense.items()})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileError(f"{path}: {error}") from None
     if not weights:
         return model
@@ -74,26 +76,40 @@ def load_model(path: str | Path) -> Transformer:
 
 def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]) -> Any:
     """Take one quantized weight's arrays out of ``arrays``; the classes check every size themselves."""
-    out_in = shapes[f"{name}.weight"]
+    out_in = shapes.get(f"{name}.weight", ())
+    if len(out_in) != 2 or name == "model.embed_tokens":
+        raise ValueError(f"{name}: is no projection of this model, and cannot be quantized")
     shape = (out_in[0], out_in[1])
+
+    def take(part: str, *kinds: str) -> Any:
+        array = arrays.pop(f"{name}.{part}", None)
+        if array is None or array.dtype.name not in kinds:
+            raise ValueError(f"{name}.{part}: {'missing' if array is None else array.dtype}, must be {' or '.join(kinds)}")
+        return array
+
+    def whole(setting: str) -> int:
+        if type(how[setting]) is not int:
+            raise ValueError(f"{name}: {setting}={how[setting]!r}, must be a whole number")
+        return how[setting]
+
     require_in(how["quant_type"], (*CODEBOOK_TYPES, *AFFINE_TYPES, *BLOCK_BYTES), f"{name}.quant_type")
     if how["quant_type"] in BLOCK_BYTES:
-        return BlockWeight(arrays.pop(f"{name}.blocks"), how["quant_type"], shape)
-    codes = arrays.pop(f"{name}.codes")
-    if codes.dtype != np.uint8:
-        raise ValueError(f"{name}.codes: {codes.dtype}, must be uint8")
+        return BlockWeight(take("blocks", "uint8"), how["quant_type"], shape)
+    codes = take("codes", "uint8")
     if how["quant_type"] in AFFINE_TYPES:
-        scale, offset = arrays.pop(f"{name}.scale"), arrays.pop(f"{name}.offset")
+        scale, offset = take("scale", "float16"), take("offset", "float16", "float32", "uint8")
         bits = int(how["quant_type"][-1])
         if offset.dtype == np.uint8:
             offset = unpacked(offset, scale.size, bits).reshape(scale.shape)
-            return AffineWeight.from_zeros(codes, scale, offset, shape, bits, how["group_size"])
-        return AffineWeight(codes, scale, offset, shape, bits, how["group_size"])
-    if how["double_quant"]:
-        scales: Any = DoubleQuant(*(arrays.pop(f"{name}.scale.{part}") for part in ("codes", "absmax", "offset")))
-    else:
-        scales = arrays.pop(f"{name}.scale")
-    return CodebookWeight(codes, scales, shape, how["quant_type"], how["block_size"])
+            return AffineWeight.from_zeros(codes, scale, offset, shape, bits, whole("group_size"))
+        return AffineWeight(codes, scale, offset, shape, bits, whole("group_size"))
+    if how["double_quant"] is True:
+        nested = take("scale.codes", "uint8"), take("scale.absmax", "float32"), take("scale.offset", "float32")
+        return CodebookWeight(codes, DoubleQuant(*nested), shape, how["quant_type"], whole("block_size"))
+    scales = take("scale", "float32")
+    if scales.size and scales.min() < 0:
+        raise ValueError(f"{name}.scale: {scales.min()}, the largest |w| of a block cannot be negative")
+    return CodebookWeight(codes, scales, shape, how["quant_type"], whole("block_size"))
 
 
 def base_path() -> Path:

@@ -70,20 +70,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
         raise FileError(f"{path}: no such file")
     try:
         with safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            widen = [name for name in names if file.get_slice(name).get_dtype() == "BF16"]  # NumPy has no such type
-            arrays = {name: file.get_tensor(name) for name in names if name not in widen}
+            kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+            for name, kind in kinds.items():
+                if kind not in _KNOWN_TYPES:
+                    raise FileError(f"{path}: {name!r} has dtype={kind}, can read {', '.join(sorted(_KNOWN_TYPES))}: convert it")
+            arrays = {name: file.get_tensor(name) for name, kind in kinds.items() if kind != "BF16"}  # NumPy has no such type
             raw = file.metadata() or {}
-        if widen:
+        if len(arrays) < len(kinds):
             stored = stored_tensors(path)
-            arrays |= {name: stored[name].read() for name in widen}
+            arrays |= {name: stored[name].read() for name in kinds.keys() - arrays.keys()}
     except (SafetensorError, OSError, TypeError) as error:
         raise FileError(f"{path}: not a complete safetensors file ({error}); write it again or fetch a fresh copy") from None
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
             raise FileError(f"{path}: {name} holds NaN or infinity; use an earlier checkpoint")
     try:
-        metadata = json.loads(raw.get(METADATA, "{}"))
+        metadata = json.loads(raw.get(METADATA, "{}"), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: its {METADATA!r} metadata is not JSON ({error})") from None
     if not isinstance(metadata, dict):
@@ -93,9 +95,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
 
 # ---- one tensor at a time: for files larger than memory allows to hold twice, and for BF16, which NumPy does not know
 
-LONGEST_HEADER = 100_000_000
-"""Bytes of a safetensors header that are read: the limit of safetensors itself."""
+LONGEST_HEADER = 16_000_000
+"""Bytes of a safetensors header that are read, enough for 100,000 tensors; JSON may take twenty times its size in memory."""
 
+LONGEST_JSON = 4_000_000
+"""Bytes of a JSON file that are read, unless the caller says otherwise."""
+
+_KNOWN_TYPES = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL"}
 _TENSOR_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "|u1", "I32": "<i4"}
 
 
@@ -148,7 +154,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, LONGEST_HEADER):
                 raise refuse(f"a header of {length} bytes in a file of {size}, the limit is {LONGEST_HEADER}")
-            header = json.loads(file.read(length).decode(), object_pairs_hook=_without_repeats)
+            header = json.loads(file.read(length).decode(), object_pairs_hook=without_repeats)
     except FileError:
         raise
     except (ValueError, RecursionError, OSError) as error:
@@ -176,7 +182,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     return found
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object, refusing one that says something twice: for ``json.loads(…, object_pairs_hook=…)``."""
     if len(dict(pairs)) != len(pairs):
         raise ValueError("a name comes twice")
     return dict(pairs)
@@ -186,13 +193,29 @@ def _are_sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(n) is int and n >= 0 for n in values)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; raises FileError if it is missing or something else."""
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a folder's file, refusing a link that leads out of it, except to the blobs of the hub's own cache."""
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
+        raise FileError(f"{folder / name}: cannot be opened ({error})") from None
+    blobs = root.parent.parent / "blobs"  # models--org--name/{snapshots/<revision>/config.json -> ../../blobs/<hash>}
+    if target.parent != root and not (root.parent.name == "snapshots" and target.parent == blobs):
+        raise FileError(f"{folder / name}: is a link to {target}, outside the folder; copy the file itself")
+    return folder / name
+
+
+def read_json(path: Path, longest: int = LONGEST_JSON) -> dict[str, Any]:
+    """Read a JSON object; raises FileError if it is missing, longer than ``longest`` bytes, says a name twice or is none."""
     path = Path(path)
     if not path.is_file():
         raise FileError(f"{path}: no such file")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        if (size := path.stat().st_size) > longest:
+            raise FileError(f"{path}: has {size} bytes, such a file is read up to {longest}")
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=without_repeats)
+    except FileError:
+        raise
     except (ValueError, RecursionError, OSError) as error:
         raise FileError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):

@@ -24,7 +24,17 @@ import numpy as np
 
 from minilora.config import ConfigError, ModelConfig, require, require_in
 from minilora.formats import bitsandbytes, gptq
-from minilora.formats.files import Array, FileError, StoredTensor, read_json, stored_tensors, write_file, write_tensors
+from minilora.formats.files import (
+    LONGEST_HEADER,
+    Array,
+    FileError,
+    StoredTensor,
+    inside,
+    read_json,
+    stored_tensors,
+    write_file,
+    write_tensors,
+)
 from minilora.layers import DenseWeight, Linear
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.transformer import Transformer, build_model, parameter_shapes
@@ -198,7 +208,7 @@ def load_huggingface(folder: str | Path) -> Transformer:
     (['model.safetensors', 'config.json'], True)
     """
     folder = Path(folder)
-    where = _inside(folder, CONFIG)
+    where = inside(folder, CONFIG)
     settings = read_json(where)
     config = _read_config(settings, where)
     quantization = _read_quantization(settings.get("quantization_config"), where)
@@ -227,28 +237,16 @@ def load_huggingface(folder: str | Path) -> Transformer:
     return model.map_linears(lambda linear: Linear(linear.name, weights.get(linear.name, linear.weight))) if weights else model
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """Return the path of a folder's file, refusing a link that leads out of it, except to the blobs of the hub's own cache."""
-    try:
-        root, target = folder.resolve(), (folder / name).resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: links in a circle
-        raise FileError(f"{folder / name}: cannot be opened ({error})") from None
-    blobs = root.parent.parent / "blobs"  # models--org--name/{snapshots/<revision>/config.json -> ../../blobs/<hash>}
-    if target.parent != root and not (root.parent.name == "snapshots" and target.parent == blobs):
-        raise FileError(f"{folder / name}: is a link to {target}, outside the folder; copy the file itself")
-    return folder / name
-
-
 def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
     """Return every tensor of a folder by name, from the headers of its one file or of all shards that its index lists."""
-    if _inside(folder, SINGLE).is_file():  # before the index, as in transformers
+    if inside(folder, SINGLE).is_file():  # before the index, as in transformers
         return stored_tensors(folder / SINGLE)
-    where = _inside(folder, INDEX)
+    where = inside(folder, INDEX)
     if not where.is_file():
         others = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
         hint = f"; {others[0]} is another format: save it as safetensors first" if others else ""
         raise FileError(f"{folder}: has neither {SINGLE} nor {INDEX}{hint}")
-    index = read_json(where)
+    index = read_json(where, LONGEST_HEADER)
     weight_map, metadata = index.get("weight_map"), index.get("metadata", {})
     if not isinstance(weight_map, dict) or not weight_map or not isinstance(metadata, dict):
         raise FileError(f"{where}: weight_map={reprlib.repr(weight_map)}, metadata={reprlib.repr(metadata)}, must be objects of "
@@ -259,7 +257,7 @@ def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
                             "in this folder")
     found: dict[str, StoredTensor] = {}
     for file in sorted(set(weight_map.values())):
-        for name, tensor in stored_tensors(_inside(folder, file)).items():
+        for name, tensor in stored_tensors(inside(folder, file)).items():
             if weight_map.get(name) != file:
                 said = f"lies in {weight_map[name]}" if name in weight_map else "is not there"
                 raise FileError(f"{folder / file}: holds {name!r}, which according to {INDEX} {said}")

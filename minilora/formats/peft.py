@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.config import LoraConfig, expand_modules, matches
-from minilora.formats.files import FileError, read_json, read_tensors, write_file, write_tensors
+from minilora.config import SVD_INITS, LoraConfig, expand_modules, matches
+from minilora.formats.files import FileError, inside, read_json, read_tensors, write_file, write_tensors
 from minilora.functional import group_repeat
-from minilora.layers import Array
+from minilora.layers import Array, DenseWeight
 from minilora.lora import LoraLinear, inject_lora
 from minilora.transformer import Transformer
 
@@ -36,8 +36,6 @@ _READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _LARGEST_ALPHA = 1e18
 """Its square, which DoRA takes, is a float32."""
-_LONGEST_SETTINGS = 4_000_000
-"""Bytes of ``adapter_config.json`` that are read: JSON takes many times its size in memory."""
 _short = reprlib.Repr()
 _short.maxstring = _short.maxlong = _short.maxother = 200
 
@@ -45,8 +43,9 @@ _short.maxstring = _short.maxlong = _short.maxother = 200
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
     """Save the adapters alone, for PEFT and for us; returns the size of ``adapter_model.safetensors`` in bytes.
 
-    Over a quantized base PEFT needs that base's own weights: a LoftQ base differs from the rounded model.
-    Raises ValueError if there is no adapter or ``config`` is not the one that was given to ``inject_lora``.
+    Over a quantized base PEFT needs that base's own weights; LoftQ's differs from the rounded model after more than one round.
+    Raises ValueError if there is no adapter, if ``config`` is not the one that was given to ``inject_lora``, or for PiSSA over a
+    residual that was quantized, which is no update of W of low rank.
     """
     folder = Path(folder)
     adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
@@ -55,6 +54,9 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     targets = {name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)}
     if targets != {linear.name for linear in adapted} or not all(_made_with(linear, config) for linear in adapted):
         raise ValueError(f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora")
+    if config.init_lora_weights == "pissa" and not all(isinstance(linear.base.weight, DenseWeight) for linear in adapted):
+        raise ValueError("init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing without "
+                         "it; merge and save_model, or inject PiSSA into the dense model")
     twice = 2 if config.init_lora_weights == "pissa" else 1  # rank 2r with the same scaling: α twice, or √2 times with rsLoRA
     alpha = twice**0.5 if config.use_rslora else twice
     settings: dict[str, Any] = {
@@ -68,13 +70,15 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     arrays: dict[str, Array] = {}
     for linear in adapted:
         a, b = group_repeat(linear.lora_A.data, linear.pool), linear.lora_B.data
-        if linear.start is not None:
+        if twice == 2 and linear.start is not None:
             a, b = np.concatenate([a, linear.start[0]]), np.concatenate([b, -linear.start[1]], axis=1)
         arrays |= {PREFIX + linear.lora_A.name: a, PREFIX + linear.lora_B.name: b}
         if linear.magnitude is not None:
             arrays[PREFIX + linear.magnitude.name] = linear.magnitude.data
     file = folder / "adapter_model.safetensors"
-    write_tensors(file, arrays, {"group_size": adapted[0].pool} if config.use_qalora else {}, plain={"format": "pt"})
+    metadata: dict[str, Any] = {"group_size": adapted[0].pool} if config.use_qalora else {}
+    metadata |= {"loftq_iter": config.loftq_iter} if config.init_lora_weights == "loftq" else {}
+    write_tensors(file, arrays, metadata, plain={"format": "pt"})
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     return file.stat().st_size
 
@@ -84,7 +88,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
 
     Raises FileError if the folder's files are missing, truncated, foreign, or do not fit this base.
     """
-    config, arrays = _read(Path(folder))
+    config, arrays, metadata = _read(Path(folder))
+    if metadata.get("loftq_iter", 1) != 1:  # after one round its base is quantize(W), after more it is not
+        raise FileError(f"{folder}: a LoftQ adapter of {_short.repr(metadata['loftq_iter'])} rounds, whose base is its own; "
+                        "inject it again with the same settings and use fill_adapter")
     try:
         injected = inject_lora(model, config, np.random.default_rng(0))
     except ValueError as error:
@@ -98,15 +105,12 @@ def fill_adapter(injected: Transformer, folder: str | Path) -> None:
     _fill(injected, _read(Path(folder))[1], Path(folder))
 
 
-def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array]]:
-    path = folder / "adapter_config.json"
-    if path.is_file() and path.stat().st_size > _LONGEST_SETTINGS:
-        raise FileError(f"{path}: has {path.stat().st_size} bytes, settings are read up to {_LONGEST_SETTINGS}")
-    settings = read_json(path)
+def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
+    settings = read_json(inside(folder, "adapter_config.json"))
     if settings.get("peft_type") != "LORA":
         raise FileError(f"{folder}: peft_type={_short.repr(settings.get('peft_type'))}, only LORA adapters can be read")
-    arrays, metadata = read_tensors(folder / "adapter_model.safetensors")
-    return _read_config(folder, settings, pooled="group_size" in metadata), arrays
+    arrays, metadata = read_tensors(inside(folder, "adapter_model.safetensors"))
+    return _read_config(folder, settings, pooled="group_size" in metadata), arrays, metadata
 
 
 def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None:
@@ -193,4 +197,4 @@ def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
 def _made_with(linear: LoraLinear, config: LoraConfig) -> bool:
     mine = config.of(linear.name)
     found = (len(linear.lora_A.data), linear.scaling, linear.dropout, linear.magnitude is not None, linear.start is not None)
-    return found == (mine.r, mine.scaling, mine.lora_dropout, mine.use_dora, mine.init_lora_weights == "pissa")
+    return found == (mine.r, mine.scaling, mine.lora_dropout, mine.use_dora, mine.init_lora_weights in SVD_INITS)

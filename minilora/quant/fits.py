@@ -66,7 +66,8 @@ def stored_scale(width: Array, bits: int) -> Array:
 def stored_offset(offset: Array, scale: Array, bits: int, store: str) -> Array:
     """Return float32 offsets as they are stored: float16, float32, or zero points rint(−offset/scale), clipped to k bits."""
     if store == "zero":
-        return np.clip(np.rint(-offset / scale.astype(np.float32)), 0, 2**bits - 1).astype(np.uint8)
+        steps = -offset / np.where(scale == 0, 1, scale).astype(np.float32)  # a file may hold scale 0, which no zero point moves
+        return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.uint8)
     with np.errstate(over="ignore"):
         stored = offset.astype(store)
     _refuse_infinite(stored, "offset")

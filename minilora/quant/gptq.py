@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minilora.config import QuantConfig, require
+from minilora.config import ConfigError, QuantConfig, require
 from minilora.quant import codebooks, fits
 from minilora.quant.affine import AffineWeight
 from minilora.quant.kernels import SMALLEST_ABSMAX, kernel
@@ -33,7 +33,7 @@ BLOCK = 128
 
 
 class Hessian:
-    """H = 2·XᵀX/n of a layer's inputs, collected batch by batch in float64.
+    """H = 2·XᵀX/n of a layer's inputs: a product in their own dtype for each batch, summed in float64.
 
     >>> h = Hessian(2)
     >>> h.add(np.array([[1.0, 0.0], [1.0, 2.0]]))
@@ -58,9 +58,9 @@ class Hessian:
 def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight | AffineWeight, float]:
     """Quantize w (out, in) with the Hessian (in, in) of its inputs; returns the weight and Σ e²/2, GPTQ's own loss.
 
-    Damping adds ``damp_percent`` of the mean diagonal; an input that is always 0 gets weight 0. ``desc_act`` takes the columns
-    with the largest diagonal first; it needs ``static_groups``. Double-quantized scales are static too, since all of them must be
-    known before the first is stored. Codebook blocks must lie within rows.
+    Damping adds ``damp_percent`` of the mean diagonal; an input that is always 0 gets the value nearest to 0. ``desc_act`` takes
+    the columns with the largest diagonal first; it needs ``static_groups``. Double-quantized scales are static too, since all of
+    them must be known before the first is stored. Codebook blocks must lie within rows.
     """
     w = checked(w)
     out, in_ = w.shape
@@ -72,7 +72,7 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
     grid = _Grid(config, out, in_ // group)
     h, work = hessian.astype(np.float64), w.astype(np.float64)
     dead = np.diag(h) == 0
-    h[dead, dead] = 1
+    h[dead, dead] = h[~dead, ~dead].mean() if not dead.all() else 1.0  # as large as the others: the damping is their mean
     work[:, dead] = 0
     static = config.static_groups or grid.double_quant
     if static:
@@ -103,8 +103,12 @@ def inverse_factor(hessian: Array, damp_percent: float) -> Array:
     [[0.5, 0.0], [0.0, 1.0]]
     """
     damped = hessian + damp_percent * np.diag(hessian).mean() * np.eye(len(hessian))
-    inverse = np.linalg.inv(damped)
-    return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+    try:
+        inverse = np.linalg.inv(damped)
+        return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
+    except np.linalg.LinAlgError:
+        raise ConfigError(f"damp_percent={damp_percent}: leaves a Hessian of {len(hessian)} inputs without an inverse; raise it "
+                          "or calibrate on more tokens") from None
 
 
 @kernel

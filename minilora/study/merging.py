@@ -59,8 +59,7 @@ def compare_merges(
     """
     ways: dict[str, Callable[[], Transformer]] = {"not merged": lambda: model}
     ways["full-precision base"] = lambda: merge_into_dense(model, base)
-    if any(not isinstance(linear.base.weight, DenseWeight) for linear in _adapted(model)):
-        ways["dequantized base"] = lambda: merge(model, "dense")[0]
+    ways["dequantized base"] = lambda: merge(model, "dense")[0]  # of LoRA the same: its base is not quantized
     for quant in quants:
         ways[f"re-quantized: {describe(quant)}"] = partial(requantize, model, quant, calibration)
     if any(isinstance(linear.base.weight, AffineWeight) and linear.pool > 1 for linear in _adapted(model)):
@@ -81,13 +80,13 @@ def compare_merges(
 
 
 def merge_into_dense(model: Transformer, base: Transformer) -> Transformer:
-    """W + ΔW for the full-precision W of ``base``, whatever base the adapter was trained over."""
-    deltas = {linear.name: linear.delta() for linear in _adapted(model)}
+    """W + ΔW for the full-precision W of ``base``, whatever base the adapter was trained over (``LoraLinear.over``)."""
+    adapted = {linear.name: linear for linear in _adapted(model)}
 
     def change(linear: Any) -> Any:
-        if linear.name not in deltas:
+        if linear.name not in adapted:
             return linear
-        w = (linear.weight.dense().astype(np.float64) + deltas[linear.name]).astype(np.float32)
+        w = adapted[linear.name].over(linear.weight.dense()).astype(np.float32)
         return Linear(linear.name, DenseWeight(Parameter(f"{linear.name}.weight", w)))
 
     merged = base.map_linears(change)
@@ -201,7 +200,8 @@ def _over_seeds(rows: Sequence[Row]) -> list[Row]:
             row["logit_error"] = max(r["logit_error"] for r in mine)
             for name in ("loss", "kl"):
                 interval = mean_interval(r[name] for r in mine)
-                row[name], row[f"{name}_half"] = interval.mean, interval.high - interval.mean
+                row[name], half = interval.mean, interval.high - interval.mean
+                row[f"{name}_half"] = half if np.isfinite(half) else None  # one seed has no interval
         found.append(row)
     return found
 

@@ -21,14 +21,13 @@ from tqdm import tqdm
 
 from minilora.config import QuantConfig, require
 from minilora.data.tasks import Batch, Task, make_task
-from minilora.data.tokenizer import PAD
 from minilora.formats.checkpoint import load_base, sha256
 from minilora.formats.files import writable_folder, write_file
 from minilora.layers import Array
 from minilora.memory import effective_bits
-from minilora.quantize import find_linears, input_hessian, quantize_model
+from minilora.quantize import find_linear, input_hessian, quantize_model
 from minilora.study.results import Row
-from minilora.study.run import environment
+from minilora.study.run import environment, unpadded
 from minilora.study.statistics import Interval, mean_interval
 from minilora.study.weight_errors import (
     aligned,
@@ -86,8 +85,7 @@ def calibration_of(task: Task, sequences: int = 64) -> Calibration:
     """
 
     def pick(rng: np.random.Generator) -> list[Array]:
-        chosen = rng.choice(task.n_train, min(sequences, task.n_train), replace=False)
-        return [row[row != PAD][None] for row in task.batch(chosen).ids]
+        return unpadded(task, rng.choice(task.n_train, min(sequences, task.n_train), replace=False))
 
     return pick
 
@@ -233,7 +231,7 @@ def quantization_study(
     keep_memory()
     start = time.perf_counter()
     base = load_base() if model is None else model
-    (linear,) = find_linears(base, weight)
+    linear = find_linear(base, weight)
     made = {"command": COMMAND.format(folder=folder), "base_sha256": sha256(base)} | environment()
     parts: dict[str, list[Row]] = {"weight": [], "model": [], "size": size_rows()}
     for name in tasks:

@@ -19,7 +19,7 @@ from minilora.layers import Array
 from minilora.study.drawing import new_figure
 from minilora.study.labels import BIT_MARKERS, GREY, PALETTE
 from minilora.study.results import ResultsError
-from minilora.study.weight_errors import block_errors, level_data
+from minilora.study.weight_errors import block_errors, crossover, level_data, size_rows
 
 BLACK, BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = PALETTE[:7]
 HISTOGRAM = "#A9C4DA"
@@ -316,10 +316,13 @@ def draw_losses(rows: Iterable[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def write_weight_figures(w: Array, rows: Sequence[Mapping[str, Any]], folder: str | Path) -> list[Path]:
-    """Write ``levels.png``, ``blocks.png`` and ``errors.png`` of a weight (out, in) and its ``weight_errors`` rows.
+def write_weight_figures(
+    w: Array, rows: Sequence[Mapping[str, Any]], folder: str | Path, grid: Sequence[Mapping[str, Any]] = ()
+) -> list[Path]:
+    """Write ``levels``, ``blocks``, ``errors`` and ``bytes`` as PNG, of a weight (out, in) and its ``weight_errors`` rows.
 
-    Levels show at most six types and fits, blocks at most four; both as plain rounding to these levels leaves the weight.
+    ``grid``, rows of many block and group sizes, makes lines of the errors. Levels show at most six types and fits, blocks at
+    most four; both as plain rounding to these levels leaves the weight.
     """
     configs: dict[tuple[Any, ...], QuantConfig] = {}
     for row in rows:
@@ -331,7 +334,8 @@ def write_weight_figures(w: Array, rows: Sequence[Mapping[str, Any]], folder: st
     return save(folder, {
         "levels": draw_levels([level_data(w, config) for config in shown[:6]]),
         "blocks": draw_blocks([block_errors(w, config) for config in shown[:4]]),
-        "errors": draw_errors(rows),
+        "errors": draw_errors(grid or rows),
+        "bytes": draw_bytes(size_rows(), crossover()),
     })  # fmt: skip
 
 

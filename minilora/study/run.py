@@ -16,7 +16,7 @@ import numpy as np
 
 import minilora
 from minilora import memory
-from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules
+from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules, require
 from minilora.data.tasks import Task, make_task
 from minilora.data.tokenizer import EOS, PAD, decode
 from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
@@ -86,9 +86,22 @@ def unpadded(task: Task, examples: Sequence[int] | np.ndarray) -> list[Any]:
 def check_buildable(configs: Sequence[RunConfig]) -> None:
     """Build each kind of model once, so that a rank, group size or module that does not fit is refused before any work."""
     base, _ = _base()
-    kinds = {(c.method, c.r, c.target_modules, c.subset_modules, c.quant_type, c.block_size, c.group_size): c for c in configs}
+    decides = ("method", "r", "target_modules", "subset_modules", "quant_type", "block_size", "group_size", "quantizer",
+               "use_dora", "init_lora_weights")  # fmt: skip
+    kinds = {tuple(getattr(config, name) for name in decides): config for config in configs}
     for config in kinds.values():
-        build(replace(config, quantizer="rtn"), base)  # what GPTQ refuses besides is refused by QuantConfig
+        build(replace(config, quantizer="rtn"), base)
+        if config.quantizer == "gptq":
+            _check_rows(config.quant(), base)
+
+
+def _check_rows(quant: QuantConfig, base: Transformer) -> None:
+    """GPTQ rounds column by column, so a scale must belong to one row: refused before anything trains."""
+    size, name = (quant.group_size, "group_size") if quant.affine else (quant.block_size, "block_size")
+    for block in base.blocks:
+        for _, _, linear in block.linears():
+            require(linear.shape[1] % size == 0, name, size,
+                    f"quantizer='gptq' needs a divisor of in={linear.shape[1]} ({linear.name})")
 
 
 def check_kept(rows: Sequence[dict[str, Any]]) -> None:
@@ -114,13 +127,9 @@ def deploy(config: RunConfig, model: Transformer) -> Transformer:
 
 
 def requantize(model: Transformer, quant: QuantConfig, data: Sequence[Any] = ()) -> Transformer:
-    """Merge and quantize again; with GPTQ the whole merged model is, layer by layer, with token ids to calibrate on."""
-    if quant.quantizer != "gptq":
-        return merge(model, "requantize", quant)[0]
+    """Merge, and quantize again what was adapted (an adapted head stays dense, as a head always does); GPTQ needs token ids."""
     adapted = {name for name, linear in model.linears() if isinstance(linear, LoraLinear)}
-    merged = merge(model, "dense")[0]
-    found = dict(quantize_model(merged, quant, data).linears())
-    return merged.map_linears(lambda linear: found[linear.name] if linear.name in adapted else linear)
+    return quantize_model(merge(model, "dense")[0], quant, data, only=adapted)
 
 
 def measure(
@@ -182,6 +191,8 @@ def run(
     """
     start = time.perf_counter()
     base, base_hash = _base()
+    if config.quantizer == "gptq":
+        _check_rows(config.quant(), base)
     task = make_run_task(config)
     model = build(config, base)
     if folder is not None:

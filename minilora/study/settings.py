@@ -103,8 +103,10 @@ class RunConfig:
             require(self.quantizer == "rtn", "quantizer", self.quantizer, f"method {self.method!r} quantizes nothing")
         if self.method in ADAPTERS:
             self.lora()
-            require(self.init_lora_weights != "loftq" or self.method == "qlora", "init_lora_weights", "loftq",
-                    "answers the rounding of a QLoRA base; take method 'qlora'")
+            for init, method, why in (("loftq", "qlora", "answers the rounding of a QLoRA base"),
+                                      ("pissa", "lora", "takes its part out of a full-precision base")):
+                require(self.init_lora_weights != init or self.method == method, "init_lora_weights", init,
+                        f"{why}; take method {method!r}")
         else:
             for field in ("use_dora", "init_lora_weights"):
                 value = getattr(self, field)

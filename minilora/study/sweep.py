@@ -148,7 +148,8 @@ def _weights(config: SweepConfig, method: str) -> list[dict[str, Any]]:
         for bits, group_size in itertools.product(config.bits, config.group_size)
     ]
     if method == "quantized_base":  # the control of each method that stands on a quantized base
-        kinds = [codebook] * ("qlora" in config.method) + [affine] * ("qalora" in config.method)
+        nearest = [weights | {"quantizer": "rtn"} for weights in codebook]  # as QLoRA's own base is
+        kinds = [nearest] * ("qlora" in config.method) + [affine] * ("qalora" in config.method)
         return [weights for kind in kinds or [codebook, affine] for weights in kind]
     return {"qlora": codebook, "qalora": affine}.get(method, [{"bits": 32}])
 
