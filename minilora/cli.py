@@ -84,9 +84,9 @@ class Merge:
 
     run: str  # a folder that `minilora train` wrote
     how: Literal["auto", "dense", "requantize", "offsets"] = "auto"  # auto: offsets for QA-LoRA, else dense
-    compare: bool = False  # print a table of all ways (and their loss, KL divergence, bytes) instead of writing a file
+    compare: bool = False  # a table of all ways (loss, KL divergence, bytes), also in merges.md; no model is written
     quant_type: str | None = None  # what to re-quantize to; default: the run's own, nf4 for LoRA
-    quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare shows rtn and gptq
+    quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare adds gptq to rtn
     offsets: Literal["float32", "float16", "zero"] = "float32"  # how QA-LoRA's merged offsets are stored
     out: str | None = None  # X.safetensors, ours, or a Hugging Face folder; default: merged.safetensors in the run's folder
 
