@@ -55,7 +55,7 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
 
 
 def stored_scale(width: Array, bits: int) -> Array:
-    """Return width/(2^k − 1) as float16; 1 where it rounds to 0, because all weights of the group are equal then."""
+    """Return width/(2^k − 1) as float16; 1 where it rounds to 0: the weights are equal as far as float16 tells."""
     with np.errstate(over="ignore"):  # too large becomes inf, which the check names
         scale = (width / np.float32(2**bits - 1)).astype(np.float16)
     _refuse_infinite(scale, "scale")

@@ -1,4 +1,4 @@
-"""Every Numba kernel: pack, quantize, dequantize and multiply; beside each one its readable NumPy version.
+"""The Numba kernels: pack, quantize, dequantize and multiply; beside each one its readable NumPy version.
 
 Packing, for all widths: codes lie in row-major order, the first in the highest bits of a byte (bitsandbytes' order). 2 bits: 4
 codes a byte; 3 bits: 8 codes in 3 bytes, a 24-bit big-endian number; 4 bits: 2 a byte; 8 bits: as is. Code 0 pads the end.

@@ -1,14 +1,11 @@
-"""Quantized weights that multiply without ever being dense: ``CodebookWeight`` and ``AffineWeight``.
+"""Codebook weights, with double-quantized scales, and ``quantize_weight``, which makes these or the affine module's.
 
-Both store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
+Both kinds store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
 
     w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
 
 A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine weight's levels are
 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the flattened tensor too.
-
-A product decodes one tile of rows at a time into a small scratch of its thread and hands it to BLAS. Keeping the dense matrix
-instead would silently undo QLoRA.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ from minilora.study.weight_errors import (
     size_rows,
     weight_errors,
 )
-from minilora.threads import Workers, available_threads, keep_memory, single_blas
+from minilora.threads import Workers, available_threads, keep_memory
 from minilora.training.loss import evaluate
 from minilora.transformer import Transformer
 
@@ -243,8 +243,7 @@ def quantization_study(
                   "corpus_sha256": task.sha256}  # fmt: skip
         parts["model"] += [common | row for row in rows]
     w = linear.weight.dense()
-    with single_blas():  # the inputs are those of the last task's training split
-        hessian = input_hessian(base, linear.name, pick(np.random.default_rng(seeds[0])))
+    hessian = input_hessian(base, linear.name, pick(np.random.default_rng(seeds[0])))  # on the last task's training split
     errors = weight_errors(w, weight_configs(w.shape[1]), hessian)
     parts["weight"] = [{"weight": linear.name, "task": name} | row for row in errors]
     rows = [{"part": part} | row | made for part, found in parts.items() for row in found]

@@ -21,8 +21,8 @@ from minilora.config import (
 from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 
 NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
-# fields that came after the first results: at these values they leave a run, and so its fingerprint, what it was
-LATER = {"quantizer": "rtn", "use_dora": False, "init_lora_weights": "normal"}
+# fields that came after the first results: at their defaults they leave a run, and so its fingerprint, what it was
+LATER = ("quantizer", "use_dora", "init_lora_weights")
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 
 
@@ -110,7 +110,7 @@ class RunConfig:
         else:
             for field in ("use_dora", "init_lora_weights"):
                 value = getattr(self, field)
-                require(value == LATER[field], field, value, f"method {self.method!r} has no adapter")
+                require(value == getattr(RunConfig, field), field, value, f"method {self.method!r} has no adapter")
         if self.method in DEFAULT_RATES:
             self.train()
         require(isinstance(self.n_eval, int) and self.n_eval >= 1, "n_eval", self.n_eval, "must be at least 1")
@@ -146,7 +146,7 @@ class RunConfig:
 
     def key(self) -> str:
         """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
-        text = {k: v for k, v in asdict(self).items() if k not in NAMES and (k not in LATER or v != LATER[k])}
+        text = {k: v for k, v in asdict(self).items() if k not in NAMES and (k not in LATER or v != getattr(RunConfig, k))}
         if self.text_path is not None:
             text["text_path"] = str(Path(self.text_path).resolve())
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]
