@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, cast
 
 import tyro
 
-from minilora.config import ConfigError, require_in
+from minilora.config import AFFINE_TYPES, ConfigError, QuantConfig, require, require_in
 from minilora.formats.files import read_json, writable_folder, write_file
 from minilora.study.settings import RunConfig
 from minilora.study.sweep import SweepConfig
@@ -87,7 +87,7 @@ class Merge:
     compare: bool = False  # a table of all ways (loss, KL divergence, bytes), also in merges.md; no model is written
     quant_type: str | None = None  # what to re-quantize to; default: the run's own, nf4 for LoRA
     quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare adds gptq to rtn
-    offsets: Literal["float32", "float16", "zero"] = "float32"  # how QA-LoRA's merged offsets are stored
+    offsets: Literal["float32", "float16", "zero"] | None = None  # of the result; default: merged ones float32, else float16
     out: str | None = None  # X.safetensors, ours, or a Hugging Face folder; default: merged.safetensors in the run's folder
 
 
@@ -294,7 +294,6 @@ def _generate(command: Generate) -> int:
 
 def _merge(command: Merge) -> int:
     from minilora import memory
-    from minilora.config import QuantConfig
     from minilora.formats.checkpoint import load_base
     from minilora.merging import merge, merge_errors
     from minilora.study.merging import compare_merges, format_merges, merge_offsets, quants_to_compare
@@ -305,9 +304,19 @@ def _merge(command: Merge) -> int:
     config, model = load_run(command.run)
     if config.method not in ADAPTERS:
         raise ConfigError(f"run={command.run!r}: method {config.method!r} has no adapter to merge")
+    how = ("offsets" if config.method == "qalora" else "dense") if command.how == "auto" else command.how
+    uses = {"quant_type": ("requantize",), "quantizer": ("requantize",), "offsets": ("requantize", "offsets")}
+    for name, ways in uses.items():
+        value = getattr(command, name)
+        require(value is None or how in ways or command.compare, name, value, f"only --how {' or '.join(ways)} takes it")
+    require(not command.compare or (command.how == "auto" and command.out is command.offsets is None), "compare", True,
+            "shows every way and writes no model; leave out --how, --offsets and --out")
     kind, double = command.quant_type or config.quant_type or "nf4", config.double_quant is not False
     quant = QuantConfig(kind, config.block_size or 64, double, config.group_size or 32,
-                        command.quantizer or ("rtn" if command.quant_type else config.quantizer))
+                        command.quantizer or ("rtn" if command.quant_type else config.quantizer),
+                        offset_dtype=(how == "requantize" and command.offsets) or "float16")
+    target = Path(command.out or Path(command.run) / "merged.safetensors")
+    writable_folder(target.parent)
     batches = make_run_task(config).eval_batches("test")
     if command.compare:
         quants = quants_to_compare(quant, both=quant.quantizer == "rtn")
@@ -316,18 +325,17 @@ def _merge(command: Merge) -> int:
         print(table)
         print(f"written to {write_file(Path(command.run) / 'merges.md', table + chr(10))}")
         return 0
-    how = ("offsets" if config.method == "qalora" else "dense") if command.how == "auto" else command.how
     if how == "requantize":
         merged = requantize(model, quant, calibration(config) if quant.quantizer == "gptq" else ())
     else:
-        merged = merge_offsets(model, command.offsets) if how == "offsets" else merge(model, how)[0]
+        merged = merge_offsets(model, command.offsets or "float32") if how == "offsets" else merge(model, how)[0]
     errors = merge_errors(model, merged)
     worst = max(errors, key=lambda name: errors[name].relative)
     print(f"merged {len(errors)} layers; largest error relative to ΔW: {errors[worst].relative:.2e} in {worst}")
     before, after = evaluate(model, batches), evaluate(merged, batches)
     print(f"loss {before['loss']:.5f} with the adapter, {after['loss']:.5f} merged")
     print(f"effective bits per weight {memory.effective_bits(model):.3f} before, {memory.effective_bits(merged):.3f} merged")
-    print(_save(merged, Path(command.out or Path(command.run) / "merged.safetensors")))
+    print(_save(merged, target))
     return 0
 
 
@@ -345,10 +353,8 @@ def _save(model: Any, target: Path) -> str:
     return f"written to {target}, {format_bytes(sum(file.stat().st_size for file in files))}"
 
 
-def _quant_configs(command: Quantize) -> list[Any]:
+def _quant_configs(command: Quantize) -> list[QuantConfig]:
     """Every combination that there is: hqq fits offsets, which codebooks have not."""
-    from minilora.config import AFFINE_TYPES, QuantConfig
-
     found = []
     for kind in command.quant_type:
         for quantizer in command.quantizer:
@@ -390,6 +396,8 @@ def _quantize(command: Quantize) -> int:
     data = unpadded(task, range(CALIBRATION)) if own_text else []
     hessian = input_hessian(model, linear.name, data) if data else None
     writable_folder(Path(command.out))
+    if command.save:
+        writable_folder(Path(command.save).parent)
     w = linear.weight.dense()
 
     def errors(of: Sequence[Any], what: str) -> list[dict[str, Any]]:

@@ -136,8 +136,11 @@ class LoraConfig:
         require(len(self.target_modules) > 0, "target_modules", self.target_modules, "name at least one module")
         require_in(self.init_lora_weights, INITS, "init_lora_weights")
         _whole(self.loftq_iter, "loftq_iter")
-        for name, value in self.rank_pattern.items():
-            _whole(value, f"rank_pattern[{name!r}]")
+        for pattern in ("rank_pattern", "alpha_pattern"):
+            value = getattr(self, pattern)
+            require(isinstance(value, Mapping), pattern, value, "must map module names to numbers")
+        for name, r in self.rank_pattern.items():
+            _whole(r, f"rank_pattern[{name!r}]")
         for name, alpha in self.alpha_pattern.items():
             _number(alpha, f"alpha_pattern[{name!r}]", 0, open_low=True)
         if self.use_qalora:
@@ -224,6 +227,9 @@ class QuantConfig:
         if self.quantizer == "hqq":
             require(self.fit in ("minmax", "hqq"), "fit", self.fit, "quantizer='hqq' is a fit of its own; leave it out")
             object.__setattr__(self, "fit", "hqq")
+        for field, usual in (("desc_act", False), ("static_groups", False), ("damp_percent", 0.01)):
+            value = getattr(self, field)
+            require(value == usual or self.quantizer == "gptq", field, value, f"quantizer={self.quantizer!r} has no such option")
         require(not self.desc_act or self.static_groups, "desc_act", self.desc_act,
                 "needs static_groups=True: columns taken out of order would give a group's scale to scattered inputs, and the "
                 "inputs of a group must be neighbours here (QA-LoRA sums over them)")

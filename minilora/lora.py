@@ -19,6 +19,7 @@ from minilora.functional import group_repeat, group_sum
 from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
 from minilora.quant.weights import AffineWeight, quantize_weight
+from minilora.quantize import quantize_model
 from minilora.threads import single_blas
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LoraLinear:
         if config.init_lora_weights in SVD_INITS:
             self.base, a, b = _from_svd(base, config, quant)
         else:
-            self.base = base if quant is None else Linear(base.name, quantize_weight(base.weight.dense(), quant))
+            self.base = base
             a, b = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype), np.zeros((out, config.r), dtype)
         self.start = (a.copy(), b.copy()) if config.init_lora_weights in SVD_INITS else None
         """The first A and B of PiSSA and LoftQ: with them the adapter is no update of W itself, but of W − s·B₀A₀."""
@@ -204,15 +205,15 @@ def inject_lora(
     if quant is not None and any(not isinstance(linear.weight, DenseWeight) for _, linear in model.linears()):
         raise ConfigError("quant: the base is quantized already, and would be rounded twice; leave it out, or give a dense model")
     frozen = model.map_parameters(Parameter.freeze)
+    chosen = {name for name in names if any(matches(name, target) for target in config.target_modules)}
+    if quant is not None:  # PiSSA and LoftQ start from the dense weight, and quantize it themselves
+        frozen = quantize_model(frozen, quant, only=set(names) - chosen if config.init_lora_weights in SVD_INITS else None)
 
     def adapt(linear: Linear) -> Linear | LoraLinear:
-        here = None if linear is frozen.head else quant
-        if not any(matches(linear.name, target) for target in config.target_modules):
-            return linear if here is None else Linear(linear.name, quantize_weight(linear.weight.dense(), here))
+        if linear.name not in chosen:
+            return linear
         if not config.use_qalora:
-            return LoraLinear(linear, config, rng, quant=here)
-        if here is not None:
-            linear = Linear(linear.name, quantize_weight(linear.weight.dense(), here))
+            return LoraLinear(linear, config, rng, quant=None if linear is frozen.head else quant)
         if not isinstance(linear.weight, AffineWeight):
             why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
                 f"{linear.name} is stored as {type(linear.weight).__name__}"

@@ -62,14 +62,19 @@ def model_bytes(model: Transformer) -> dict[str, int]:
 
 def effective_bits(model: Transformer) -> float:
     """Bits a weight of the block projections, with scales and offsets; code maps are shared constants and not counted."""
-    total = bits = 0
+    stored, weights = projection_bytes(model)
+    return 8 * stored / weights
+
+
+def projection_bytes(model: Transformer) -> tuple[int, int]:
+    """(bytes as stored, number of weights) of the block projections; without adapters and shared code maps."""
+    stored = weights = 0
     for block in model.blocks:
         for _, _, linear in block.linears():
             weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
-            stored = sum(a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays)
-            total += weight.shape[0] * weight.shape[1]
-            bits += 8 * stored
-    return bits / total
+            stored += sum(a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays)
+            weights += weight.shape[0] * weight.shape[1]
+    return stored, weights
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:

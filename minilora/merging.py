@@ -30,10 +30,10 @@ class MergeError:
     relative: float  # ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt
 
     @classmethod
-    def of(cls, merged: Any, exact: Array, adapted: LoraLinear) -> MergeError:
-        """Measure a merged weight against the exact (out, in) float64 one."""
-        error = merged.dense() - exact
-        norm = float(np.linalg.norm(adapted.delta()))
+    def of(cls, merged: Any, w: Array, delta: Array) -> MergeError:
+        """Measure a merged weight against w + delta, both (out, in), delta in float64."""
+        error = merged.dense() - (w + delta)
+        norm = float(np.linalg.norm(delta))
         relative = float(np.linalg.norm(error)) / norm if norm else 0.0
         return cls(float(np.abs(error).max()), float(np.sqrt((error**2).mean())), relative)
 
@@ -48,7 +48,8 @@ def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | No
     weight = adapted.base.weight
     if how == "auto":
         how = "offsets" if adapted.pool > 1 else "dense"
-    exact = weight.dense().astype(np.float64) + adapted.delta()
+    w, delta = weight.dense(), adapted.delta()
+    exact = w + delta  # float64
     if how == "dense":
         name = adapted.lora_A.name.replace(".lora_A.weight", ".weight")
         merged: Any = DenseWeight(Parameter(name, exact.astype(weight.dtype)))
@@ -60,13 +61,13 @@ def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | No
         merged = _merge_offsets(adapted)
     else:
         raise ConfigError(f"how={how!r}: choose one of auto, dense, requantize, offsets")
-    return merged, MergeError.of(merged, exact, adapted)
+    return merged, MergeError.of(merged, w, delta)
 
 
 def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeError]:
     """The error of each merged layer, however it was merged: ``merged`` is beside the model with adapters that it came from."""
     weights = {name: linear.weight for name, linear in merged.linears()}
-    return {name: MergeError.of(weights[name], linear.base.weight.dense().astype(np.float64) + linear.delta(), linear)
+    return {name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())
             for name, linear in model.linears() if isinstance(linear, LoraLinear)}
 
 

@@ -167,3 +167,24 @@ class FakeTask:
 
     def score(self, split: str, completions: list[str]) -> dict[str, float]:
         return {}
+
+
+def mutate(arrays: dict[str, np.ndarray], key: str, kind: str, draw: Any, dtypes: Sequence[Any], values: Sequence[Any]) -> bool:
+    """Damage one of a weight's arrays as a file might be; False if the kind is not one that all formats share.
+
+    ``draw(list)`` picks one of a list, ``draw(n)`` a whole number from 0 to n - 1.
+    """
+    array = arrays[key].copy()
+    if kind == "drop" and len(arrays) > 1:
+        del arrays[key]
+    elif kind == "dtype":
+        with np.errstate(all="ignore"):
+            arrays[key] = array.astype(draw(dtypes))
+    elif kind == "shape":
+        arrays[key] = array.reshape(draw([(-1,), (1, -1), (-1, 1), (1, 1, -1)]))
+    elif kind == "value" and array.size:
+        array.reshape(-1)[draw(array.size)] = draw(values)
+        arrays[key] = array
+    else:
+        return False
+    return True

@@ -64,6 +64,19 @@ def test_train_generate_merge_in_a_row(tmp_path, capsys):
     assert "whole zero points" in capsys.readouterr().err
 
 
+def test_merge_refuses_what_does_not_go_together(tmp_path, capsys):
+    out = tmp_path / "run"
+    assert call("train", "--method", "qlora", "--steps", 1, "--n-eval", 2, "--out", out) == 0
+    for arguments, part in ((("--offsets", "zero"), "offsets='zero': only --how requantize or offsets"),
+                            (("--how", "dense", "--quant-type", "int4"), "quant_type='int4': only --how requantize"),
+                            (("--compare", "--out", tmp_path / "x"), "leave out --how, --offsets and --out")):  # fmt: skip
+        assert call("merge", "--run", out, *arguments) == 2
+        assert part in capsys.readouterr().err
+    arguments = ("--how", "requantize", "--quant-type", "int4", "--quantizer", "hqq", "--offsets", "zero")
+    assert call("merge", "--run", out, *arguments, "--out", tmp_path / "hf") == 0
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+
+
 def test_what_a_weight_loses_and_a_model_saved_in_each_form(tmp_path, capsys):
     out = tmp_path / "q"
     arguments = ["quantize", "--quant-type", "nf4", "int2", "--quantizer", "rtn", "gptq", "hqq", "--out", out]

@@ -138,6 +138,8 @@ def test_what_cannot_be_is_refused():
     for bad in ({"quantizer": "awq"}, {"fit": "mse"}, {"offset_dtype": "zero"}, {"quantizer": "hqq"}, {"damp_percent": 0}):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             QuantConfig("nf4", **bad)
+    with pytest.raises(ConfigError, match="static_groups=True: quantizer='rtn' has no such option"):
+        QuantConfig("int4", static_groups=True)
     with pytest.raises(ConfigError, match="desc_act=True: needs static_groups=True.*neighbours"):
         QuantConfig("int4", quantizer="gptq", desc_act=True)
     with pytest.raises(ConfigError, match="calibration"):

@@ -131,7 +131,7 @@ def test_the_kernel_does_what_its_numpy_version_does(quant_type):
     results = []
     for function in (round_columns, round_columns_numpy):
         work, codes, errors = w.astype(np.float64), np.empty((5, 32), np.uint8), np.empty((5, 32))
-        function(work, upper, groups, grid.scale, grid.offset, grid.midpoints, grid.levels, codes, errors)
+        function(work, upper, groups, grid.scale, grid.offset, grid.midpoints, grid.levels, grid.top, codes, errors)
         results.append((codes, errors))
     assert np.array_equal(results[0][0], results[1][0])
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)

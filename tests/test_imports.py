@@ -33,7 +33,7 @@ ALLOWED = {
     "initial": {"config"},
     "quantize": LAYERS,
     "merging": LAYERS | {"lora"},
-    "lora": LAYERS | {"initial"},  # and LoRA nothing of the transformer
+    "lora": LAYERS | {"initial", "quantize"},  # and LoRA nothing of the transformer
     "generation": {"functional", "layers", "threads", "transformer"},
     "data": {"config"},
     "memory": MODELS,

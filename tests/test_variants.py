@@ -11,7 +11,7 @@ from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.gradients import gradcheck
 from minilora.initial import loftq, low_rank, pissa
-from minilora.layers import Gradients
+from minilora.layers import Gradients, Linear
 from minilora.lora import LoraLinear, inject_lora
 from minilora.memory import count_parameters, model_bytes
 from minilora.merging import merge, merge_linear
@@ -31,7 +31,8 @@ def config(**settings):
 def dora(quant=None, dtype=np.float64, seed=1):
     """A DoRA layer with random A, B and lengths that differ from ‖W + sBA‖."""
     base = make_linear(7, 12, dtype=dtype)
-    layer = fill_adapters(LoraLinear(base, config(use_dora=True), RNG(0), quant=quant), seed)
+    base = base if quant is None else Linear(base.name, quantize_weight(base.weight.dense(), quant))
+    layer = fill_adapters(LoraLinear(base, config(use_dora=True), RNG(0)), seed)
     layer.magnitude.data = layer.magnitude.data * RNG(5).uniform(0.5, 1.5, 7).astype(dtype)
     return layer
 
@@ -238,6 +239,8 @@ def test_what_contradicts_itself_is_refused(base):
         config(use_dora=True, use_qalora=True)
     with pytest.raises(ConfigError, match="init_lora_weights='pissa': starts from a decomposition"):
         config(init_lora_weights="pissa", use_qalora=True)
+    with pytest.raises(ConfigError, match=r"rank_pattern=\[1\]: must map"):
+        config(rank_pattern=[1])
     with pytest.raises(ConfigError, match=r"rank_pattern\['q_proj'\]=0"):
         config(rank_pattern={"q_proj": 0})
     for init in ("pissa", "loftq"):

@@ -157,11 +157,11 @@ def _quantized_arrays(model: Transformer) -> tuple[dict[str, Any] | None, dict[s
         elif isinstance(weight, AffineWeight):
             kinds[name] = (weight.quant_type, f"groups of {weight.group_size}")
             if weight.zeros is None:
-                raise ValueError(f"{name}: has float offsets, GPTQ stores whole zero points only; quantize with store='zero', or "
-                                 "save_model keeps the offsets")
+                raise ValueError(f"{name}: has float offsets, GPTQ stores whole zero points only; take offsets 'zero' "
+                                 "(QuantConfig's offset_dtype, merge --offsets zero), or save_model, X.safetensors, keeps them")
         elif not isinstance(weight, DenseWeight):
             raise ValueError(f"{name}: {type(weight).__name__} has no form in a Hugging Face folder; quantize with nf4, fp4 or, "
-                             "for GPTQ, integers with store='zero'")
+                             "for GPTQ, integers with offset_dtype='zero'")
         else:
             kinds[name] = ("dense",)
             continue

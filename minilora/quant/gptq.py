@@ -89,7 +89,7 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
             grid.fit(block.astype(np.float32)[:, None], slice(first // group, first // group + 1))
         errors = np.empty_like(block)
         round_columns(block, np.ascontiguousarray(upper[first:last, first:last]), groups[first:last], grid.scale, grid.offset,
-                      grid.midpoints, grid.levels, block_codes, errors)  # fmt: skip
+                      grid.midpoints, grid.levels, grid.top, block_codes, errors)  # fmt: skip
         codes[:, order[first:last]] = block_codes
         work[:, last:] -= errors @ upper[first:last, last:]
         loss += float((errors**2).sum()) / 2
@@ -114,20 +114,20 @@ def inverse_factor(hessian: Array, damp_percent: float) -> Array:
 @kernel
 def round_columns(
     w: Array, upper: Array, groups: Array, scale: Array, offset: Array, midpoints: Array, levels: Array,
-    codes: Array, errors: Array,
+    top: int, codes: Array, errors: Array,
 ) -> None:  # fmt: skip
     """Round w (out, n) float64 column by column, spreading each error over the columns to its right; w is used up.
 
     ``upper`` (n, n) float64 · ``groups`` (n,) int64, each column's · ``scale`` and ``offset`` (out, groups) float32 · ``levels``
-    (2^k,) ascending float32 with their ``midpoints``, both empty for affine codes · ``codes`` (out, n) uint8 ranks and ``errors``
-    (out, n) float64 are written.
+    (2^k,) ascending float32 with their ``midpoints``, both empty for affine codes, 0 to ``top`` · ``codes`` (out, n) uint8 ranks
+    and ``errors`` (out, n) float64 are written.
     """
     for r in range(w.shape[0]):  # a row's errors move nothing but the row
         for i in range(w.shape[1]):
             s, o = scale[r, groups[i]], offset[r, groups[i]]
             value = np.float32(w[r, i])
             if levels.size == 0:
-                code = min(max(np.rint((value - o) / s), np.float32(0)), np.float32(midpoints.size))
+                code = min(max(np.rint((value - o) / s), np.float32(0)), np.float32(top))
                 rounded = code * s + o
                 codes[r, i] = np.uint8(code)
             else:
@@ -145,13 +145,13 @@ def round_columns(
 
 def round_columns_numpy(
     w: Array, upper: Array, groups: Array, scale: Array, offset: Array, midpoints: Array, levels: Array,
-    codes: Array, errors: Array,
+    top: int, codes: Array, errors: Array,
 ) -> None:  # fmt: skip
     """Do what ``round_columns`` does, a whole column at a time."""
     for i in range(w.shape[1]):
         s, o, value = scale[:, groups[i]], offset[:, groups[i]], w[:, i].astype(np.float32)
         if levels.size == 0:
-            codes[:, i] = np.clip(np.rint((value - o) / s), 0, midpoints.size)
+            codes[:, i] = np.clip(np.rint((value - o) / s), 0, top)
             rounded = codes[:, i] * s + o
         else:
             codes[:, i] = np.searchsorted(midpoints, value * (np.float32(1) / np.maximum(s, SMALLEST_ABSMAX)), side="left")
@@ -166,9 +166,10 @@ class _Grid:
     def __init__(self, config: QuantConfig, out: int, groups: int):
         self.config = config
         self.scale, self.offset = np.ones((out, groups), np.float32), np.zeros((out, groups), np.float32)
+        self.top = 2**config.bits - 1
         self.double_quant = not config.affine and config.double_quant
         if config.affine:
-            self.levels, self.midpoints = np.empty(0, np.float32), np.empty(2**config.bits - 1, np.float32)  # its size counts
+            self.levels = self.midpoints = np.empty(0, np.float32)
             self.stored_scale = np.empty((out, groups), np.float16)
             self.stored_offset = np.empty((out, groups), np.uint8 if config.offset_dtype == "zero" else config.offset_dtype)
         else:

@@ -30,7 +30,7 @@ from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
 from minilora.layers import DenseWeight, Linear, Parameter
 from minilora.lora import LoraLinear
-from minilora.memory import effective_bits, model_bytes
+from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
 from minilora.quant.affine import AffineWeight
 from minilora.study.run import build, calibration, environment, make_run_task, requantize
@@ -74,8 +74,8 @@ def compare_merges(
         except ConfigError as error:
             rows.append({"way": way, "refused": str(error)})
             continue
-        row = {"way": way, **_distance(merged, batches, reference)}
-        rows.append(row | {"bits": effective_bits(merged), "bytes": _bytes(merged)})
+        row = {"way": way, **_distance(merged, batches, reference), "bits": effective_bits(merged)}
+        rows.append(row | {"bytes": projection_bytes(merged)[0] + model_bytes(merged)["adapters"]})
     return rows
 
 
@@ -235,11 +235,3 @@ def _log_softmax(logits: Any) -> Any:
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def _bytes(model: Transformer) -> int:
-    """Bytes of the block projections as stored, and of adapters that are still beside them."""
-    weights = [(linear.base if isinstance(linear, LoraLinear) else linear).weight
-               for block in model.blocks for _, _, linear in block.linears()]  # fmt: skip
-    stored = sum(a.nbytes for w in weights for kind, arrays in w.arrays().items() if kind != "code_maps" for a in arrays)
-    return stored + model_bytes(model)["adapters"]

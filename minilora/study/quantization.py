@@ -111,7 +111,8 @@ def model_table(
     """
     counts = np.array([int(batch.mask.sum()) for batch in eval_batches])
     require(counts.size > 0 and bool((counts > 0).all()), "eval_batches", counts.tolist(), "each needs a target that counts")
-    plain = {config: replace(config, quantizer="rtn", fit="minmax", desc_act=False, static_groups=False) for config in configs}
+    plain = {config: replace(config, quantizer="rtn", fit="minmax", desc_act=False, static_groups=False,
+                             damp_percent=0.01) for config in configs}  # fmt: skip
     jobs = [(config, seed) for config in dict.fromkeys([*configs, *plain.values()])
             for seed in (seeds if config.quantizer == "gptq" else (None,))]  # fmt: skip
     samples = {seed: calibration(np.random.default_rng(seed)) for seed in seeds if any(seed == s for _, s in jobs)}

@@ -321,8 +321,8 @@ def write_weight_figures(
 ) -> list[Path]:
     """Write ``levels``, ``blocks``, ``errors`` and ``bytes`` as PNG, of a weight (out, in) and its ``weight_errors`` rows.
 
-    ``grid``, rows of many block and group sizes, makes lines of the errors. Levels show at most six types and fits, blocks at
-    most four; both as plain rounding to these levels leaves the weight.
+    ``grid``, rows of many block and group sizes, makes lines of the errors. Levels and blocks have a panel for each
+    type and fit, as plain rounding to these levels leaves the weight.
     """
     configs: dict[tuple[Any, ...], QuantConfig] = {}
     for row in rows:
@@ -332,8 +332,8 @@ def write_weight_figures(
         configs.setdefault(key, QuantConfig(row["quant_type"], **given))
     shown = list(configs.values())
     return save(folder, {
-        "levels": draw_levels([level_data(w, config) for config in shown[:6]]),
-        "blocks": draw_blocks([block_errors(w, config) for config in shown[:4]]),
+        "levels": draw_levels([level_data(w, config) for config in shown]),
+        "blocks": draw_blocks([block_errors(w, config) for config in shown]),
         "errors": draw_errors(grid or rows),
         "bytes": draw_bytes(size_rows(), crossover()),
     })  # fmt: skip
