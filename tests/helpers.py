@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from minilora.config import ModelConfig
 from minilora.data.tasks import Batch
@@ -169,22 +170,33 @@ class FakeTask:
         return {}
 
 
-def mutate(arrays: dict[str, np.ndarray], key: str, kind: str, draw: Any, dtypes: Sequence[Any], values: Sequence[Any]) -> bool:
-    """Damage one of a weight's arrays as a file might be; False if the kind is not one that all formats share.
+def mutate(data: Any, arrays: dict[str, np.ndarray], dtypes: Sequence[Any], names: Sequence[str], extra: str) -> str:
+    """Damage one of a weight's named arrays as a file might be, by Hypothesis's ``data``; returns what was done.
 
-    ``draw(list)`` picks one of a list, ``draw(n)`` a whole number from 0 to n - 1.
+    ``names`` are those that an array may also come under; ``extra`` is a kind that the caller carries out.
     """
+    key = data.draw(st.sampled_from(sorted(arrays)))
     array = arrays[key].copy()
+    kind = data.draw(st.sampled_from(["drop", "dtype", "shape", "value", "rename", "cut", "byte", extra]))
     if kind == "drop" and len(arrays) > 1:
         del arrays[key]
     elif kind == "dtype":
         with np.errstate(all="ignore"):
-            arrays[key] = array.astype(draw(dtypes))
+            arrays[key] = array.astype(data.draw(st.sampled_from(dtypes)))
     elif kind == "shape":
-        arrays[key] = array.reshape(draw([(-1,), (1, -1), (-1, 1), (1, 1, -1)]))
+        shapes = [(-1,), (1, -1), (-1, 1), (1, 1, -1)] + [(2, -1)] * (array.size % 2 == 0)
+        arrays[key] = array.reshape(data.draw(st.sampled_from(shapes)))
     elif kind == "value" and array.size:
-        array.reshape(-1)[draw(array.size)] = draw(values)
+        value = np.asarray(data.draw(st.sampled_from([0, 1, -1, 7, 100])))
+        array.reshape(-1)[data.draw(st.integers(0, array.size - 1))] = value.astype(array.dtype)
         arrays[key] = array
-    else:
-        return False
-    return True
+    elif kind == "rename":
+        arrays[data.draw(st.sampled_from(names))] = array
+    elif kind == "cut" and array.ndim:
+        axis = data.draw(st.integers(0, array.ndim - 1))
+        arrays[key] = array.take(range(data.draw(st.integers(0, array.shape[axis]))), axis)
+    elif kind == "byte" and array.dtype.kind in "fui" and array.size:
+        raw = bytearray(array.tobytes())
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        arrays[key] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
+    return kind

@@ -8,6 +8,7 @@ import struct
 
 import numpy as np
 import pytest
+from helpers import mutate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
@@ -329,28 +330,8 @@ def check_outcome(arrays):
 def test_mutated_arrays_are_refused_or_valid(data):
     arrays = to_arrays(NAME, make((5, 70), data.draw(st.sampled_from(["nf4", "fp4"])), 32, data.draw(st.booleans())))
     for _ in range(data.draw(st.integers(1, 3))):
-        key = data.draw(st.sampled_from(sorted(arrays)))
-        array = arrays[key].copy()
-        kind = data.draw(st.sampled_from(["drop", "dtype", "shape", "value", "rename", "cut", "byte", "state"]))
-        if kind == "drop" and len(arrays) > 1:
-            del arrays[key]
-        elif kind == "dtype":
-            with np.errstate(all="ignore"):
-                arrays[key] = array.astype(data.draw(st.sampled_from(DTYPES)))
-        elif kind == "shape":
-            arrays[key] = array.reshape(data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1), (1, 1, -1)])))
-        elif kind == "value" and array.size:
-            array.reshape(-1)[data.draw(st.integers(0, array.size - 1))] = data.draw(st.sampled_from([0, 1, 7, 100]))
-            arrays[key] = array
-        elif kind == "rename":
-            arrays[NAME + data.draw(st.sampled_from(["", ".absmax", ".quant_map", STATES[0], STATES[1]]))] = array
-        elif kind == "cut" and array.ndim:
-            arrays[key] = array[: data.draw(st.integers(0, len(array)))]
-        elif kind == "byte" and array.dtype.kind in "fui" and array.size:
-            raw = bytearray(array.tobytes())
-            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
-            arrays[key] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
-        elif kind == "state":
+        names = [NAME + part for part in ("", ".absmax", ".quant_map", *STATES)]
+        if mutate(data, arrays, DTYPES, names, "state") == "state":
             text = {data.draw(st.sampled_from(["blocksize", "shape", "nested_offset", "dtype", "x"])): data.draw(JSON)}
             state = [k for k in arrays if k.startswith(STATE) and arrays[k].dtype == np.uint8]
             if state:

@@ -26,6 +26,8 @@ from minilora.study.run import requantize
 
 INT4 = QuantConfig("int4", group_size=4)
 NF4 = QuantConfig("nf4", 32)
+# as in peers/test_peft: 4·eps·√(widest · 2·9·layers), and an adapter adds two sums to each of the 9
+RTOL = 4 * float(np.finfo(np.float32).eps) * (GQA.intermediate_size * 2 * 9 * GQA.num_hidden_layers * 3) ** 0.5
 BATCHES = [random_batch(seed=seed) for seed in range(3)]
 
 
@@ -42,6 +44,10 @@ def adapted(dense, quant=None, **settings):
     return model
 
 
+def largest_logit(model):
+    return max(float(np.abs(model.logits(batch.ids)).max()) for batch in BATCHES)
+
+
 def by_way(rows):
     return {row["way"]: row for row in rows}
 
@@ -54,8 +60,9 @@ def test_qalora_takes_all_four_ways(dense):
                           "offsets, float32", "offsets, float16", "offsets, whole zero points"]  # fmt: skip
     assert not any("refused" in row for row in rows.values())
     assert rows["not merged"]["kl"] == rows["not merged"]["logit_error"] == 0
+    rounding = RTOL * largest_logit(model)
     for exact in ("dequantized base", "offsets, float32"):
-        assert rows[exact]["logit_error"] < 1e-4 and rows[exact]["kl"] < 1e-8
+        assert rows[exact]["logit_error"] <= rounding and rows[exact]["kl"] <= rounding**2  # KL is of second order
     for lossy in ("full-precision base", "re-quantized: nf4, block 32", "offsets, whole zero points"):
         assert rows[lossy]["kl"] > 100 * rows["offsets, float16"]["kl"] > 0
     # a whole group moves together, so min/max groups find the same codes and the rounding of the offset is all that is lost
@@ -67,13 +74,15 @@ def test_qalora_takes_all_four_ways(dense):
 
 @pytest.mark.parametrize("quant", [None, NF4, INT4])
 def test_lora_and_qlora_are_refused_the_offsets_with_the_reason(dense, quant):
-    rows = by_way(compare_merges(adapted(dense, quant), dense, BATCHES[:1], [NF4]))
+    model = adapted(dense, quant)
+    rows = by_way(compare_merges(model, dense, BATCHES[:1], [NF4]))
     refused = {way: row["refused"] for way, row in rows.items() if "refused" in row}
     assert set(refused) == {way for way in rows if way.startswith("offsets")} and len(refused) == 3
     for reason in refused.values():
         assert ("constant within each group" if quant is INT4 else "has no float offset") in reason
-    assert rows["dequantized base"]["logit_error"] < 1e-4
-    assert (rows["full-precision base"]["logit_error"] < 1e-4) == (quant is None)
+    rounding = RTOL * largest_logit(model)
+    assert rows["dequantized base"]["logit_error"] <= rounding
+    assert (rows["full-precision base"]["logit_error"] <= rounding) == (quant is None)
     text = format_merges(list(rows.values()))
     assert text.count("Not possible: offsets") == 1
 
