@@ -63,8 +63,8 @@ CONFIGS = tuple(
 WEIGHT = "layers.1.mlp.down_proj"
 """The weight that the study looks at alone: (128, 512) in the shipped base."""
 FIGURES = {
-    "levels": "Levels over the weights. The histogram of w/absmax of its block (codebooks) or of the place in its group's fitted "
-    "range (integers; *mse* narrows the range and clips), and the levels that the codes stand for.",
+    "levels": "Levels over the weights. The histogram of w/absmax of its block (codebooks) or of the place between its group's "
+    "first and last level (integers; *mse* narrows the range and clips), and the levels that the codes stand for.",
     "blocks": "Error of each block against its largest weight. Levels are fractions of the scale, so one outlier makes its whole "
     "block coarse: the dots follow the line through 0. NF4's levels are dense near 0, where most weights of a block with an "
     "outlier are, and its error grows more slowly.",

@@ -88,7 +88,7 @@ def plot_levels(data: Mapping[str, Any], ax: Axes | None = None) -> Axes:
     ax.set_xlim(low - margin, high + margin)
     ax.set_ylim(0, top)
     ax.set_yticks([])
-    ax.set_xlabel("place in the group's range" if data["affine"] else "w / absmax of its block", fontsize=9)
+    ax.set_xlabel("place from first to last level" if data["affine"] else "w / absmax of its block", fontsize=9)
     ax.set_title(f"{data['name']}: relative error {100 * data['relative']:.1f} %", fontsize=9.5, loc="left")
     ax.spines[["top", "right", "left"]].set_visible(False)
     return ax
@@ -124,7 +124,7 @@ def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = B
     if absmax.size:
         slope = float(np.median(rms / absmax))
         ends = np.array([absmax.min(), absmax.max()])
-        ax.plot(ends, slope * ends, color=BLACK, linewidth=1.1)
+        ax.plot(ends, slope * ends, color=BLACK, linewidth=1.1, label="rms = median ratio · largest |w|")
         ax.set_title(f"{data['name']}: median {slope:.3f} of absmax", fontsize=9.5, loc="left")
     ax.set_xlabel("largest |w| of the block")
     ax.set_ylabel("rms error")
@@ -134,17 +134,18 @@ def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = B
 
 
 def draw_blocks(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel each of ``plot_blocks``, side by side with common axes."""
+    """One panel each of ``plot_blocks``, two in a row."""
     rows = -(-len(panels) // 2)
-    figure = new_figure(width=9.0, height=2.9 * rows)
-    axes = figure.subplots(rows, 2, squeeze=False, sharex=True, sharey="row")
-    for ax, data in zip(axes.reshape(-1), panels, strict=False):
+    figure = new_figure(width=9.0, height=2.9 * rows + 0.3)
+    axes = figure.subplots(rows, 2, squeeze=False, sharex=True).reshape(-1)
+    for ax, data in zip(axes, panels, strict=False):
         plot_blocks(data, ax, BLUE if data["affine"] else PINK)
-    for i, ax in enumerate(axes.reshape(-1)):
-        ax.set_ylim(0, 1.05 * max(float(data["rms"].max()) for data in panels[i // 2 * 2 : i // 2 * 2 + 2]) or 1.0)
-        ax.label_outer()
-        if i >= len(panels):
-            ax.set_axis_off()
+        ax.set_ylim(0, 1.05 * float(data["rms"].max()) or 1.0)
+        ax.tick_params(labelbottom=True)  # sharing the axis leaves them to the last row
+    for ax in axes[len(panels) :]:
+        ax.set_axis_off()
+    handles = axes[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, frameon=False, fontsize=9, loc="outside upper left")
     return figure
 
 
