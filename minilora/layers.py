@@ -163,12 +163,13 @@ class Linear:
 class Embedding:
     """y = W[ids]: token ids (B, T) → (B, T, C)."""
 
-    def __init__(self, name: str, weight: DenseWeight):
+    def __init__(self, name: str, weight: Any):
         self.name, self.weight = name, weight
 
     def parameters(self) -> Iterator[Parameter]:
-        """The table."""
-        yield self.weight.param
+        """The dense table; a quantized one has no parameter."""
+        if isinstance(self.weight, DenseWeight):
+            yield self.weight.param
 
     def forward(self, ids: Array) -> tuple[Array, Cache]:
         """Look the rows up."""

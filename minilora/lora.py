@@ -18,6 +18,7 @@ from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, 
 from minilora.functional import group_repeat, group_sum
 from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
+from minilora.quant.blocks import BLOCK, BlockWeight
 from minilora.quant.weights import AffineWeight, quantize_weight
 from minilora.quantize import quantize_model
 from minilora.threads import single_blas
@@ -214,15 +215,22 @@ def inject_lora(
             return linear
         if not config.use_qalora:
             return LoraLinear(linear, config, rng, quant=None if linear is frozen.head else quant)
-        if not isinstance(linear.weight, AffineWeight):
+        group_size = offset_groups(linear.weight)
+        if not group_size:
             why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
-                f"{linear.name} is stored as {type(linear.weight).__name__}"
-            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; "
-                              "quantize the base to int2, int3, int4 or int8 (a Q4_1 BlockWeight has .affine()), or leave it "
-                              "out of target_modules")
-        return LoraLinear(linear, config, rng, pool=linear.weight.group_size)
+                f"{linear.name} is stored as {getattr(linear.weight, 'quant_type', type(linear.weight).__name__)}"
+            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize the "
+                              "base to int2, int3, int4 or int8 (GGUF's Q4_1 will do as it is), or leave it out of target_modules")
+        return LoraLinear(linear, config, rng, pool=group_size)
 
     return frozen.map_linears(adapt)
+
+
+def offset_groups(weight: Any) -> int:
+    """Inputs that share one float offset, into which QA-LoRA merges; 0 for a weight without offsets."""
+    if isinstance(weight, AffineWeight):
+        return weight.group_size
+    return BLOCK if isinstance(weight, BlockWeight) and weight.offsets is not None else 0
 
 
 def full(model: Transformer) -> Transformer:

@@ -46,17 +46,22 @@ def arrays_in(value: Any) -> Iterator[Array]:
             yield from arrays_in(item)
 
 
+def packed_weights(model: Transformer) -> list[Any]:
+    """Every weight of a model, adapted or not, that is stored in few bits; one that embedding and head share, once."""
+    weights = [model.embedding.weight]
+    weights += [(linear.base if isinstance(linear, LoraLinear) else linear).weight for _, linear in model.linears()]
+    return list({id(weight): weight for weight in weights if not isinstance(weight, DenseWeight)}.values())
+
+
 def model_bytes(model: Transformer) -> dict[str, int]:
     """Bytes of a model by class: weights (dense arrays and codes), scales_offsets, code_maps, adapters."""
     found: dict[str, list[Array]] = {"weights": [], "scales_offsets": [], "code_maps": [], "adapters": []}
     for p in model.parameters():
         kind = "adapters" if ".lora_" in p.name else "weights"
         found[kind].append(p.data)
-    for _, linear in model.linears():
-        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
-        if not isinstance(weight, DenseWeight):
-            for kind, arrays in weight.arrays().items():
-                found[QUANT_CLASSES[kind]].extend(arrays)
+    for weight in packed_weights(model):
+        for kind, arrays in weight.arrays().items():
+            found[QUANT_CLASSES[kind]].extend(arrays)
     return {kind: unique_bytes(arrays) for kind, arrays in found.items()}
 
 
@@ -81,10 +86,7 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
     """(trainable, all) parameters. A quantized weight counts out·in whatever its packing, unlike counts from array sizes."""
     trainable = sum(p.data.size for p in model.trainable())
     total = sum(p.data.size for p in model.parameters())
-    for _, linear in model.linears():
-        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
-        if not isinstance(weight, DenseWeight):
-            total += weight.shape[0] * weight.shape[1]
+    total += sum(weight.shape[0] * weight.shape[1] for weight in packed_weights(model))
     return trainable, total
 
 

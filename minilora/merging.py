@@ -14,6 +14,7 @@ import numpy as np
 from minilora.config import ConfigError, QuantConfig
 from minilora.layers import Array, DenseWeight, Linear, Parameter
 from minilora.lora import LoraLinear
+from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import AffineWeight, quantize_weight
 from minilora.threads import single_blas
 
@@ -73,6 +74,8 @@ def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeErro
 
 def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
     weight = adapted.base.weight
+    if isinstance(weight, BlockWeight) and weight.offsets is not None:
+        weight = weight.affine()  # Q4_1 in the form whose offsets can be float32
     if not isinstance(weight, AffineWeight):
         raise ConfigError(f"how='offsets': {adapted.name} is stored as {type(weight).__name__}, which has no float offset; "
                           "use dense or requantize")

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig, matches, require
-from minilora.layers import Array, Block, Cache, Key, Linear
+from minilora.layers import Array, Block, Cache, DenseWeight, Embedding, Key, Linear, Parameter
 from minilora.quant.gptq import Hessian, gptq
 from minilora.quant.weights import quantize_weight
 from minilora.threads import single_blas
@@ -49,6 +49,23 @@ def quantize_model(
             "quantizer='gptq' needs token ids to see each layer's inputs, a few dozen sequences at least")
     done = quantize_by_layer(model, config, calibration, progress, only)
     return model.map_linears(lambda linear: done.get(linear.name, linear))
+
+
+def dequantize_model(model: Transformer) -> Transformer:
+    """A new model with every weight dense in float32: what a file of 4-bit blocks stands for. A tied head stays tied."""
+    dense: dict[int, Any] = {}
+
+    def weight(name: str, stored: Any) -> Any:
+        if isinstance(stored, DenseWeight):
+            return stored
+        if id(stored) not in dense:
+            dense[id(stored)] = DenseWeight(Parameter(f"{name}.weight", stored.dense()).freeze())
+        return dense[id(stored)]
+
+    embedding = Embedding(model.embedding.name, weight(model.embedding.name, model.embedding.weight))
+    new = model.map_linears(lambda linear: Linear(linear.name, weight(linear.name, linear.weight)))
+    new.embedding = embedding
+    return new
 
 
 @single_blas()

@@ -338,7 +338,7 @@ def test_rank_above_the_smaller_side_is_refused(r, fits):
             inject_lora(base_model(), config, rng())
 
 
-@pytest.mark.parametrize("quant, storage", [(None, "DenseWeight"), (NF4, "CodebookWeight")])
+@pytest.mark.parametrize("quant, storage", [(None, "DenseWeight"), (NF4, "stored as nf4")])
 def test_qalora_needs_a_float_offset(quant, storage):
     with pytest.raises(ConfigError, match=f"use_qalora=True: .*{storage}.*int2, int3, int4 or int8"):
         inject_lora(base_model(quant), QALORA, rng())
