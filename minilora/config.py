@@ -58,7 +58,8 @@ class ModelConfig:
     """Shape of a Llama-family transformer; the names are those of transformers' ``LlamaConfig``.
 
     The defaults are the base that ships in the package. ``hidden_act="silu"`` is the SwiGLU MLP (gate, up, down);
-    ``"gelu_pytorch_tanh"`` the two-matrix MLP (up, down) of the LoRA paper's figure.
+    ``"gelu_pytorch_tanh"`` the two-matrix MLP (up, down) of the LoRA paper's figure. ``rope_factors`` (head_dim / 2) divide the
+    speeds of the rotary pairs: all equal is linear scaling, Llama 3's slows the slow pairs only; None leaves them.
 
     >>> ModelConfig(num_attention_heads=3)
     Traceback (most recent call last):
@@ -76,6 +77,7 @@ class ModelConfig:
     rms_norm_eps: float = 1e-5
     tie_word_embeddings: bool = True
     hidden_act: str = "silu"
+    rope_factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "context_length"):
@@ -90,6 +92,12 @@ class ModelConfig:
         require_in(self.hidden_act, ("silu", "gelu_pytorch_tanh"), "hidden_act")
         _number(self.rope_theta, "rope_theta", 0, open_low=True)
         _number(self.rms_norm_eps, "rms_norm_eps", 0)
+        if self.rope_factors is not None:
+            object.__setattr__(self, "rope_factors", tuple(self.rope_factors))  # JSON makes lists of tuples
+            require(len(self.rope_factors) == self.head_dim // 2, "rope_factors", f"{len(self.rope_factors)} numbers",
+                    f"one for each rotary pair, head_dim / 2 = {self.head_dim // 2}")
+            for i, factor in enumerate(self.rope_factors):
+                _number(factor, f"rope_factors[{i}]", 0, open_low=True)
 
     @property
     def head_dim(self) -> int:
@@ -253,6 +261,10 @@ class TrainConfig:
     to the machine, so that any number of ``threads`` gives the same bytes. ``lora_plus_ratio`` multiplies the learning rate of
     every B (LoRA+, arXiv 2402.12354).
 
+    Less memory for the same step: ``gradient_checkpointing`` keeps each block's input alone and computes the rest again;
+    ``logits_chunk`` takes that many rows of logits at a time (0: all at once), which counts where the vocabulary is large;
+    ``gradient_accumulation_steps`` makes a step of that many batches of ``batch_size``, one after another.
+
     >>> TrainConfig(steps=0)
     Traceback (most recent call last):
     minilora.config.ConfigError: steps=0: must be a whole number, at least 1
@@ -272,15 +284,17 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     lora_plus_ratio: float = 1.0
     gradient_checkpointing: bool = False
+    logits_chunk: int = 0
+    gradient_accumulation_steps: int = 1
     shards: int = 2
     eval_every: int = 0
     checkpoint_every: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "shards"):
+        for field in ("steps", "batch_size", "gradient_accumulation_steps", "shards"):
             _whole(getattr(self, field), field)
-        for field in ("warmup_steps", "eval_every", "checkpoint_every", "seed"):
+        for field in ("logits_chunk", "warmup_steps", "eval_every", "checkpoint_every", "seed"):
             _whole(getattr(self, field), field, 0)
         for field in ("learning_rate", "eps", "lora_plus_ratio", "max_grad_norm"):
             _number(getattr(self, field), field, 0, open_low=True)

@@ -47,9 +47,13 @@ def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool
     return dxhat, dweight
 
 
-def rope_tables(positions: Array, head_dim: int, theta: float, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-    """Return cos and sin of position · theta^(−2i/D) (arXiv 2104.09864), as tables (…, D/2) for positions (…)."""
+def rope_tables(
+    positions: Array, head_dim: int, theta: float, dtype: np.dtype[Any], factors: tuple[float, ...] | None = None
+) -> tuple[Array, Array]:
+    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864), tables (…, D/2) for positions (…)."""
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (D/2,)
+    if factors is not None:
+        inverse = inverse / np.array(factors)
     angle = np.asarray(positions)[..., None] * inverse
     return np.cos(angle).astype(dtype), np.sin(angle).astype(dtype)
 

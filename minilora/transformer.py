@@ -6,7 +6,7 @@ Parameter names are those of transformers' ``LlamaForCausalLM``, so checkpoints 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -120,7 +120,8 @@ class Transformer:
 
     def rope(self, positions: Array) -> tuple[Array, Array]:
         """Rotation tables in the model's dtype."""
-        return F.rope_tables(positions, self.config.head_dim, self.config.rope_theta, self.embedding.weight.dtype)
+        c = self.config
+        return F.rope_tables(positions, c.head_dim, c.rope_theta, self.embedding.weight.dtype, c.rope_factors)
 
     def forward(self, ids: Array, key: Key = None, checkpoint: bool = False) -> tuple[Array, Cache]:
         """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the rows it needs.
@@ -196,8 +197,11 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def build_model(config: ModelConfig, arrays: dict[str, Array], trainable: bool = False) -> Transformer:
-    """Assemble a model from named arrays (transformers' names); they are used as they are, not copied."""
+def build_model(config: ModelConfig, arrays: Mapping[str, Any], trainable: bool = False) -> Transformer:
+    """Assemble a model from named arrays (transformers' names); they are used as they are, not copied.
+
+    In place of a matrix may stand a weight, for a quantized one; a tied head is then the embedding's own.
+    """
     shapes = parameter_shapes(config)
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
     if missing or extra:
@@ -205,23 +209,28 @@ def build_model(config: ModelConfig, arrays: dict[str, Array], trainable: bool =
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name}: shape {arrays[name].shape}, but the configuration asks for {shape}")
-    params = {name: Parameter(name, arrays[name], trainable) for name in shapes}
+
+    def norm(name: str) -> RMSNorm:
+        return RMSNorm(Parameter(name, arrays[name], trainable), config.rms_norm_eps)
+
+    def weight(name: str) -> Any:
+        given = arrays[name]
+        return DenseWeight(Parameter(name, given, trainable)) if isinstance(given, np.ndarray) else given
 
     def linear(module: str) -> Any:
         name = f"{module}.weight"
-        return Linear(module, DenseWeight(params[name])) if name in params else None
+        return Linear(module, weight(name)) if name in shapes else None
 
-    embedding = Embedding("model.embed_tokens", DenseWeight(params["model.embed_tokens.weight"]))
+    embedding = Embedding("model.embed_tokens", weight("model.embed_tokens.weight"))
     blocks = []
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}"
         attention = Attention(config, *(linear(f"{prefix}.self_attn.{name}") for name in ATTENTION_MODULES))
         mlp = MLP(*(linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
-        norms = [RMSNorm(params[f"{prefix}.{name}.weight"], config.rms_norm_eps)
-                 for name in ("input_layernorm", "post_attention_layernorm")]
+        norms = [norm(f"{prefix}.{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")]
         blocks.append(Block(norms[0], attention, norms[1], mlp))
     head = Linear("lm_head", embedding.weight) if config.tie_word_embeddings else linear("lm_head")
-    return Transformer(config, embedding, blocks, RMSNorm(params["model.norm.weight"], config.rms_norm_eps), head)
+    return Transformer(config, embedding, blocks, norm("model.norm.weight"), head)
 
 
 def init_model(config: ModelConfig, rng: np.random.Generator, dtype: Any = np.float32, trainable: bool = True) -> Transformer:

@@ -37,7 +37,7 @@ def load(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, np.n
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     about = json.loads(str(found.pop("about")))
-    config = ModelConfig(**{field.name: about[field.name] for field in fields(ModelConfig)})
+    config = ModelConfig(**{field.name: about[field.name] for field in fields(ModelConfig) if field.name in about})
     return config, {k[2:]: v for k, v in found.items() if k.startswith("w.")}, found
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ModelConfig, require_in
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import DenseWeight, Linear
+from minilora.layers import DenseWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.quant.packed import unpacked
 from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
@@ -26,8 +26,11 @@ def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, me
     """
     arrays = {p.name: p.data.astype(dtype) for p in model.parameters()}
     stored: dict[str, dict[str, Any]] = {}
-    for name, linear in model.linears():
-        weight = getattr(linear, "weight", None)
+    heads = [model.head.name] if model.tied else []  # its weight is the embedding's
+    for name, layer in [(model.embedding.name, model.embedding), *model.linears()]:
+        weight = getattr(layer, "weight", None)
+        if name in heads:
+            continue
         if isinstance(weight, AffineWeight):
             stored[name] = {"quant_type": weight.quant_type, "group_size": weight.group_size}
             (offset,) = weight.arrays()["offsets"]  # as stored: whole zero points are packed uint8
@@ -45,6 +48,8 @@ def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, me
         elif not isinstance(weight, DenseWeight):
             raise ValueError(f"{name}: has an adapter; merge(model) makes a model without, save_adapter saves the adapter alone")
     config = asdict(replace(model.config, tie_word_embeddings=model.tied))  # a merged head is no longer tied
+    if config["rope_factors"] is None:
+        del config["rope_factors"]  # as in files from before there was such a field
     write_tensors(Path(path), arrays, {"minilora_model": config, "minilora_quantized": stored} | (metadata or {}))
 
 
@@ -54,7 +59,7 @@ def load_model(path: str | Path) -> Transformer:
     arrays, metadata = read_tensors(path)
     config, stored = metadata.get("minilora_model"), metadata.get("minilora_quantized", {})
     names = {field.name for field in fields(ModelConfig)}
-    if not isinstance(config, dict) or set(config) != names or not isinstance(stored, dict):
+    if not isinstance(config, dict) or {"rope_factors", *config} != names or not isinstance(stored, dict):
         raise FileError(f"{path}: no minilora model (its metadata lacks a complete 'minilora_model' entry)")
     try:
         model_config = ModelConfig(**config)
@@ -64,20 +69,16 @@ def load_model(path: str | Path) -> Transformer:
         weights = {name: _quantized(name, shapes, how, arrays) for name, how in stored.items()}
         if any(array.dtype.kind != "f" for array in arrays.values()):
             raise ValueError("holds arrays that are not floating point")
-        # build_model wants every matrix: a quantized one is put in its place afterwards
-        dense = arrays | {f"{name}.weight": np.broadcast_to(np.float32(0), shapes[f"{name}.weight"]) for name in weights}
-        model = build_model(model_config, {name: a if a.strides == (0, 0) else a.astype(np.float32) for name, a in dense.items()})
+        dense = {name: array.astype(np.float32) for name, array in arrays.items()}
+        return build_model(model_config, dense | {f"{name}.weight": weight for name, weight in weights.items()})
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileError(f"{path}: {error}") from None
-    if not weights:
-        return model
-    return model.map_linears(lambda linear: Linear(linear.name, weights.get(linear.name, linear.weight)))
 
 
 def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]) -> Any:
     """Take one quantized weight's arrays out of ``arrays``; the classes check every size themselves."""
     out_in = shapes.get(f"{name}.weight", ())
-    if len(out_in) != 2 or name == "model.embed_tokens":
+    if len(out_in) != 2 or (name == "model.embed_tokens" and how["quant_type"] not in BLOCK_BYTES):
         raise ValueError(f"{name}: is no projection of this model, and cannot be quantized")
     shape = (out_in[0], out_in[1])
 

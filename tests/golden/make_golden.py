@@ -108,7 +108,7 @@ def torch_model(config: ModelConfig, arrays: dict[str, np.ndarray]) -> Any:
             return self.down_proj(torch.nn.functional.gelu(self.up_proj(x), approximate="tanh"))
 
     settings = asdict(config)
-    theta, context = settings.pop("rope_theta"), settings.pop("context_length")
+    theta, context, _ = (settings.pop(field) for field in ("rope_theta", "context_length", "rope_factors"))
     settings["hidden_act"] = "silu"
     model = LlamaForCausalLM(
         LlamaConfig(

