@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -27,17 +28,38 @@ class KVCache:
         self.values = [v[rows] for v in self.values]
 
 
+PREFILL = 512
+"""Positions of a prompt that are run at once: scores and hidden layers of a long prompt would not fit otherwise."""
+
+
 def prefill(model: Transformer, ids: Array, kv_cache: KVCache) -> Array:
-    """Run right-padded prompts (B, T) through the blocks, store their keys and values, return hidden states (B, T, C)."""
+    """Run right-padded prompts (B, T) through the blocks, store their keys and values, return hidden states (B, T, C).
+
+    Long prompts run ``PREFILL`` positions at a time, which see what is stored before them: the same numbers up to rounding.
+    """
+    parts = []
+    for start in range(0, ids.shape[1], PREFILL):
+        part = ids[:, start : start + PREFILL]
+        parts.append(_extend(model, part, np.arange(start, start + part.shape[1]), kv_cache))
+    return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
+
+
+def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache) -> Array:
+    """Tokens (B, T) at neighbouring positions (T,), the same for all sequences: hidden states (B, T, C)."""
     B, T = ids.shape
+    first, last = int(positions[0]), int(positions[-1]) + 1
     x, _ = model.embedding.forward(ids)
-    rope = model.rope(np.arange(T))
+    rope = model.rope(positions)
     for i, block in enumerate(model.blocks):
         attention = block.attention
         q, k, v, _ = attention.project(block.input_norm.forward(x)[0], rope)  # (B, T, H or K, D)
-        kv_cache.keys[i][:, :, :T] = k.transpose(0, 2, 1, 3)
-        kv_cache.values[i][:, :, :T] = v.transpose(0, 2, 1, 3)
-        mixed, _ = F.attention_forward(q, k, v)
+        keys, values = kv_cache.keys[i], kv_cache.values[i]
+        keys[:, :, first:last] = k.transpose(0, 2, 1, 3)
+        values[:, :, first:last] = v.transpose(0, 2, 1, 3)
+        if first == 0:
+            mixed, _ = F.attention_forward(q, k, v)
+        else:
+            mixed = cached_attention(q, keys[:, :, :last], values[:, :, :last], np.broadcast_to(positions, (B, T)))
         x = x + attention.o_proj.forward(mixed.reshape(B, T, -1))[0]
         x = x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
     return model.norm.forward(x)[0]
@@ -56,10 +78,27 @@ def decode(model: Transformer, tokens: Array, positions: Array, kv_cache: KVCach
         keys, values = kv_cache.keys[i], kv_cache.values[i]
         keys[rows, :, positions] = k[:, 0]
         values[rows, :, positions] = v[:, 0]
-        mixed = F.attention_decode(q[:, 0], keys[:, :, :filled], values[:, :, :filled], positions + 1)  # (B, H, D)
+        mixed = cached_attention(q, keys[:, :, :filled], values[:, :, :filled], positions[:, None])  # (B, 1, H, D)
         x = x + attention.o_proj.forward(mixed.reshape(B, 1, -1))[0]
         x = x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
     return model.norm.forward(x)[0][:, 0]
+
+
+def cached_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:
+    """Attention of new queries over the stored keys up to their own positions (no gradient: for generation).
+
+    Shapes: q (B, T, H, D), k and v (B, K, S, D) by position, positions (B, T) → (B, T, H, D).
+    """
+    B, T, H, D = q.shape
+    K, S = k.shape[1:3]
+    grouped = q.reshape(B, T, K, H // K, D).transpose(0, 2, 1, 3, 4).reshape(B, K, -1, D)  # (B, K, T·G, D)
+    scores = grouped @ k.swapaxes(-1, -2)  # (B, K, T·G, S)
+    scores *= q.dtype.type(D**-0.5)
+    if positions.min() < S - 1:
+        later = np.arange(S) > positions[..., None]  # (B, T, S)
+        np.copyto(scores.reshape(B, K, T, H // K, S), -np.inf, where=later[:, None, :, None])
+    mixed = F.softmax(scores, out=scores) @ v  # (B, K, T·G, D)
+    return mixed.reshape(B, K, T, H // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
 
 
 def sample(logits: Array, rng: np.random.Generator | None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Array:
@@ -84,7 +123,6 @@ def sample(logits: Array, rng: np.random.Generator | None, temperature: float = 
     return np.take_along_axis(order, np.minimum(picked, last)[:, None], -1)[:, 0]
 
 
-@single_blas()
 def generate(
     model: Transformer,
     prompts: Sequence[Sequence[int]],
@@ -94,14 +132,55 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     rng: np.random.Generator | None = None,
-    eos: int | None = None,
+    eos: int | Collection[int] | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt; returns the new tokens only, without ``eos``.
+    """Continue each prompt; returns the new tokens only, without the one of ``eos`` that ended them.
 
-    Stops at ``eos``, after ``max_new_tokens``, or when the context is full. Greedy results do not depend on which other
-    prompts share the call, up to rounding.
+    Stops at ``eos``, a token or several, after ``max_new_tokens``, or when the context is full. Greedy results do not depend
+    on which other prompts share the call, up to rounding.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
+    choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    results: list[list[int]] = [[] for _ in prompts]
+    with single_blas():
+        for made in _decoded(model, prompts, max_new_tokens, choose, _stops(eos)):
+            for sequence, token in made:
+                results[sequence].append(token)
+    return results
+
+
+def stream(
+    model: Transformer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rng: np.random.Generator | None = None,
+    eos: int | Collection[int] | None = None,
+) -> Iterator[int]:
+    """Continue one prompt as ``generate`` does, and yield each token as soon as it is made; bad input is refused at once."""
+    _check(model, [prompt], max_new_tokens, temperature, top_k, top_p)
+    choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
+    steps = _decoded(model, [prompt], max_new_tokens, choose, _stops(eos))
+
+    def tokens() -> Iterator[int]:
+        while True:
+            with single_blas():  # only while a token is made: between two, BLAS is the caller's
+                made = next(steps, None)
+            if not made:
+                return
+            yield made[0][1]
+
+    return tokens()
+
+
+def _decoded(
+    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Array], Array],
+    stops: frozenset[int],
+) -> Iterator[list[tuple[int, int]]]:
+    """Yield, step by step, the new (prompt's number, token) of all sequences that go on."""
     lengths = np.array([len(p) for p in prompts])
     room = min(model.config.context_length, int(lengths.max()) + max_new_tokens)
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
@@ -110,24 +189,29 @@ def generate(
     kv_cache = KVCache(model, len(prompts), room)
     hidden = prefill(model, ids, kv_cache)[np.arange(len(prompts)), lengths - 1]  # (B, C) at each prompt's last token
 
-    results: list[list[int]] = [[] for _ in prompts]
     alive, positions = np.arange(len(prompts)), lengths.copy()
+    count = 0
     while True:
-        tokens = sample(model.head.forward(hidden)[0], rng, temperature, top_k, top_p)
-        going = []
-        for i, (sequence, token) in enumerate(zip(alive, tokens, strict=True)):
-            if token == eos:
-                continue
-            results[sequence].append(int(token))
-            if len(results[sequence]) < max_new_tokens and positions[i] < room:
-                going.append(i)
+        tokens = choose(model.head.forward(hidden)[0])
+        count += 1
+        new = [i for i, token in enumerate(tokens) if int(token) not in stops]
+        yield [(int(alive[i]), int(tokens[i])) for i in new]
+        going = [i for i in new if count < max_new_tokens and positions[i] < room]
         if not going:
-            return results
+            return
         if len(going) < len(alive):
             alive, positions, tokens = alive[going], positions[going], tokens[going]
             kv_cache.keep(np.array(going))
         hidden = decode(model, tokens, positions, kv_cache)
         positions = positions + 1
+
+
+def _stops(eos: int | Collection[int] | None) -> frozenset[int]:
+    stops = [] if eos is None else list(eos) if isinstance(eos, Collection) else [eos]
+    for token in stops:
+        if not isinstance(token, int | np.integer):
+            raise ValueError(f"eos={eos!r}: must be a token's number or several, as the tokenizer gives them")
+    return frozenset(map(int, stops))
 
 
 def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int,
@@ -136,7 +220,9 @@ def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens:
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("prompts: each must hold at least one token; start an empty one with BOS")
     if max(map(len, prompts)) >= limit:
-        raise ValueError(f"prompts: {max(map(len, prompts))} tokens leave no room in context_length={limit}; shorten the prompt")
+        longest = max(map(len, prompts))
+        raise ValueError(f"prompts: {longest} tokens leave no room in context_length={limit}: shorten the prompt by "
+                         f"{longest - limit + 1} or more")
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if low < 0 or high >= model.config.vocab_size:
         raise ValueError(f"prompts: token {low if low < 0 else high} outside the vocabulary 0…{model.config.vocab_size - 1}")

@@ -7,8 +7,9 @@ import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
 from minilora import functional as F
+from minilora import generation
 from minilora.config import LoraConfig, QuantConfig
-from minilora.generation import KVCache, decode, generate, prefill, sample
+from minilora.generation import KVCache, decode, generate, prefill, sample, stream
 from minilora.lora import inject_lora
 from minilora.quantize import quantize_model
 
@@ -134,6 +135,67 @@ def test_a_full_context_stops_each_sequence_by_itself():
     # the last token is predicted from a full context and is not fed back
     assert [len(p) + len(r) for p, r in zip(prompts, results, strict=True)] == [LENGTH + 1] * 3
     assert results == [greedy_by_hand(model, p, 100) for p in prompts]
+
+
+def test_any_of_several_stop_tokens_ends_a_text():
+    model = make_model(GQA)
+    plain = generate(model, PROMPTS, 10)
+    stops = {plain[2][3], plain[0][5]}
+    expected = [row[: min((i for i, t in enumerate(row) if t in stops), default=len(row))] for row in plain]
+    assert len({len(row) for row in expected}) > 1
+    for eos in (stops, list(stops), np.array(list(stops)).tolist(), tuple(np.array(list(stops)))):
+        assert generate(model, PROMPTS, 10, eos=eos) == expected
+    assert generate(model, PROMPTS, 10, eos=np.int64(plain[2][3])) == generate(model, PROMPTS, 10, eos=[plain[2][3]])
+    assert generate(model, PROMPTS, 10, eos=()) == generate(model, PROMPTS, 10, eos=None) == plain
+    for bad in ("</s>", ["</s>"], 1.5):
+        with pytest.raises(ValueError, match="^eos=.*must be a token's number"):
+            generate(model, PROMPTS, 10, eos=bad)
+
+
+@every_variant
+def test_a_stream_yields_what_generate_returns(make):
+    model = make()
+    for prompt in PROMPTS:
+        (whole,) = generate(model, [prompt], 8)
+        assert list(stream(model, prompt, 8)) == whole
+        assert list(stream(model, prompt, 8, eos=whole[3])) == whole[: whole.index(whole[3])]
+    sampled = generate(model, [[1]], 8, temperature=2.0, top_k=9, rng=np.random.default_rng(5))[0]
+    assert list(stream(model, [1], 8, temperature=2.0, top_k=9, rng=np.random.default_rng(5))) == sampled
+
+
+def test_a_stream_makes_a_token_only_when_it_is_asked_for(monkeypatch):
+    calls = []
+    monkeypatch.setattr(generation, "decode", lambda *a: calls.append(1) or decode(*a))
+    tokens = stream(make_model(GQA), [1, 2], 8)
+    assert [next(tokens), len(calls)] == [generate(make_model(GQA), [[1, 2]], 1)[0][0], 0]
+    next(tokens)
+    assert len(calls) == 1
+
+
+def test_a_stream_refuses_before_it_is_read():
+    with pytest.raises(ValueError, match="leave no room"):
+        stream(make_model(GQA), [1] * LENGTH, 2)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 5])
+def test_a_prompt_in_pieces_gives_the_hidden_states_of_the_whole(config, chunk, monkeypatch):
+    model = make_model(config)
+    ids = np.random.default_rng(2).integers(config.vocab_size, size=(2, 9))
+    whole, cache = KVCache(model, 2, 9), KVCache(model, 2, 9)
+    expected = prefill(model, ids, whole)
+    monkeypatch.setattr(generation, "PREFILL", chunk)
+    rtol = close_rtol(np.float64, *[config.intermediate_size] * 9 * config.num_hidden_layers)
+    assert_close(prefill(model, ids, cache), expected, rtol)
+    for a, b in zip(cache.keys + cache.values, whole.keys + whole.values, strict=True):
+        assert_close(a, b, rtol)
+
+
+def test_the_cache_holds_what_is_asked_for_and_not_the_whole_context(monkeypatch):
+    slots = []
+    monkeypatch.setattr(generation, "KVCache", lambda model, batch, n: slots.append(n) or KVCache(model, batch, n))
+    generate(make_model(GQA), [[1, 2, 3], [4]], 5)
+    generate(make_model(GQA), [[1, 2, 3]], 500)
+    assert slots == [8, LENGTH]
 
 
 def test_results_are_plain_lists_of_ints():
@@ -266,7 +328,8 @@ def test_sampled_text_stays_inside_top_k():
     [
         ({"prompts": []}, "prompts: each must hold at least one token"),
         ({"prompts": [[1], []]}, "prompts: each must hold at least one token"),
-        ({"prompts": [[1] * LENGTH]}, "prompts: 24 tokens leave no room in context_length=24"),
+        ({"prompts": [[1] * LENGTH]}, "prompts: 24 tokens leave no room in context_length=24: shorten the prompt by 1 or more"),
+        ({"prompts": [[1], [1] * 30]}, "prompts: 30 tokens leave no room in context_length=24: shorten the prompt by 7 or more"),
         ({"prompts": [[1, 19]]}, "prompts: token 19 outside the vocabulary 0…18"),
         ({"prompts": [[-1]]}, "prompts: token -1 outside"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
