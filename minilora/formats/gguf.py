@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's model file: our own reader, which maps the file and takes no byte on trust; and a writer.
+"""GGUF, llama.cpp's model file: a reader, which maps the file and takes no byte on trust, and a writer.
 
     "GGUF" · version u32 · number of tensors u64 · number of metadata entries u64
     each entry:   key string · type u32 · value
@@ -12,7 +12,6 @@ as a view does; a file that another program shortens meanwhile ends this process
 
 from __future__ import annotations
 
-import importlib
 import math
 import mmap
 import struct
@@ -45,6 +44,9 @@ MAX_NAME = 2**16 - 1
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 BOOL, STRING, ARRAY = 7, 8, 9
 
+VERSION, QUANTIZATION_VERSION = 3, 2
+"""Versions of the file, and of the blocks in it, that are written."""
+
 # type → name, weights of a block, bytes of a block (ggml.h; 4, 5, 31-33 and 36-38 were withdrawn)
 GGML_TYPES = {
     0: ("F32", 1, 4), 1: ("F16", 1, 2), 2: ("Q4_0", 32, 18), 3: ("Q4_1", 32, 20), 6: ("Q5_0", 32, 22), 7: ("Q5_1", 32, 24),
@@ -56,6 +58,8 @@ GGML_TYPES = {
     40: ("NVFP4", 64, 36), 41: ("Q1_0", 128, 18),
 }  # fmt: skip
 
+_KINDS = {np.dtype(letters): kind for kind, letters in SCALARS.items()}
+_TYPES = {name: kind for kind, (name, _, _) in GGML_TYPES.items()}
 
 ALIGNMENTS = "must be a power of two, at least 8"
 
@@ -92,15 +96,23 @@ class GGUFFile:
         self.version = header.version()
         n_tensors, n_entries = header.count("tensor count", 32, MAX_ENTRIES), header.count("metadata count", 13, MAX_ENTRIES)
         self.metadata: dict[str, Any] = {}
+        self._entries: dict[str, tuple[int, int]] = {}
         for i in range(n_entries):
             key = header.text(f"key {i}", MAX_NAME)
             if key in self.metadata:
                 raise header.error(f"metadata {key[:80]!r}", "appears twice")
+            start = header.pos
             self.metadata[key] = header.value(header.number("<I", f"type of {key[:80]!r}"), f"metadata {key[:80]!r}")
+            self._entries[key] = start, header.pos
         self.alignment = self.metadata.get("general.alignment", 32)
         if not _is_alignment(self.alignment):
             raise header.error("general.alignment", f"is {self.alignment!r}; it {ALIGNMENTS}")
         self.tensors = header.placed([header.tensor(i) for i in range(n_tensors)], self.alignment)
+
+    def entry(self, key: str) -> bytes:
+        """Return one metadata value as it stands in the file, its type and its bytes, for write_gguf to write again."""
+        start, end = self._entries[key]
+        return self._map[start:end]
 
     def array(self, name: str) -> Array:
         """Return an F32 or F16 tensor as a read-only view of the file, a BF16 tensor as float32.
@@ -213,6 +225,25 @@ class _Header:
         except UnicodeDecodeError as error:
             raise self.error(what, f"is not UTF-8 ({error.reason} at its byte {error.start})") from None
 
+    def texts(self, count: int, what: str) -> list[str]:
+        """Return ``text``'s results many times over, in a third of the time: a vocabulary has 10^5 strings."""
+        self.left[STRING] -= count
+        length, data, end, pos = struct.Struct("<Q").unpack_from, self.data, self.end, self.pos
+        found = []
+        for _ in range(count):
+            stop = pos + 8 + length(data, pos)[0] if pos + 8 <= end else end + 1
+            try:
+                if stop > end:
+                    raise ValueError("goes beyond the end")
+                found.append(data[pos + 8 : stop].decode())
+            except ValueError:
+                self.pos = pos
+                self.text(what)  # says what is wrong
+                raise
+            pos = stop
+        self.pos = pos
+        return found
+
     def value(self, kind: int, what: str, depth: int = MAX_DEPTH) -> Any:
         """Return one metadata value of a type; ``depth`` is how deep arrays may still lie in arrays."""
         if kind in SCALARS:
@@ -231,6 +262,8 @@ class _Header:
         if item in SCALARS:
             return self.numbers(item, self.count(f"length of {what}", struct.calcsize(SCALARS[item])), what)
         count = self.count(f"length of {what}", 12 if item == ARRAY else 8, self.left.get(item, MAX_HEADER))
+        if item == STRING:
+            return self.texts(count, what)
         return [self.value(item, what, depth - 1) for _ in range(count)]
 
     def numbers(self, kind: int, count: int, what: str) -> Array:
@@ -288,43 +321,37 @@ def write_gguf(
     metadata: dict[str, Any],
     arch: str = "llama",
 ) -> dict[str, float]:
-    """Write a GGUF file with the gguf package; complete or not at all.
+    """Write a GGUF file; complete or not at all.
 
     Arrays and dense weights become F32 or F16 by their dtype, int4 groups of 32 become Q4_1. A NumPy number or array of the
-    metadata keeps its type; an int becomes UINT32 if it fits, else INT32 or 64 bits, a float FLOAT32. Returns, for each
-    affine weight, the largest change of an offset by rounding to float16: 0 unless it was merged. Raises ImportError without
-    the package, ValueError for what a file cannot hold.
+    metadata keeps its type; an int becomes UINT32 if it fits, else INT32 or 64 bits, a float FLOAT32; bytes are a value as
+    another file has it, ``GGUFFile.entry(key)``. Returns, for each affine weight, the largest change of an offset by rounding
+    to float16: 0 unless it was merged. Raises ValueError for what a file cannot hold.
     """
-    try:
-        gguf = importlib.import_module("gguf")
-    except ImportError:
-        raise ImportError("writing GGUF needs the gguf package: pip install gguf") from None
     require(metadata.get("general.architecture", arch) == arch, "arch", arch, "metadata['general.architecture'] says otherwise")
     stored = {name: _stored(name, tensor) for name, tensor in tensors.items()}
-    if any(quant_type for _, quant_type, _ in stored.values()):
-        metadata = {"general.quantization_version": gguf.GGML_QUANT_VERSION} | metadata
+    if any(quant_type in BLOCK_BYTES for _, quant_type, _ in stored.values()):
+        metadata = metadata | {"general.quantization_version": metadata.get("general.quantization_version", QUANTIZATION_VERSION)}
     alignment = metadata.get("general.alignment", 32)
     require(_is_alignment(alignment), "general.alignment", alignment, ALIGNMENTS)
-    values = {key: _typed(key, value) for key, value in metadata.items() if key != "general.architecture"}
-    with atomic(Path(path)) as temporary:
-        writer = gguf.GGUFWriter(temporary, arch)
-        try:
-            for key, (value, kind, item_kind) in values.items():
-                types = [gguf.GGUFValueType[k] if k else None for k in (kind, item_kind)]
-                writer.add_key_value(key, value, *types)  # not add_string, add_array: they leave out what is empty
-            writer.data_alignment = alignment
-            for name, (array, quant_type, _) in stored.items():
-                writer.add_tensor(name, array, raw_dtype=gguf.GGMLQuantizationType[quant_type] if quant_type else None)
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        finally:
-            writer.close()
+    entries = {"general.architecture": arch} | metadata
+    header = [b"GGUF", struct.pack("<IQQ", VERSION, len(stored), len(entries))]
+    header += [part for key, value in entries.items() for part in (_text(key), _typed(key, value))]
+    at = 0
+    for name, (array, quant_type, _) in stored.items():
+        shape = tensors[name].shape  # of weights, not of their bytes
+        header += [_text(name), struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))]
+        header += [struct.pack("<IQ", _TYPES[quant_type], at)]
+        at += -(-array.nbytes // alignment) * alignment
+    with atomic(Path(path)) as temporary, open(temporary, "wb") as file:
+        for part in (b"".join(header), *(array for array, _, _ in stored.values())):
+            written = file.write(part if isinstance(part, bytes) else np.ascontiguousarray(part).data)
+            file.write(bytes(-written % alignment))
     return {name: change for name, (_, _, change) in stored.items() if isinstance(tensors[name], AffineWeight)}
 
 
 def _stored(name: str, tensor: Any) -> tuple[Array, str, float]:
-    """Return what is written of a tensor: its array, the type of its blocks or "", the largest change of an offset."""
+    """Return what is written of a tensor: its array, its type, the largest change of an offset."""
     longest = 63  # ggml's names end with a zero byte, within 64
     require(0 < len(name.encode()) <= longest, "tensors", name, f"a name has 1 to {longest} bytes: llama.cpp refuses others")
     if isinstance(tensor, AffineWeight):
@@ -336,15 +363,22 @@ def _stored(name: str, tensor: Any) -> tuple[Array, str, float]:
     require(array.dtype in (np.float32, np.float16), name, str(array.dtype), "must be float32 or float16")
     require(1 <= array.ndim <= 4 and array.size > 0, name, array.shape, "must have 1 to 4 dimensions, none of them 0")
     require(bool(np.isfinite(array).all()), name, "NaN or infinity", "must be finite")
-    return array, "", 0.0
+    return array.astype(array.dtype.newbyteorder("<"), copy=False), f"F{8 * array.itemsize}", 0.0
 
 
-def _typed(key: str, value: Any) -> tuple[Any, str, str]:
-    """Return a metadata value with the names of its GGUF type and, for an array, of its items' type."""
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def _typed(key: str, value: Any) -> bytes:
+    """Return a metadata value as it stands in a file: its type, for an array its items' type and number, and its bytes."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
-        return value, "STRING", ""
+        return struct.pack("<I", STRING) + _text(value)
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, str) for item in value):
-        return list(value), "ARRAY", "STRING"
+        return struct.pack("<IIQ", ARRAY, STRING, len(value)) + b"".join(map(_text, value))
     numbers = np.asarray(value)
     require(numbers.dtype.kind in "biuf" and numbers.dtype != np.float16 and numbers.ndim <= 1 and numbers.size > 0,
             key, value, "must be a string, a number, or a list of strings or of numbers, not empty")  # fmt: skip
@@ -356,5 +390,6 @@ def _typed(key: str, value: Any) -> tuple[Any, str, str]:
             if limits.min <= numbers.min() and numbers.max() <= limits.max:
                 numbers = numbers.astype(dtype)
                 break
-    kind = numbers.dtype.name.upper()
-    return (numbers.item(), kind, "") if numbers.ndim == 0 else (numbers.tolist(), "ARRAY", kind)
+    kind = _KINDS[numbers.dtype.newbyteorder("<")]
+    start = struct.pack("<I", kind) if numbers.ndim == 0 else struct.pack("<IIQ", ARRAY, kind, len(numbers))
+    return start + numbers.astype(numbers.dtype.newbyteorder("<")).tobytes()

