@@ -85,10 +85,24 @@ def softmax(x: Array, out: Array | None = None) -> Array:
     return y
 
 
-def attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
-    """Causal grouped-query attention, y = softmax(q kᵀ / √D + causal mask) v (arXiv 1706.03762, 2305.13245).
+def attention_mask(T: int, segments: Array | None, dtype: np.dtype[Any]) -> Array:
+    """What is added to the scores: 0 where a query may look, −inf where not; (T, T), or (B, 1, 1, T, T) with segments.
+
+    A query sees its own past, and of that only its own segment: examples packed into one row do not see each other. Their
+    positions need no reset, because rotary scores depend on the distance between query and key alone.
+    """
+    mask = np.triu(np.full((T, T), -np.inf, dtype), 1)
+    if segments is None:
+        return mask
+    same = segments[:, :, None] == segments[:, None, :]  # (B, T, T)
+    return np.where(same, mask, mask.dtype.type(-np.inf))[:, None, None]
+
+
+def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+    """Causal grouped-query attention, y = softmax(q kᵀ / √D + mask) v (arXiv 1706.03762, 2305.13245).
 
     Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key head h // (H/K).
+    ``segments`` (B, T) integers: places with different numbers do not see each other (:func:`attention_mask`).
     """
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -98,7 +112,7 @@ def attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, Cache]:
     k5 = k.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     v5 = v.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     scores = q5 @ k5.swapaxes(-1, -2)  # (B, K, G, T, T)
-    scores += np.triu(np.full((T, T), -np.inf, q.dtype), 1)
+    scores += attention_mask(T, segments, q.dtype)
     probs = softmax(scores, out=scores)
     y = (probs @ v5).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
     return y, (q, k, v, probs)

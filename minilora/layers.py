@@ -7,7 +7,7 @@
 threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
 no input, builds no dW and still passes dx on. Letters of the shapes: see :mod:`minilora.functional`.
 
-``key`` is what random layers draw from, a tuple (seed, step, shard); ``None`` means evaluation. Only an adapter's dropout
+``key`` is what random layers draw from, a tuple (seed, step, shard, …); ``None`` means evaluation. Only an adapter's dropout
 uses it; because the numbers depend on the key alone, a recomputed forward draws the same ones.
 """
 
@@ -23,7 +23,7 @@ from minilora.config import ModelConfig
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
-Key = tuple[int, int, int] | None
+Key = tuple[int, ...] | None
 
 
 class Parameter:
@@ -222,10 +222,12 @@ class Attention:
         q, k, v = (z.reshape(B, T, -1, self.config.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
         return F.rope_forward(q, *rope), F.rope_forward(k, *rope), v, (cache_q, cache_k, cache_v)
 
-    def forward(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Cache]:
-        """x (B, T, C) → y (B, T, C)."""
+    def forward(
+        self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
+    ) -> tuple[Array, Cache]:
+        """x (B, T, C) → y (B, T, C); ``segments`` (B, T) keep packed examples apart."""
         q, k, v, cache_qkv = self.project(x, rope, key)
-        mixed, cache_mix = F.attention_forward(q, k, v)  # (B, T, H, D)
+        mixed, cache_mix = F.attention_forward(q, k, v, segments)  # (B, T, H, D)
         y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # heads side by side: (B, T, H·D)
         return y, (rope, cache_qkv, cache_mix, cache_o)
 
@@ -294,10 +296,12 @@ class Block:
         for _, _, linear in self.linears():
             yield from linear.parameters()
 
-    def forward(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Cache]:
+    def forward(
+        self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
+    ) -> tuple[Array, Cache]:
         """x (B, T, C) → y (B, T, C)."""
         normed, cache_n1 = self.input_norm.forward(x)
-        mixed, cache_attention = self.attention.forward(normed, rope, key)
+        mixed, cache_attention = self.attention.forward(normed, rope, key, segments)
         mixed += x
         normed, cache_n2 = self.post_norm.forward(mixed)
         y, cache_mlp = self.mlp.forward(normed, key)

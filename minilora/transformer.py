@@ -123,27 +123,32 @@ class Transformer:
         c = self.config
         return F.rope_tables(positions, c.head_dim, c.rope_theta, self.embedding.weight.dtype, c.rope_factors)
 
-    def forward(self, ids: Array, key: Key = None, checkpoint: bool = False) -> tuple[Array, Cache]:
+    def forward(
+        self, ids: Array, key: Key = None, checkpoint: bool = False, segments: Array | None = None
+    ) -> tuple[Array, Cache]:
         """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the rows it needs.
 
         With ``checkpoint`` each block keeps only its input and runs forward again in the backward pass (arXiv 1604.06174).
-        Blocks below the lowest trainable one keep nothing. Raises ValueError for ids outside the vocabulary.
+        Blocks below the lowest trainable one keep nothing. ``segments`` (B, T) number the examples packed into each row, which
+        do not see each other. Raises ValueError for ids outside the vocabulary.
         """
         check_ids(ids, self.config)
+        if segments is not None and segments.shape != ids.shape:
+            raise ValueError(f"segments: shape {segments.shape}, but the ids have {ids.shape}; number each token's example")
         x, cache_embedding = self.embedding.forward(ids)  # (B, T, C)
         rope = self.rope(np.arange(ids.shape[1]))
         lowest = self.lowest_trainable()
         caches: list[Any] = []
         for i, block in enumerate(self.blocks):
-            y, cache = block.forward(x, rope, key)
+            y, cache = block.forward(x, rope, key, segments)
             caches.append(() if i < lowest else (x,) if checkpoint else cache)
             x = y
         x, cache_norm = self.norm.forward(x)
-        return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm)
+        return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm, segments)
 
     def backward(self, dx: Array, cache: Cache, grads: Gradients) -> None:
         """Gradient of the hidden states (B, T, C) → grads, down to the lowest trainable layer. The cache is used up."""
-        cache_embedding, rope, key, checkpoint, caches, cache_norm = cache
+        cache_embedding, rope, key, checkpoint, caches, cache_norm, segments = cache
         lowest = self.lowest_trainable()
         if lowest == len(self.blocks) and not self.norm.weight.trainable:
             return
@@ -151,7 +156,7 @@ class Transformer:
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
             block_cache = caches.pop()
             if checkpoint:
-                _, block_cache = self.blocks[i].forward(block_cache[0], rope, key)
+                _, block_cache = self.blocks[i].forward(block_cache[0], rope, key, segments)
             dx = self.blocks[i].backward(dx, block_cache, grads)
             del block_cache  # its memory is free before the next block's is asked for
         if lowest == -1:

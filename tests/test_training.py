@@ -391,7 +391,7 @@ def test_dropout_acts_in_training():
 def test_dropout_draws_from_seed_step_and_shard():
     model, keys = lora_model(), []
     forward = model.forward
-    model.forward = lambda ids, key=None, checkpoint=False: keys.append(key) or forward(ids, key, checkpoint)
+    model.forward = lambda ids, key=None, *rest: keys.append(key) or forward(ids, key, *rest)
     Trainer(model, FakeTask(), replace(QUICK, steps=2, shards=3, seed=7), threads=1).train()
     assert keys == [(7, step, shard) for step in range(2) for shard in range(3)]
 
@@ -401,7 +401,7 @@ def test_callbacks_see_each_step():
     trainer = Trainer(lora_model(), FakeTask(), QUICK, threads=1, callbacks=[lambda step, info: seen.append((step, dict(info)))])
     history = trainer.train()
     assert [step for step, _ in seen] == list(range(6)) and [info for _, info in seen] == history.steps
-    assert all(set(info) == {"loss", "learning_rate", "grad_norm", "seconds"} for _, info in seen)
+    assert all(set(info) == {"loss", "learning_rate", "grad_norm", "seconds", "tokens"} for _, info in seen)
     assert [info["learning_rate"] for _, info in seen] == [learning_rate(s, QUICK) for s in range(6)]
     assert all(info["seconds"] > 0 and info["grad_norm"] > 0 for _, info in seen)
 
@@ -620,7 +620,7 @@ def test_nan_stops_with_step_and_place_and_keeps_the_last_good_checkpoint(where,
 def test_overflow_in_a_block_is_named():
     model = make_model(GQA, dtype=np.float32)
     model.blocks[1].mlp.down_proj.weight.param.data[...] = 3e38
-    assert find_nonfinite(model, np.array([[1, 2]])) == "output of model.layers.1"
+    assert find_nonfinite(model, [FakeTask().batch([0, 1])]) == "output of model.layers.1"
     trainer = Trainer(full(model), FakeTask(), QUICK, threads=1)
     with pytest.raises(NonFiniteError, match="step 0: loss nan.*output of model.layers.1; no checkpoint was asked for"):
         trainer.train()

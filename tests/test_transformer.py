@@ -165,7 +165,7 @@ def test_backward_stops_below_the_lowest_that_trains(method, lowest, backwards, 
 
 def test_blocks_below_the_lowest_that_trains_keep_nothing():
     model = METHODS["last block"](make_model(GQA, trainable=False))
-    cache_embedding, _, _, _, caches, _ = model.forward(IDS)[1]
+    cache_embedding, _, _, _, caches, _, _ = model.forward(IDS)[1]
     assert cache_embedding == () and caches[0] == () and caches[1] != ()
 
 

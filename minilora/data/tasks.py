@@ -35,11 +35,13 @@ class Batch:
         ids: (B, T) int64, the input tokens.
         targets: (B, T) int64; `targets[b, t]` is the token after `ids[b, t]`.
         mask: (B, T) bool, which targets count in the loss.
+        segments: (B, T) integers or None; examples packed into one row have different numbers and do not see each other.
     """
 
     ids: np.ndarray
     targets: np.ndarray
     mask: np.ndarray
+    segments: np.ndarray | None = None
 
 
 class Task(Protocol):

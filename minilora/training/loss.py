@@ -3,52 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
+from minilora.layers import Array, Gradients, Key
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
+
+LOGITS_BYTES = 64 * 2**20
+"""Evaluation takes so many bytes of logits at a time: the tiny base's are never cut, SmolLM2's for 32 × 128 would be 800 MB."""
 
 
 def split(batch: Batch, shards: int) -> list[Batch]:
     """Cut a batch by sequences into at most ``shards`` pieces, uneven where needed."""
     pieces = np.array_split(np.arange(len(batch.ids)), min(shards, len(batch.ids)))
-    return [Batch(batch.ids[i], batch.targets[i], batch.mask[i]) for i in pieces]
+    segments = batch.segments
+    return [Batch(batch.ids[i], batch.targets[i], batch.mask[i], None if segments is None else segments[i]) for i in pieces]
 
 
-def shard_loss(model: Transformer, batch: Batch, normalizer: float, grads: Gradients | None = None,
-               key: tuple[int, int, int] | None = None, checkpoint: bool = False) -> float:
+def shard_loss(model: Transformer, batch: Batch, normalizer: float, grads: Gradients | None = None, key: Key = None,
+               checkpoint: bool = False, logits_chunk: int = 0) -> float:
     """Masked cross-entropy of one shard, Σ over its counted targets / normalizer; with ``grads`` also the backward pass.
 
     Targets outside the mask cost no head computation: only the masked rows of the hidden states reach the head.
     """
-    hidden, cache = model.forward(batch.ids, key, checkpoint)  # (B, T, C)
+    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments)  # (B, T, C)
     rows = np.flatnonzero(batch.mask)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    logits, cache_head = model.head.forward(flat[rows], key)  # (N, V)
-    loss, cache_loss = F.cross_entropy_forward(logits, batch.targets.reshape(-1)[rows], normalizer)
-    if grads is not None:
-        del logits
-        dflat = np.zeros_like(flat)
-        # rows = flat[rows]: the gradient goes back to the places it came from, the others get none
-        dflat[rows] = model.head.backward(F.cross_entropy_backward(cache_loss), cache_head, grads)
-        del hidden, flat, cache_head, cache_loss
+    dflat = None if grads is None else np.zeros_like(flat)
+    loss = head_loss(model, flat, rows, batch.targets.reshape(-1)[rows], normalizer, dflat, grads, key, logits_chunk)
+    if grads is not None and dflat is not None:
+        del hidden, flat
         model.backward(dflat.reshape(*batch.ids.shape, -1), cache, grads)
     return loss
 
 
-def loss_and_grads(model: Transformer, batch: Batch, workers: Workers, *, shards: int = 2,
-                   stream: tuple[int, int] | None = None, checkpoint: bool = False) -> tuple[float, Gradients]:
-    """Mean loss over the batch's counted targets, in nats, and its gradients.
+def head_loss(model: Transformer, hidden: Array, rows: Array, targets: Array, normalizer: float, dhidden: Array | None,
+              grads: Gradients | None, key: Key = None, chunk: int = 0) -> float:
+    """The head and its loss on ``rows`` of hidden (N, C), at most ``chunk`` of them at a time (0: all).
 
-    Each shard starts from zero and the shards are added in order, so the bytes do not depend on the number of threads.
-    ``stream`` = (seed, step) turns dropout on.
+    Logits, and their gradient, are the largest arrays of a step where the vocabulary is large: in chunks, forward and backward
+    one after the other, they never exist as a whole. With ``grads`` the gradient is written into those rows of ``dhidden``;
+    the others are not touched.
     """
-    count = int(batch.mask.sum())
+    loss = 0.0
+    for index, start in enumerate(range(0, len(rows), chunk or max(1, len(rows)))):
+        part = slice(start, start + chunk if chunk else None)
+        if key is not None and index > 0:
+            key = (*key[:3], index)  # an adapted head's dropout draws anew for each chunk
+        logits, cache_head = model.head.forward(hidden[rows[part]], key)  # (n, V)
+        part_loss, cache_loss = F.cross_entropy_forward(logits, targets[part], normalizer)
+        loss += part_loss
+        del logits
+        if grads is not None and dhidden is not None:
+            # x = hidden[rows]: the gradient goes back to the places it came from, the others get none
+            dhidden[rows[part]] = model.head.backward(F.cross_entropy_backward(cache_loss), cache_head, grads)
+    return loss
+
+
+def loss_and_grads(model: Transformer, batches: Batch | Sequence[Batch], workers: Workers, *, shards: int = 2,
+                   stream: tuple[int, int] | None = None, checkpoint: bool = False,
+                   logits_chunk: int = 0) -> tuple[float, Gradients]:
+    """Mean loss over the counted targets of a batch, in nats, and its gradients.
+
+    Several batches count as one (gradient accumulation): they run one after another, so that memory is that of the largest, and
+    all are divided by the targets of all. Each shard starts from zero and the shards are added in order, so the bytes do not
+    depend on the number of threads. ``stream`` = (seed, step) turns dropout on.
+    """
+    batches = [batches] if isinstance(batches, Batch) else batches
+    count = sum(int(batch.mask.sum()) for batch in batches)
     if count == 0:
         raise ValueError("batch: no target counts (the mask is empty); is the prompt longer than the context?")
     parameters = model.trainable()
@@ -58,14 +83,17 @@ def loss_and_grads(model: Transformer, batch: Batch, workers: Workers, *, shards
         grads = Gradients(parameters)
         key = None if stream is None else (*stream, index)
         with np.errstate(over="ignore", invalid="ignore"):  # a thread has its own; the trainer looks at the result
-            return shard_loss(model, piece, count, grads, key, checkpoint), grads
+            return shard_loss(model, piece, count, grads, key, checkpoint, logits_chunk), grads
 
-    results = workers.map(one, list(enumerate(split(batch, shards))))
-    loss, total = results[0]
-    for other_loss, other in results[1:]:
-        loss += other_loss
-        for parameter, gradient in other.items():
-            total[parameter] += gradient
+    loss, total = 0.0, Gradients(())  # the first shard's become the total
+    for i, batch in enumerate(batches):
+        for shard_loss_, grads in workers.map(one, list(enumerate(split(batch, shards), start=i * shards))):
+            loss += shard_loss_
+            if not total:
+                total = grads
+                continue
+            for parameter, gradient in grads.items():
+                total[parameter] += gradient
     return loss, total
 
 
@@ -76,9 +104,10 @@ def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | No
     if count == 0:
         raise ValueError("batches: no target counts; evaluation needs at least one")
     own = workers or Workers(1)
+    chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * model.embedding.weight.dtype.itemsize))
 
     def total(batch: Batch) -> float:
-        return shard_loss(model, batch, 1.0)
+        return shard_loss(model, batch, 1.0, logits_chunk=chunk)
 
     try:
         loss = sum(own.map(total, batches)) / count
@@ -88,15 +117,16 @@ def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | No
     return {"loss": loss, "bpb": loss / float(np.log(2))}
 
 
-def find_nonfinite(model: Transformer, ids: Any) -> str:
-    """Name the first place where a forward pass of ``ids`` meets NaN or infinity, for the error message."""
+def find_nonfinite(model: Transformer, batches: Sequence[Batch]) -> str:
+    """Name the first place where a forward pass of the batches meets NaN or infinity, for the error message."""
     for parameter in model.parameters():
         if not np.isfinite(parameter.data).all():
             return f"parameter {parameter.name}"
-    x, _ = model.embedding.forward(ids)
-    rope = model.rope(np.arange(ids.shape[1]))
-    for i, block in enumerate(model.blocks):
-        x, _ = block.forward(x, rope)
-        if not np.isfinite(x).all():
-            return f"output of model.layers.{i}"
+    for batch in batches:
+        x, _ = model.embedding.forward(batch.ids)
+        rope = model.rope(np.arange(batch.ids.shape[1]))
+        for i, block in enumerate(model.blocks):
+            x, _ = block.forward(x, rope, segments=batch.segments)
+            if not np.isfinite(x).all():
+                return f"output of model.layers.{i}"
     return "output of model.norm or the head"

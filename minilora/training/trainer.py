@@ -16,7 +16,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from minilora.config import TrainConfig
-from minilora.data.tasks import Task
+from minilora.data.tasks import Batch, Task
 from minilora.formats.files import FileError, read_tensors, writable_folder, write_tensors
 from minilora.threads import Workers, keep_memory, single_blas
 from minilora.training.loss import evaluate, find_nonfinite, loss_and_grads
@@ -25,6 +25,7 @@ from minilora.transformer import Transformer
 
 CHECKPOINT = "checkpoint.safetensors"
 RECORDED = ("loss", "learning_rate", "grad_norm")  # what a checkpoint keeps of each step; seconds would make its bytes differ
+LATER = ("logits_chunk", "gradient_accumulation_steps")  # fields that older checkpoints lack: their defaults change nothing
 Callback = Callable[[int, dict[str, float]], None]
 
 
@@ -54,8 +55,8 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
 class Trainer:
     """Trains what is trainable in a model, on a task, as a TrainConfig says.
 
-    ``callbacks`` are called as f(step, {"loss", "learning_rate", "grad_norm", "seconds"}) after each step. ``threads`` changes
-    the speed and nothing else.
+    ``callbacks`` are called as f(step, {"loss", "learning_rate", "grad_norm", "seconds", "tokens"}) after each step; tokens are
+    the places of the step's batches, padding included. ``threads`` changes the speed and nothing else.
     """
 
     def __init__(self, model: Transformer, task: Task, config: TrainConfig, *, threads: int | None = None,
@@ -75,12 +76,14 @@ class Trainer:
         if self.folder:
             writable_folder(self.folder)
         keep_memory()
+        tokens, seconds = 0.0, 0.0  # of the steps alone: evaluation does not count
         bar = tqdm(total=self.config.steps, initial=self.step, disable=not progress, desc=f"train {self.task.name}", unit="step")
         with single_blas(), Workers(min(self.threads or self.config.shards, self.config.shards)) as workers, bar:
             while self.step < self.config.steps:
                 info = self._one_step(workers)
+                tokens, seconds = tokens + info["tokens"], seconds + info["seconds"]
+                bar.set_postfix({"loss": f"{info['loss']:.3f}", "tokens/s": f"{tokens / seconds:,.0f}"}, refresh=False)
                 bar.update()
-                bar.set_postfix(loss=f"{info['loss']:.3f}", refresh=False)
                 for callback in self.callbacks:
                     callback(self.step - 1, info)
                 if self.config.eval_every and self.step % self.config.eval_every == 0:
@@ -94,22 +97,24 @@ class Trainer:
     @np.errstate(over="ignore", invalid="ignore")  # what is not finite ends in an error that says more than a warning
     def _one_step(self, workers: Workers) -> dict[str, float]:
         start, c = time.perf_counter(), self.config
-        batch = self.task.batch(batch_indices(self.task.n_train, c.batch_size, self.step, c.seed))
-        loss, grads = loss_and_grads(self.model, batch, workers, shards=c.shards, stream=(c.seed, self.step),
-                                     checkpoint=c.gradient_checkpointing)
+        chosen = batch_indices(self.task.n_train, c.batch_size * c.gradient_accumulation_steps, self.step, c.seed)
+        batches = [self.task.batch(part) for part in np.split(chosen, c.gradient_accumulation_steps)]
+        loss, grads = loss_and_grads(self.model, batches, workers, shards=c.shards, stream=(c.seed, self.step),
+                                     checkpoint=c.gradient_checkpointing, logits_chunk=c.logits_chunk)
         norm = clip_(grads, c.max_grad_norm)
         if not (np.isfinite(loss) and np.isfinite(norm)):
-            raise NonFiniteError(self._explain(loss, norm, batch.ids, grads))
+            raise NonFiniteError(self._explain(loss, norm, batches, grads))
         rate = learning_rate(self.step, c)
         self.optimizer.step(grads, rate)
         self.step += 1
-        info = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "seconds": time.perf_counter() - start}
+        info = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "seconds": time.perf_counter() - start,
+                "tokens": float(sum(batch.ids.size for batch in batches))}
         self.history.steps.append(info)
         return info
 
-    def _explain(self, loss: float, norm: float, ids: np.ndarray, grads: dict[Any, np.ndarray]) -> str:
+    def _explain(self, loss: float, norm: float, batches: list[Batch], grads: dict[Any, np.ndarray]) -> str:
         if not np.isfinite(loss):
-            where = find_nonfinite(self.model, ids)
+            where = find_nonfinite(self.model, batches)
         else:
             broken = (p.name for p, g in grads.items() if not np.isfinite(g).all())
             where = "gradient of " + next(broken, "all parameters: their norm overflows")
@@ -149,7 +154,7 @@ class Trainer:
         if not isinstance(saved, dict) or not {"step", "config", "task", "evaluations"} <= set(saved):
             raise FileError(f"{path}: not a minilora training checkpoint")
         mine = {k: v for k, v in asdict(self.config).items() if k not in ("eval_every", "checkpoint_every")}
-        theirs = saved["config"]
+        theirs = {name: asdict(TrainConfig())[name] for name in LATER} | saved["config"]
         different = [f"{k}: {theirs.get(k)!r} there, {mine[k]!r} here" for k in mine if theirs.get(k) != mine[k]]
         if different:
             raise FileError(f"{path}: made with another configuration ({'; '.join(different)}); use the same or another folder")
