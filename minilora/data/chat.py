@@ -1,0 +1,149 @@
+"""Chat templates: a conversation becomes text as transformers does it, in a sandbox, because templates come with models."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from functools import cached_property
+from typing import Any
+
+from minilora.config import ConfigError
+from minilora.data.tokenizer import Messages
+
+INSTALL = "pip install 'minilora[llm]' (in a checkout: pip install -e '.[llm]')"
+MOST_TURNS_OF_LOOPS = 200_000
+LONGEST_TEXT = 16_000_000
+_WIDENING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"}
+
+
+class ChatTemplate:
+    """A chat template in Jinja, compiled at its first use.
+
+    It sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers gives templates
+    (`raise_exception`, `strftime_now`, `tojson`); it can reach nothing else, and its loops end. Not allowed: repeating
+    and padding strings.
+
+    Args:
+        source: the template.
+        where: the file it comes from, for messages.
+        tokens: special tokens by name, such as `{"bos_token": "<s>"}`.
+
+    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}")
+    >>> template.render([{"role": "user", "content": "Hi"}])
+    'user: Hi\\n'
+
+    Raises:
+        ImportError: jinja2 is not installed.
+        ConfigError: the template is no Jinja, raises, or does not end.
+    """
+
+    def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None) -> None:
+        self.source, self.where, self.tokens = source, where, dict(tokens or {})
+
+    def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
+        """Return the conversation's text, and with `add_generation_prompt` the words after which the assistant speaks.
+
+        Raises ConfigError for messages that are none, and if the template raises or does not end.
+        """
+        chat = [dict(message) for message in check_messages(messages)]
+        template = self._compiled
+        left = [MOST_TURNS_OF_LOOPS]
+
+        def spend() -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise ConfigError(f"its loops turn more than {MOST_TURNS_OF_LOOPS} times")
+
+        parts: list[str] = []
+        size = 0
+        try:
+            for part in template.generate(messages=chat, tools=None, documents=None, _spend=spend,
+                                          add_generation_prompt=add_generation_prompt, **self.tokens):  # fmt: skip
+                parts.append(part)
+                size += len(part)
+                if size > LONGEST_TEXT:
+                    raise ConfigError(f"it writes more than {LONGEST_TEXT} characters")
+        except (Exception, RecursionError, MemoryError) as error:
+            raise self._refuse(error) from None
+        return "".join(parts)
+
+    @cached_property
+    def _compiled(self) -> Any:
+        try:
+            from jinja2 import ext, nodes
+            from jinja2.exceptions import TemplateError
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ImportError:
+            raise ImportError(f"chat templates need jinja2: {INSTALL}") from None
+
+        class Generation(ext.Extension):
+            """`{% generation %}…{% endgeneration %}`, which marks what the assistant said: here it changes nothing."""
+
+            tags = {"generation"}
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+        class Sandbox(ImmutableSandboxedEnvironment):
+            """Refuses, besides what jinja2's refuses, the expressions that fill the memory in one step."""
+
+            intercepted_binops = frozenset({"*", "**", "%"})
+
+            def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+                if operator == "**" or not all(isinstance(value, (int, float)) for value in (left, right)):
+                    raise TemplateError(f"{left!r:.20} {operator} {right!r:.20} is not allowed: it may fill the memory")
+                return super().call_binop(context, operator, left, right)
+
+            def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+                return not (isinstance(obj, str) and attr in _WIDENING) and super().is_safe_attribute(obj, attr, value)
+
+            def wrap_str_format(self, value: Any) -> Any:
+                return None  # str.format is an attribute like others, and not a safe one
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
+        environment.filters["tojson"] = to_json
+        for name in _WIDENING & environment.filters.keys():
+            del environment.filters[name]
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
+        try:
+            tree: Any = environment.parse(self.source)
+            for loop in tree.find_all((nodes.For, nodes.Macro)):  # a sandbox alone lets loops run for years
+                loop.body.insert(0, nodes.ExprStmt(nodes.Call(nodes.Name("_spend", "load"), [], [], None, None)))
+            code = environment.compile(tree)
+            return environment.template_class.from_code(environment, code, environment.make_globals(None))
+        except (Exception, RecursionError, MemoryError) as error:
+            raise self._refuse(error) from None
+
+    def _refuse(self, error: BaseException) -> ConfigError:
+        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""  # type: ignore[attr-defined]
+        return ConfigError(f"{self.where}: the chat template cannot be used{line}: {str(error)[:300] or type(error).__name__}; "
+                           "give raw text (--prompt, or JSONL with prompt and completion)")  # fmt: skip
+
+
+def check_messages(messages: Any, what: str = "messages") -> Messages:
+    """Return the messages if they are a conversation: a list, not empty, of objects whose role and content are strings.
+
+    >>> check_messages([{"role": "user"}])
+    Traceback (most recent call last):
+    minilora.config.ConfigError: messages[0] has no 'content': a message is {"role": "user", "content": "..."}
+    """
+    form = 'a message is {"role": "user", "content": "..."}'
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise ConfigError(f"{what}={messages!r:.80}: give a list of messages, at least one; {form}")
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise ConfigError(f"{what}[{i}] is {message!r:.80}: {form}")
+        for field in ("role", "content"):
+            if field not in message:
+                raise ConfigError(f"{what}[{i}] has no {field!r}: {form}")
+            if not isinstance(message[field], str):
+                raise ConfigError(f"{what}[{i}].{field} is {message[field]!r:.80}: it must be a string; {form}")
+    return messages
