@@ -17,10 +17,12 @@ from safetensors.numpy import load_file, save_file
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data import tokenizer
 from minilora.formats.files import FileError, read_json, stored_tensors
-from minilora.formats.huggingface import BYTE_TOKENS, load_huggingface, save_huggingface
+from minilora.formats.huggingface import load_huggingface, save_huggingface
+from minilora.formats.huggingface_config import BYTE_TOKENS
 from minilora.layers import DenseWeight, Linear
 from minilora.lora import inject_lora
 from minilora.merging import merge
+from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.transformer import Transformer
 
@@ -453,7 +455,10 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
 
 # --- config.json -------------------------------------------------------------------------------------------------------
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
 REFUSED = [
+    ({"model_type": "qwen2"}, "model_type='qwen2', can be 'llama' only"),
     ({"model_type": "mistral"}, "model_type='mistral', can be 'llama' only"),
     ({"model_type": None}, "model_type=None"),
     ({"hidden_act": "gelu"}, "hidden_act='gelu', can be 'silu' only"),
@@ -462,9 +467,20 @@ REFUSED = [
     ({"mlp_bias": 0}, "mlp_bias=0"),
     ({"head_dim": 8}, "head_dim=8, can be 4 only"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, can be 1.0 only"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.factor=8.0, only unscaled"),
-    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.type='linear', only unscaled"),
-    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "rope_parameters.rope_type='yarn'"),
+    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=None, must be a number"),
+    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor=1.0, must be above low_freq_factor"),
+    ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}}, "original_max_position_embeddings=None"),
+    ({"rope_scaling": LLAMA3 | {"attention_factor": 1.0}}, "attention_factor=1.0, is no setting of rope_type='llama3'"),
+    ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None, must be a number"),
+    ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0, must be above 0"),
+    ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}, "='default', .*type='linear' contradict"),
+    ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters and rope_scaling contradict"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic', can be 'default' or 'linear'"),
+    ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
+    ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor=2.0, is no setting of rope_type='default'"),
+    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5, can be 1.0 only"),
+    ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_parameters.rope_type='yarn'"),
+    ({"rope_interleaved": True}, "rope_interleaved=True, can be False only"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\], must be an object"),
     ({"rope_theta": 1e4}, "rope_theta=10000, rope_parameters.rope_theta=500000 contradict"),
     ({"rope_theta": 0, "rope_parameters": None}, "rope_theta=0.0: must be a finite number above 0"),
@@ -754,3 +770,57 @@ def agrees_with_safetensors(path):
     for name, array in arrays.items():
         if array.dtype.kind != "f" or np.isfinite(array).all():
             assert ours[name].read().tobytes() == array.tobytes()
+
+
+# --- scaled rotary positions (that transformers means the same is among the peers) -------------------------------------
+
+LONG = replace(GQA, rope_theta=500000.0, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)  # 8 pairs
+
+
+def llama3_factors(theta, pairs, factor=8.0, low=1.0, high=4.0, original=8192):
+    """The formula as transformers states it, in wavelengths, one pair at a time."""
+    factors = []
+    for i in range(pairs):
+        wavelength = 2 * np.pi * theta ** (i / pairs)
+        if wavelength < original / high:
+            factors.append(1.0)
+        elif wavelength > original / low:
+            factors.append(factor)
+        else:
+            smooth = (original / wavelength - low) / (high - low)
+            factors.append(1 / ((1 - smooth) / factor + smooth))
+    return factors
+
+
+def test_rope_scaling_becomes_factors(tmp_path):
+    save_huggingface(base(LONG), tmp_path)
+    edit(tmp_path / "config.json", lambda c: c.update(rope_parameters=LLAMA3 | {"rope_theta": 5e5}))
+    found = load_huggingface(tmp_path).config.rope_factors
+    np.testing.assert_allclose(found, llama3_factors(5e5, 8), rtol=1e-12)
+    assert found[0] == 1 and found[-1] == 8 and any(1 < factor < 8 for factor in found)
+    edit(tmp_path / "config.json", lambda c: c.update(rope_parameters={"type": "linear", "factor": 4, "rope_theta": 5e5}))
+    assert load_huggingface(tmp_path).config.rope_factors == (4.0,) * 8
+
+
+@pytest.mark.parametrize("factors", [(2.5,) * 8, llama3_factors(5e5, 8), np.float32(llama3_factors(5e5, 8, 32.0)).tolist()])
+def test_rope_factors_come_back(tmp_path, factors):
+    """Linear ones and Llama 3's exactly; those that a GGUF has rounded to float32 are recognised too."""
+    model = base(replace(LONG, rope_factors=tuple(factors)))
+    save_huggingface(model, tmp_path)
+    found = load_huggingface(tmp_path).config
+    assert replace(found, rope_factors=None) == LONG
+    np.testing.assert_allclose(found.rope_factors, factors, rtol=2**-23)
+
+
+def test_rope_factors_that_have_no_name_there_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rope_factors=\(1.*config.json has no name for them; save_model and save_gguf"):
+        save_huggingface(base(replace(LONG, rope_factors=(1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0))), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_embedding_of_blocks_has_no_form_there(tmp_path):
+    model = base(LONG)
+    model.embedding.weight = BlockWeight.quantize(model.embedding.weight.dense(), "Q8_0")
+    with pytest.raises(ValueError, match="model.embed_tokens: BlockWeight has no form in a Hugging Face folder; save_gguf"):
+        save_huggingface(model, tmp_path)
+    assert not list(tmp_path.iterdir())

