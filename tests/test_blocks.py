@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora.memory import unique_bytes
-from minilora.quant import AffineWeight, blocks, packed
+from minilora.quant import AffineWeight, blocks, blocks_simd, packed
 from minilora.quant.blocks import BlockWeight
 
 EPS = np.finfo(np.float32).eps
@@ -167,15 +167,99 @@ def test_products_equal_those_of_the_dense_matrix(weight, monkeypatch):
             assert weight.matmul(x).dtype == weight.matmul_t(dy).dtype == np.float32
 
 
+def assert_kernel(actual, weight, x):
+    """actual = x Wᵀ by any of the kernels: with w = d·q + m, Σ d·q·x and Σ m·x may be summed apart."""
+    w = weight.dense().astype(np.float64)
+    d = np.repeat(np.abs(weight.scales.astype(np.float64)), 32, axis=1)
+    m = {"Q4_0": -8 * d, "Q4_1": np.repeat(weight.offsets, 32, axis=1) if weight.offsets is not None else 0, "Q8_0": 0}
+    m = np.abs(np.broadcast_to(m[weight.quant_type], w.shape)).astype(np.float64)
+    x = x.astype(np.float64)
+    bound = (x.shape[1] + 4) * EPS / 2 * (np.abs(x) @ (np.abs(w) + 2 * m).T)  # |d·q| ≤ |w| + |m|
+    assert actual.shape == (len(x), len(w)) and (np.abs(actual - x @ w.T) <= bound).all()
+
+
+vectors = pytest.mark.skipif(not blocks_simd.available(), reason="this processor lacks AVX2, FMA or F16C")
+
+
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize(("out", "in_"), [(1, 32), (9, 64), (70, 96), (3, 4096)])
-def test_a_single_row_is_multiplied_while_it_is_decoded(quant_type, out, in_):
-    weight = BlockWeight.quantize(matrix(out, in_, seed=out), quant_type)
-    x = matrix(1, in_, seed=in_)
-    assert_product(weight.matmul(x), x, weight.dense().T)
-    twin = np.empty(out, np.float32)
-    blocks.matvec_blocks_numpy(weight.blocks.reshape(-1), BYTES[quant_type], 0, x[0], twin)
-    assert_product(twin[None], x, weight.dense().T)
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 8])
+def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, in_, batch):
+    weight = BlockWeight(random_blocks(quant_type, out, in_, seed=out), quant_type, (out, in_))
+    x = matrix(batch, in_, seed=in_)
+    assert_kernel(weight.matmul(x), weight, x)
+    for multiply in (blocks.multiply_blocks, blocks.multiply_blocks.py_func, blocks.multiply_blocks_numpy):
+        if multiply is blocks.multiply_blocks.py_func and out * in_ > 1000:
+            continue
+        y = np.full((batch, out), np.nan, np.float32)
+        multiply(weight.blocks.reshape(-1), BYTES[quant_type], x, 0, out, y)
+        assert_kernel(y, weight, x)
+
+
+@pytest.mark.parametrize("quant_type", TYPES)
+@pytest.mark.parametrize("module", [blocks, pytest.param(blocks_simd, marks=vectors)], ids=lambda m: m.__name__[-4:])
+def test_rows_of_a_product_do_not_depend_on_what_is_computed_with_them(quant_type, module):
+    """Any cut of W's rows, as for two threads, and any company of x's rows, as for several prompts: the same bits."""
+    weight, x = BlockWeight(random_blocks(quant_type, 21, 96), quant_type, (21, 96)), matrix(7, 96, seed=3)
+    raw, size = weight.blocks.reshape(-1), BYTES[quant_type]
+    whole = np.empty((7, 21), np.float32)
+    module.multiply_blocks(raw, size, x, 0, 21, whole)
+    for cut in (1, 8, 20):
+        y = np.full((7, 21), np.nan, np.float32)
+        module.multiply_blocks(raw, size, x, cut, 21, y)
+        assert np.isnan(y[:, :cut]).all() and same_bits(y[:, cut:], whole[:, cut:])
+        module.multiply_blocks(raw, size, x, 0, cut, y)
+        assert same_bits(y, whole)
+    for batch in range(1, 7):
+        y = np.full((batch, 21), np.nan, np.float32)
+        module.multiply_blocks(raw, size, x[:batch].copy(), 0, 21, y)
+        assert same_bits(y, whole[:batch])
+
+
+@vectors
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_vectors_decode_the_loops_bits(quant_type):
+    raw = random_blocks(quant_type, 24, 96).reshape(-1)
+    for first, count in ((0, 72), (5, 9), (71, 1)):
+        loops, vector = (np.full(32 * count, np.nan, np.float32) for _ in range(2))
+        blocks.dequantize_blocks(raw, BYTES[quant_type], first, loops)
+        blocks_simd.dequantize_blocks(raw, BYTES[quant_type], first, vector)
+        assert same_bits(vector, loops)
+
+
+@vectors
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_every_code_meets_its_own_input(quant_type):
+    """With unit vectors as x a product is one weight: whatever order and factors the vectors use, they must cancel."""
+    raw = random_blocks(quant_type, 5, 64)
+    raw.reshape(5, 2, -1)[..., :4:2] = 0  # d and m of few digits, and not large: d·q + m is exact
+    for at in (1, 3) if quant_type == "Q4_1" else (1,):
+        raw.reshape(5, 2, -1)[..., at] = 0x3C
+    weight, y = BlockWeight(raw, quant_type, (5, 64)), np.empty((64, 5), np.float32)
+    for batch in (1, 4):
+        for i in range(0, 64, batch):
+            blocks_simd.multiply_blocks(raw.reshape(-1), BYTES[quant_type], np.eye(64, dtype=np.float32)[i : i + batch], 0, 5,
+                                        y[i : i + batch])  # fmt: skip
+        assert np.array_equal(y, weight.dense().T)
+
+
+def test_weights_are_the_same_without_the_vectors(weight, monkeypatch):
+    x, dense = matrix(4, 96, seed=5), weight.dense()
+    assert_kernel(weight.matmul(x), weight, x)
+    monkeypatch.setattr(blocks_simd, "available", lambda: False)
+    assert same_bits(weight.dense(), dense)
+    assert_kernel(weight.matmul(x), weight, x)
+    assert_kernel(weight.matmul(x[:1]), weight, x[:1])
+
+
+@vectors
+@pytest.mark.parametrize("quant_type", TYPES)
+def test_vectors_keep_nan_and_infinity_of_the_input(quant_type):
+    weight = BlockWeight.quantize(np.abs(matrix(3, 64)) + 1, quant_type)
+    x = np.ones((3, 64), np.float32)
+    x[0, 40], x[1, 7] = np.nan, np.inf
+    y = weight.matmul(x)
+    assert np.isnan(y[0]).all() and not np.isfinite(y[1]).any() and np.isfinite(y[2]).all()
 
 
 def test_float64_input_gives_float64_products(weight):

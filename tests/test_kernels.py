@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.quant import AffineWeight, CodebookWeight, codebooks, kernels, simd
+from minilora.quant import AffineWeight, CodebookWeight, blocks_simd, codebooks, kernels, simd
 from minilora.quant.packed import NO_OFFSETS, frozen
 from minilora.quant.weights import thresholds
 
@@ -337,11 +337,12 @@ COUNT_SIGNATURES = """
 import json, numpy as np
 from numba.core.dispatcher import Dispatcher
 from minilora.config import QuantConfig
-from minilora.quant import kernels, quantize_weight, simd, warm_up
+from minilora.quant import blocks, blocks_simd, kernels, quantize_weight, simd, warm_up
 def count(module):
     return {f"{module.__name__}.{n}": len(f.signatures) for n, f in vars(module).items() if isinstance(f, Dispatcher)}
+modules = [kernels, simd, blocks, blocks_simd]
 warm_up()
-warmed = count(kernels) | count(simd)
+warmed = {n: k for module in modules for n, k in count(module).items()}
 for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "int8"):
     for double_quant in (False, True):
         w = np.eye(24, 64, dtype=np.float32)
@@ -352,7 +353,11 @@ for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "i
         q.matmul(x), q.matmul(x[:1]), q.matmul_t(q.matmul(x)), q.rows(np.array([3])), q.dense(), q.unpacked()
         if hasattr(q, "with_offset"):
             q.with_offset(q.offset + np.float32(1)).matmul(x)
-found = count(kernels) | count(simd)
+for quant_type in ("Q4_0", "Q4_1", "Q8_0"):
+    q = blocks.BlockWeight.quantize(np.eye(24, 64, dtype=np.float32), quant_type)
+    q = blocks.BlockWeight(np.array(q.blocks), quant_type, q.shape)
+    q.matmul(np.ones((2, 64), np.float32)), q.matmul(x[:1]), q.matmul(x[0]), q.rows(np.array([3])), q.dense()
+found = {n: k for module in modules for n, k in count(module).items()}
 print(json.dumps([warmed, found]))
 """
 
@@ -363,5 +368,8 @@ def test_each_kernel_compiles_one_signature():
     environment = {**os.environ, "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", COUNT_SIGNATURES], env=environment, capture_output=True, text=True, check=True)
     for found in json.loads(run.stdout):  # after the warm-up, and after all that a weight can do
-        public = {name: n for name, n in found.items() if "._" not in name and (simd.available() or "simd" not in name)}
-        assert len(public) == 8 + 3 * simd.available() and set(public.values()) == {1}, public
+        public = {name: n for name, n in found.items() if "._" not in name}
+        used = {name: n for name, n in public.items() if n}
+        blocks = "blocks_simd" if blocks_simd.available() else "blocks"
+        expected = ["kernels"] * 8 + ["simd"] * 3 * simd.available() + [blocks] * 2
+        assert sorted(name.split(".")[-2] for name in used) == sorted(expected) and set(used.values()) == {1}, public

@@ -12,12 +12,14 @@ multiply-add, NumPy, the gguf package and the kernels below all give the same bi
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from minilora.config import require, require_in
+from minilora.quant import blocks_simd
 from minilora.quant.affine import AffineWeight
 from minilora.quant.kernels import kernel
 from minilora.quant.packed import TILE, Array, PackedWeight, checked, packed
@@ -121,11 +123,20 @@ class BlockWeight(PackedWeight):
         offsets = [] if self.offsets is None else [self.offsets]
         return {"codes": [self.codes], "scales": [self.scales], "offsets": offsets, "code_maps": []}
 
-    def _decode_into(self, start: int, out: Array) -> None:
-        dequantize_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], start // BLOCK, out)
+    @property
+    def _kernels(self) -> Any:
+        """The module whose kernels decode and multiply: the vectors', where the processor has them, or this one."""
+        return blocks_simd if blocks_simd.available() else sys.modules[__name__]
 
-    def _matvec(self, first: int, x: Array, out: Array) -> None:
-        matvec_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], first * x.size // BLOCK, x, out)
+    def _decode_into(self, start: int, out: Array) -> None:
+        self._kernels.dequantize_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], start // BLOCK, out)
+
+    @property
+    def _few(self) -> int:
+        return 16 if self._kernels is blocks_simd else 1
+
+    def _multiply_few(self, x: Array, out: Array) -> None:
+        self._kernels.multiply_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], x, 0, self.shape[0], out)
 
 
 def _check_finite(values: Array, what: str) -> None:
@@ -226,28 +237,28 @@ def dequantize_blocks_numpy(blocks: Array, size: int, first: int, out: Array) ->
 
 
 @kernel
-def matvec_blocks(blocks: Array, size: int, first: int, x: Array, out: Array) -> None:
-    """Write out[r] = Σ_c W[r, c]·x[c] for x (in,), ``out`` (rows,), float32; block ``first`` begins row 0.
+def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
+    """Write out[i, r] = Σ_c W[r, c]·x[i, c] for rows r = first … last - 1 of W; x (B, in), ``out`` (B, out), float32.
 
-    A few rows at a time are decoded into the first-level cache, as by ``kernels.matvec``: the sum over a block of d·q·x and
-    m·x apart would save a few operations, and lose digits where m and d·q cancel.
+    A few rows at a time are decoded into the first-level cache, as by ``kernels.matvec``.
     """
-    at_once = max(1, 2048 // x.size)  # several short rows: a store is slow to be read back at once
-    w = np.empty(at_once * x.size, np.float32)
-    for top in range(0, out.size, at_once):
-        last = min(top + at_once, out.size)
-        decoded = w[: (last - top) * x.size]
-        dequantize_blocks(blocks, size, first + top * (x.size // 32), decoded)
-        for r in range(top, last):
-            row = decoded[(r - top) * x.size : (r - top + 1) * x.size]
-            dot = np.float32(0)
-            for c in range(x.size):
-                dot += row[c] * x[c]
-            out[r] = dot
+    width = x.shape[1]
+    at_once = max(1, 2048 // width)  # several short rows: a store is slow to be read back at once
+    w = np.empty(at_once * width, np.float32)
+    for top in range(first, last, at_once):
+        end = min(top + at_once, last)
+        dequantize_blocks(blocks, size, top * (width // 32), w[: (end - top) * width])
+        for r in range(top, end):
+            row = w[(r - top) * width : (r - top + 1) * width]
+            for i in range(len(x)):
+                dot = np.float32(0)
+                for c in range(width):
+                    dot += row[c] * x[i, c]
+                out[i, r] = dot
 
 
-def matvec_blocks_numpy(blocks: Array, size: int, first: int, x: Array, out: Array) -> None:
-    """Do what ``matvec_blocks`` does, up to float32 rounding (sums in another order)."""
-    w = np.empty(out.size * x.size, np.float32)
-    dequantize_blocks_numpy(blocks, size, first, w)
-    out[:] = w.reshape(out.size, x.size) @ x
+def multiply_blocks_numpy(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
+    """Do what ``multiply_blocks`` does, up to float32 rounding (sums in another order)."""
+    w = np.empty((last - first, x.shape[1]), np.float32)
+    dequantize_blocks_numpy(blocks, size, first * x.shape[1] // BLOCK, w.reshape(-1))
+    out[:, first:last] = x @ w.T

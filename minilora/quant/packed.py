@@ -62,7 +62,7 @@ def table_of(quant_type: str) -> Array:
 class PackedWeight(ABC):
     """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64 input).
 
-    A subclass says how weights are decoded (``_decode_into``) and multiplied by one row while they are (``_matvec``).
+    A subclass says how weights are decoded (``_decode_into``) and multiplied by a few rows while they are (``_multiply_few``).
     """
 
     dtype = np.dtype(np.float32)
@@ -79,15 +79,13 @@ class PackedWeight(ABC):
     def matmul(self, x: Array) -> Array:
         """Return x Wᵀ: x (…, in) -> (…, out).
 
-        A single float32 row, as in decoding text, takes a kernel that multiplies while it decodes.
+        A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32))
-        if len(x2) == 1 and x2.dtype == np.float32:
-            row = np.array(x2[0])  # contiguous and writable: the one signature of the kernel
-            for first, last in self._tiles(4 * TILE):
-                self._matvec(first, row, y[0, first:last])
+        if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
+            self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
         else:
             for first, last in self._tiles(self._tile_size(len(x2))):
                 np.matmul(x2, self._decode(first, last).T, out=y[:, first:last])
@@ -151,9 +149,14 @@ class PackedWeight(ABC):
     def _decode_into(self, start: int, out: Array) -> None:
         """Write the weights start, start + 1, … of the flattened tensor, which begin or end rows, into ``out`` float32."""
 
+    @property
+    def _few(self) -> int:
+        """Return up to how many float32 rows ``_multiply_few`` is faster than BLAS on decoded tiles."""
+        return 1
+
     @abstractmethod
-    def _matvec(self, first: int, x: Array, out: Array) -> None:
-        """Write rows first, first + 1, … of W times x (in,) into ``out``; ``first`` is a multiple of 8."""
+    def _multiply_few(self, x: Array, out: Array) -> None:
+        """Write x Wᵀ into ``out``: x (n, in) → (n, out) for n of 1 to ``_few``."""
 
     def _decode(self, first: int, last: int) -> Array:
         """Return rows first … last - 1 in the thread's scratch, valid until the next call."""
@@ -222,10 +225,12 @@ class CodedWeight(PackedWeight):
         scales, offsets = self._window(start, start + out.size)
         self._kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
 
-    def _matvec(self, first: int, x: Array, out: Array) -> None:
-        start = first * x.size
-        scales, offsets = self._window(start, start + out.size * x.size)
-        self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, x, out)
+    def _multiply_few(self, x: Array, out: Array) -> None:
+        width = self.shape[1]
+        for first, last in self._tiles(4 * TILE):  # scales that must be decoded are, a part at a time
+            scales, offsets = self._window(first * width, last * width)
+            self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, first * width, x[0],
+                                 out[0, first:last])  # fmt: skip
 
 
 def checked(w: Array) -> Array:

@@ -20,6 +20,7 @@ import numpy as np
 from minilora.config import ConfigError, QuantConfig, require
 from minilora.quant import codebooks, kernels, simd
 from minilora.quant.affine import AffineWeight
+from minilora.quant.blocks import BlockWeight
 from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, as_matrix, frozen, packed, require_finite
 
 NESTED_BLOCK_SIZE = 256
@@ -162,6 +163,8 @@ def warm_up() -> float:
             weight.matmul(w[:1])  # matvec
             weight.rows(np.arange(2))  # dequantize
             weight.unpacked()
+    blocks = BlockWeight.quantize(np.eye(2, 32, dtype=np.float32), "Q4_1")  # one type: the kernels hold all
+    blocks.matmul(blocks.dense())
     return time.perf_counter() - start
 
 
