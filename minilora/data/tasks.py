@@ -105,7 +105,8 @@ def pad_batch(sequences: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Ba
     return Batch(ids, targets, mask)
 
 
-def _check_indices(indices: Sequence[int] | np.ndarray, n_train: int) -> list[int]:
+def check_indices(indices: Sequence[int] | np.ndarray, n_train: int) -> list[int]:
+    """Return the indices as a list; raises ValueError if there is none, or one outside 0..n_train-1."""
     chosen = [int(i) for i in indices]
     bad = next((i for i in chosen if not 0 <= i < n_train), None)
     if not chosen or bad is not None:
@@ -113,7 +114,8 @@ def _check_indices(indices: Sequence[int] | np.ndarray, n_train: int) -> list[in
     return chosen
 
 
-def _check_split(split: str, splits: tuple[str, ...]) -> None:
+def check_split(split: str, splits: tuple[str, ...]) -> None:
+    """Raise ValueError for a split that the task does not have."""
     if split not in splits:
         raise ValueError(f"split is {split!r}: this task has {', '.join(splits)}")
 
@@ -151,7 +153,7 @@ class ProductsTask:
 
     def evaluation(self, split: str) -> tuple[list[Product], list[int]]:
         """Return the products of an evaluation split, all different, and their sentence plans."""
-        _check_split(split, self.splits)
+        check_split(split, self.splits)
         if split not in self._products:
             rng = random.Random(f"products {split}")
             chosen: dict[Product, int] = {}
@@ -162,7 +164,7 @@ class ProductsTask:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Return training examples 0..n_train-1 by index."""
-        return _product_batch([self.example(i) for i in _check_indices(indices, self.n_train)])
+        return _product_batch([self.example(i) for i in check_indices(indices, self.n_train)])
 
     def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
         """Return the fixed evaluation examples of a split, in the order of `prompts`."""
@@ -240,24 +242,24 @@ class WindowTask:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Return training windows 0..n_train-1 by index."""
-        chosen = np.array(_check_indices(indices, self.n_train))
+        chosen = np.array(check_indices(indices, self.n_train))
         free = len(self._streams["train"]) - self._window  # possible starts
         return self._batch("train", ((chosen + self._shift) * free / self.n_train).astype(np.int64))
 
     def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
         """Return the fixed evaluation windows of a split."""
-        _check_split(split, self.splits)
+        check_split(split, self.splits)
         starts = np.linspace(0, len(self._streams[split]) - self._window - 1, self.n_eval).astype(np.int64)
         return [self._batch(split, starts[i : i + batch_size]) for i in range(0, self.n_eval, batch_size)]
 
     def prompts(self, split: str) -> list[list[int]]:
         """Return no prompts: this task is judged by its loss."""
-        _check_split(split, self.splits)
+        check_split(split, self.splits)
         return []
 
     def score(self, split: str, completions: list[str]) -> dict[str, float]:
         """Return no measures: this task is judged by its loss."""
-        _check_split(split, self.splits)
+        check_split(split, self.splits)
         return {}
 
 

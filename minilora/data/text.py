@@ -57,6 +57,7 @@ class TextTokenizer:
         end: what `encode` puts after it.
         backend: the `tokenizers.Tokenizer`.
         template: the chat template; None if the model has none.
+        has_template: whether there is one.
     """
 
     def __init__(self, backend: Any, *, where: str, special: Mapping[str, int | None], add_bos: bool, add_eos: bool,
@@ -69,12 +70,13 @@ class TextTokenizer:
         pad = next(token for token in (special.get("pad"), special.get("unk"), eos) if token is not None)
         self.bos_id, self.eos_id, self.pad_id = special.get("bos"), eos, pad
         require(not add_bos or self.bos_id is not None, f"{where}: add_bos_token", True, "needs a bos_token_id")
-        self.begin = (self.bos_id,) if add_bos and self.bos_id is not None else ()
+        self.begin: tuple[int, ...] = (self.bos_id,) if add_bos and self.bos_id is not None else ()
         self.end = (eos,) if add_eos else ()
         added = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.stop_ids = frozenset({eos, *stops, *(added[name] for name in END_OF_TURN if name in added)})
         names = {f"{name}_token": backend.id_to_token(i) for name, i in special.items() if i is not None}
         self.template = ChatTemplate(template, where, names) if template is not None else None
+        self.has_template = self.template is not None
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str = "GGUF") -> TextTokenizer:

@@ -82,6 +82,11 @@ class Tokenizer(Protocol):
         ...
 
     @property
+    def has_template(self) -> bool:
+        """Whether there is a chat template: `render` and `chat` work."""
+        ...
+
+    @property
     def sha256(self) -> str:
         """The hash of all that makes ids of a text."""
         ...
@@ -155,7 +160,8 @@ class ByteTokenizer:
     vocab_size = VOCAB_SIZE
     bos_id, eos_id, pad_id = BOS, EOS, PAD
     stop_ids = frozenset({EOS})
-    begin = (BOS,)
+    begin: tuple[int, ...] = (BOS,)
+    has_template = False
     sha256 = hashlib.sha256(b"minilora bytes, BOS 256, EOS 257, PAD 258").hexdigest()
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
