@@ -225,7 +225,7 @@ def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> A
 
 def _checked(file: GGUFFile) -> ModelConfig:
     """Return the architecture, if there is what the metadata ask for, in types that are read, and nothing else."""
-    config = _read_config(file)
+    config = gguf_config(file)
     shapes = {gguf_name(name): shape for name, shape in parameter_shapes(config).items()}
     missing = [name for name in shapes if name not in file.tensors]
     if missing:
@@ -273,14 +273,14 @@ class _Settings:
         return float(value)
 
 
-def _read_config(file: GGUFFile) -> ModelConfig:
+def gguf_config(file: GGUFFile) -> ModelConfig:
     """Return the architecture, refusing by key and value whatever differs from ours."""
     settings = _Settings(file)
     arch = file.metadata.get("general.architecture")
     if not (isinstance(arch, str) and arch == ARCH):
         raise settings.refuse("general.architecture", arch, f"only {ARCH!r} is read (Llama, SmolLM2, TinyLlama, Mistral)")
     version = file.metadata.get("general.quantization_version", 2)
-    if version != 2 and any(info.type in BLOCK_BYTES for info in file.tensors.values()):
+    if not (type(version) is int and version == 2) and any(info.type in BLOCK_BYTES for info in file.tensors.values()):
         raise settings.refuse("general.quantization_version", version,
                               "2 is read: convert the model again with a present llama.cpp")
     for key, values in NEUTRAL.items():
@@ -298,9 +298,9 @@ def _read_config(file: GGUFFile) -> ModelConfig:
                         f"(…, {hidden})")
     vocabulary = embedding.shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    for key, size in ((f"{ARCH}.vocab_size", settings.get("vocab_size")),
-                      ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else None)):
-        if size is not None and size != vocabulary:
+    for key, size in ((f"{ARCH}.vocab_size", settings.whole("vocab_size", vocabulary)),
+                      ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else vocabulary)):
+        if size != vocabulary:
             raise settings.refuse(key, size, f"but {EMBEDDING!r} has {vocabulary} rows")
     try:
         config = ModelConfig(
@@ -330,7 +330,7 @@ def _rope_factors(settings: _Settings, pairs: int) -> tuple[float, ...] | None:
     Without a type llama.cpp means linear; ``rope.scale_linear`` is the key's name in old files.
     """
     kind, factor = settings.get("rope.scaling.type"), 1.0
-    if kind is not None and kind not in ("none", "linear"):
+    if not (kind is None or (isinstance(kind, str) and kind in ("none", "linear"))):
         raise settings.refuse(f"{ARCH}.rope.scaling.type", kind, "none and linear are read, and Llama 3's rope_freqs tensor")
     if kind != "none":
         factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0)) or 1.0  # 0 says unscaled
