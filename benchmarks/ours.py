@@ -28,8 +28,9 @@ Array = np.ndarray
 class Ours:
     """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS thread a shard."""
 
-    def __init__(self, threads: int = 2):
-        keep_memory()
+    def __init__(self, threads: int = 2, keep: bool = True):
+        if keep:
+            keep_memory()
         self._blas = single_blas()
         self._blas.__enter__()  # for the life of this process
         self.threads = threads
@@ -67,7 +68,7 @@ class Ours:
         size = workload.SIZES[name]
         base = build_model(size.config, workload.weights(size))
         if method == "qlora" and states is not None:
-            base = base.map_linears(lambda linear: _adopt(linear, states))
+            base = base.map_linears(lambda linear: adopt(linear, states))
         elif method == "qlora":
             base = quantize_model(base, QuantConfig("nf4"))
         elif method == "qalora":
@@ -77,21 +78,22 @@ class Ours:
         else:
             config = LoraConfig(workload.R, workload.ALPHA, use_qalora=method == "qalora")
             model = inject_lora(base, config, np.random.default_rng(0))
-            values = workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1)
-            for p in model.trainable():
-                p.data[...] = values[p.name]
+            set_adapters(model, workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1))
         del base
-        ids, targets = workload.batch(size)
+        self._ready(model, *workload.batch(size))
+
+    def _ready(self, model: Transformer, ids: Array, targets: Array) -> None:
+        """Keep the model and its batch; the work "step" trains it once."""
         self.model, self.batch = model, Batch(ids, targets, np.ones(ids.shape, bool))
         self.optimizer = make_optimizer(model.trainable(), TrainConfig(shards=self.threads))
         self.grads: dict[str, Array] = {}
         self.works["step"] = self._step
 
-    def _loss_and_grads(self) -> tuple[float, Any]:
-        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.threads, stream=(0, 0))
+    def _loss_and_grads(self, **memory: Any) -> tuple[float, Any]:
+        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.threads, stream=(0, 0), **memory)
 
-    def _step(self) -> None:
-        _, grads = self._loss_and_grads()
+    def _step(self, **memory: Any) -> None:
+        _, grads = self._loss_and_grads(**memory)
         clip_(grads, workload.MAX_NORM)
         self.optimizer.step(grads, workload.LEARNING_RATE)
 
@@ -142,7 +144,14 @@ class Ours:
         return {p.name: p.data for p in base.parameters()}
 
 
-def _adopt(linear: Any, states: dict[str, tuple[Array, ...]]) -> Any:
+def set_adapters(model: Transformer, values: dict[str, Array]) -> None:
+    """Give all that trains the values of its name."""
+    for p in model.trainable():
+        p.data[...] = values[p.name]
+
+
+def adopt(linear: Any, states: dict[str, tuple[Array, ...]]) -> Any:
+    """The linear with bitsandbytes' quantized weight, where there is one."""
     if linear.name not in states:
         return linear
     codes, scale_codes, absmax, offset = states[linear.name]

@@ -31,8 +31,9 @@ Array = np.ndarray
 class Peers:
     """The same interface as ``Ours``."""
 
-    def __init__(self, threads: int = 2):
-        keep_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
+    def __init__(self, threads: int = 2, keep: bool = True):
+        if keep:
+            keep_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
         self.threads = threads
         self.works: dict[str, tuple[int, Callable[[], Any]]] = {}  # label → (threads, work)
 
@@ -67,16 +68,16 @@ class Peers:
         model: Any = llama(size.config, workload.weights(size) | (weights or {}))
         if method == "qlora":
             _quantize(model)
-        if method != "full":
-            config = peft.LoraConfig(r=workload.R, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
-            model = peft.get_peft_model(model, config)
+        self._ready(adapted(model) if method != "full" else model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
+
+    def _ready(self, model: Any, ids: Array, targets: Array, adapters: dict[str, Array] | None) -> None:
+        """Keep the model and its batch; the work "step" trains it once."""
         self.model = model.train()
-        values = workload.adapters(size) | (adapters or {})
         with torch.no_grad():
             for key, p in self._trainable().items():
-                if "lora_" in key:
-                    p.copy_(torch.from_numpy(values[key]))
-        self.ids, self.targets = (torch.from_numpy(a) for a in workload.batch(size))
+                if "lora_" in key and adapters:
+                    p.copy_(torch.from_numpy(adapters[key]))
+        self.ids, self.targets = torch.from_numpy(ids), torch.from_numpy(targets)
         parameters = list(self._trainable().values())
         optimizer = torch.optim.AdamW(parameters, lr=workload.LEARNING_RATE, weight_decay=0.0, fused=True)
 
@@ -144,8 +145,11 @@ class Peers:
 
     def prepare_generation(self, config: ModelConfig, weights: dict[str, Array], batch: int, tokens: int) -> None:
         """Prepare greedy text with the given weights."""
-        model = llama(config, weights).eval()
-        ids = torch.tensor(workload.prompts(batch))
+        self._write(llama(config, weights).eval(), workload.prompts(batch), tokens)
+
+    def _write(self, model: Any, prompts: list[list[int]], tokens: int) -> None:
+        """The works "generate", greedy text, and "logits", those after the prompts (of one length)."""
+        ids = torch.tensor(prompts)
         settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
                                     eos_token_id=None)
 
@@ -159,6 +163,12 @@ class Peers:
             return model(ids).logits[:, -1].numpy()
 
         self.works |= {"generate": (self.threads, write), "logits": (self.threads, logits)}
+
+
+def adapted(model: Any) -> Any:
+    """The model with PEFT's LoRA on all projections."""
+    config = peft.LoraConfig(r=workload.R, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
+    return peft.get_peft_model(model, config)
 
 
 def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:

@@ -58,28 +58,33 @@ def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, An
     """Compare loss and every gradient on the same weights, adapters and batch; leaves both sides ready to be timed."""
     if method == "qalora":  # the same function in dense form: W = dequantized, A repeated over each group
         ours.call("build", name, method)
-        size, g = workload.SIZES[name], workload.GROUP_SIZE
-        wide = {n: np.repeat(a, g, axis=-1) if "lora_A" in n else a for n, a in workload.adapters(size, g).items()}
-        theirs.call("build", name, "lora", ours.call("dense_weights"), wide)
+        adapters = workload.wide(workload.adapters(workload.SIZES[name], workload.GROUP_SIZE))
+        theirs.call("build", name, "lora", ours.call("dense_weights"), adapters)
     else:
         theirs.call("build", name, method)
         ours.call("build", name, method, theirs.call("states") if method == "qlora" else None)
+    found = compare(f"{name} {method}", ours, theirs, workload.rounding(workload.SIZES[name]))
+    if method == "qalora":
+        theirs.call("build", name, "qlora")
+    return found
+
+
+def compare(what: str, ours: Remote, theirs: Remote, bound: float) -> dict[str, Any]:
+    """Loss and every gradient of both sides as they stand; RuntimeError if one differs by more than ``bound``."""
     (loss, names), (their_loss, their_names) = ours.call("loss"), theirs.call("loss")
     if set(names) != set(their_names):
-        raise RuntimeError(f"{name} {method}: different arrays train: {sorted(set(names) ^ set(their_names))[:4]}")
-    worst, where, bound = 0.0, "", workload.rounding(workload.SIZES[name])
+        raise RuntimeError(f"{what}: different arrays train: {sorted(set(names) ^ set(their_names))[:4]}")
+    worst, where = 0.0, ""
     for n in names:
         a, b = ours.call("gradient", n), theirs.call("gradient", n)
-        if a.shape != b.shape:  # the repeated A: its gradients add up
+        if a.shape != b.shape:  # the repeated A of QA-LoRA: its gradients add up
             b = group_sum(b, workload.GROUP_SIZE)
         error = workload.difference(a, b)
         if error >= worst:
             worst, where = error, n
     if not (worst <= bound and abs(loss - their_loss) <= bound * abs(their_loss)):
-        raise RuntimeError(f"{name} {method}: loss {loss}, peer's {their_loss}; gradient of {where} differs by {worst:.1e}, "
+        raise RuntimeError(f"{what}: loss {loss}, peer's {their_loss}; gradient of {where} differs by {worst:.1e}, "
                            f"more than {bound:.1e}")
-    if method == "qalora":
-        theirs.call("build", name, "qlora")
     return {"loss": loss, "loss_difference": abs(loss - their_loss), "arrays": len(names), "worst_relative_error": worst,
             "worst_array": where, "bound": bound}
 

@@ -55,6 +55,11 @@ def projections(size: Size) -> dict[str, tuple[int, int]]:
             if name.split(".")[-2] in LINEAR_MODULES}
 
 
+def wide(values: dict[str, np.ndarray], group_size: int = GROUP_SIZE) -> dict[str, np.ndarray]:
+    """QA-LoRA's adapters as LoRA's that compute the same: A repeated over each group."""
+    return {name: np.repeat(a, group_size, axis=-1) if "lora_A" in name else a for name, a in values.items()}
+
+
 def adapters(size: Size, pool: int = 1) -> dict[str, np.ndarray]:
     """A (r, in/pool) and B (out, r) of each projection; B is not zero, or A would have no gradient."""
     rng = np.random.default_rng(1)
@@ -99,6 +104,13 @@ def matrices(n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """A weight (n, n) and an input (batch, n) for the kernels."""
     rng = np.random.default_rng(3)
     return rng.standard_normal((n, n), np.float32), rng.standard_normal((batch, n), np.float32)
+
+
+def real_text() -> str:
+    """Prose: the chapter "Execution model" of Python's language reference, which comes with every Python."""
+    from pydoc_data.topics import topics
+
+    return topics["execmodel"]
 
 
 def prompts(n: int, length: int = 32) -> list[list[int]]:

@@ -1,0 +1,236 @@
+"""A GGUF in llama.cpp and in minilora: ``python -m benchmarks.llama_cpp MODEL.gguf [--against ORIGINAL.gguf]``.
+
+Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the ids of both tokenizers are compared
+apart. llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, so its logits differ by about 1e-3
+of their range; files of F16 and F32 agree to rounding.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+
+from benchmarks import workload
+from benchmarks.page import table
+from benchmarks.timing import timed
+from minilora.data.text import TextTokenizer
+from minilora.data.tasks import ProductsTask
+from minilora.formats.files import FileError, write_file
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.llama_gguf import load_gguf
+from minilora.generation import generate
+from minilora.quant.blocks import BlockWeight
+from minilora.transformer import Transformer
+
+Array = np.ndarray
+INSTALL = "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles llama.cpp: a C++ compiler and minutes)"
+TEXT_TOKENS = 512
+VARIED = ("The capital of France is", "don't  DO\tthat\n\n  twice ", "naïve café — 日本語, Ελληνικά, عربى 🙂", "x=3.14159; y[0]+=1e-5  # 1234567",
+          "<|im_start|>user\nHi<|im_end|>\n")  # fmt: skip
+
+
+class LlamaCpp:
+    """llama.cpp on a file; with ``scores`` it keeps the logits of every token."""
+
+    def __init__(self, path: str, threads: int = 2, context: int = 1024, scores: bool = False):
+        import llama_cpp
+
+        self.model = llama_cpp.Llama(path, n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads,
+                                     n_threads_batch=threads, logits_all=scores, verbose=False)
+        self.works: dict[str, Callable[[], Any]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, special tokens recognized, nothing added."""
+        return self.model.tokenize(text.encode(), add_bos=False, special=True)
+
+    def logits(self, ids: Array) -> Array:
+        """Logits (T, V) after each token."""
+        self.model.reset()
+        self.model.eval(ids.tolist())
+        return np.array(self.model.scores[: len(ids)])
+
+    def write(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+        """Greedy continuations, one after another; they do not stop."""
+        return [self._write(prompt, tokens) for prompt in prompts]
+
+    def _write(self, prompt: list[int], tokens: int) -> list[int]:
+        self.model.reset()
+        found: list[int] = []
+        for token in self.model.generate(prompt, temp=0.0, repeat_penalty=1.0):
+            found.append(token)
+            if len(found) == tokens:
+                break
+        return found
+
+    def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
+        """The work ``label``: greedy text."""
+        self.works[label] = partial(self.write, prompts, tokens)
+
+    def timed(self, label: str, n: int) -> float:
+        """Seconds of one call of a prepared work, from n in a row."""
+        return timed(self.works[label], n)
+
+    def result(self, label: str) -> Any:
+        """What a prepared work returns."""
+        return self.works[label]()
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare llama.cpp with minilora on a GGUF file, and a tuned file with its original."""
+
+    model: Annotated[str, tyro.conf.Positional]  # the GGUF file, a merged one for example
+    against: str | None = None  # the file it was made from
+    new_tokens: int = 48  # of each continuation
+    prompts: int = 4  # held-out products, beside two other questions
+    threads: int = 2
+    out: str = "benchmarks/results/llama_cpp"
+
+
+def compare(path: Path, options: Options) -> dict[str, Any]:
+    """One file on both sides."""
+    file = GGUFFile(path)
+    model, tokenizer = load_gguf(file), TextTokenizer.from_gguf(file.metadata)
+    theirs = LlamaCpp(str(path), options.threads, scores=True)
+    ids = np.array(tokenizer.encode(workload.real_text()))[: min(TEXT_TOKENS, model.config.context_length)]
+    texts = [*VARIED, workload.real_text()]
+    found = [tokenizer.encode(text, add_special=False) == theirs.encode(text) for text in texts]
+    return {"file": path.name, "bytes": path.stat().st_size, "tokenizer_equal": sum(found), "tokenizer_texts": len(found),
+            **forced(model.logits(ids[None])[0], theirs.logits(ids), ids), "continuations": _continuations(model, tokenizer, theirs, options)}
+
+
+def forced(mine: Array, theirs: Array, ids: Array) -> dict[str, float]:
+    """Both sides' logits (T, V) along one text (T,): perplexities, largest difference by range, share of equal likeliest tokens.
+
+    >>> logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
+    >>> forced(logits, logits, np.array([0, 1]))["perplexity"]
+    4.0
+    """
+    perplexity, theirs_perplexity = (_perplexity(logits, ids) for logits in (mine, theirs))
+    return {"tokens": len(ids), "perplexity": perplexity, "llama_cpp_perplexity": theirs_perplexity,
+            "perplexity_differs_by": abs(perplexity / theirs_perplexity - 1),
+            "logits_differ_by": float(np.abs(mine - theirs).max() / np.ptp(mine)),
+            "same_likeliest": float(np.mean(mine.argmax(-1) == theirs.argmax(-1)))}
+
+
+def _perplexity(logits: Array, ids: Array) -> float:
+    """exp of the mean of −log p(next token)."""
+    z = logits[:-1].astype(np.float64)
+    z -= z.max(axis=-1, keepdims=True)
+    chosen = z[np.arange(len(z)), ids[1:]] - np.log(np.exp(z).sum(axis=-1))
+    return round(float(np.exp(-chosen.mean())), 12)
+
+
+def _continuations(model: Transformer, tokenizer: TextTokenizer, theirs: LlamaCpp, options: Options) -> list[dict[str, Any]]:
+    prompts = [product.prompt() for product in ProductsTask(n_eval=options.prompts).evaluation("test")[0]]
+    prompts += ["What is the capital of France?", "Write one sentence about the sea."]
+    ids = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
+    mine, other = generate(model, ids, options.new_tokens), theirs.write(ids, options.new_tokens)
+    rows = []
+    for prompt, a, b in zip(prompts, mine, other, strict=True):
+        until = min((i + 1 for i, token in enumerate(a) if token in tokenizer.stop_ids), default=len(a))  # what a user sees
+        rows.append({"prompt": prompt, **agreement(a[:until], b[:until]),
+                     "ours": tokenizer.decode(a[:until]), "llama_cpp": tokenizer.decode(b[:until])})
+    return rows
+
+
+def agreement(a: list[int], b: list[int]) -> dict[str, Any]:
+    """Tokens, how many are equal at their place, and the place of the first that is not.
+
+    >>> agreement([1, 2, 3, 4], [1, 2, 5, 4])
+    {'tokens': 4, 'equal': 3, 'first_difference': 2}
+    """
+    same = [x == y for x, y in zip(a, b, strict=True)]
+    return {"tokens": len(same), "equal": sum(same), "first_difference": same.index(False) if False in same else None}
+
+
+def changes(path: Path, original: Path) -> dict[str, int]:
+    """How many tensors of a tuned file are the original's, differ in minima alone (Q4_1: codes and scales bit by bit), or in more.
+
+    Raises FileError if a file has tensors that the other has not.
+    """
+    new, old = GGUFFile(path), GGUFFile(original)
+    if new.tensors.keys() != old.tensors.keys():
+        some = sorted(new.tensors.keys() ^ old.tensors.keys())[:3]
+        raise FileError(f"{path}: not made from {original}: only one of them has {', '.join(some)}")
+    counts = {"identical": 0, "other minima": 0, "other": 0}
+    for name, info in new.tensors.items():
+        counts[_change(new, old, name) if info.type == old.tensors[name].type else "other"] += 1
+    return counts
+
+
+def _change(new: GGUFFile, old: GGUFFile, name: str) -> str:
+    if len(new.tensors[name].shape) != 2:
+        return "identical" if np.array_equal(new.array(name), old.array(name)) else "other"
+    a, b = new.weight(name), old.weight(name)
+    if not (isinstance(a, BlockWeight) and isinstance(b, BlockWeight)):
+        return "identical" if np.array_equal(a.dense(), b.dense()) else "other"
+    if np.array_equal(a.blocks, b.blocks):
+        return "identical"
+    return "other minima" if np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales) else "other"
+
+
+def page(results: dict[str, Any]) -> str:
+    """The comparison, in markdown."""
+    head = ["file", "MB", "tokenizers agree", "perplexity, ours", "llama.cpp", "difference", "logits differ by", "same likeliest token",
+            "continuations equal", "their tokens equal"]
+    body = []
+    for row in results["files"]:
+        rows = row["continuations"]
+        body.append([row["file"], f"{row['bytes'] / 1e6:.1f}", f"{row['tokenizer_equal']} of {row['tokenizer_texts']} texts",
+                     f"{row['perplexity']:.4f}", f"{row['llama_cpp_perplexity']:.4f}", f"{row['perplexity_differs_by']:.1e}",
+                     f"{row['logits_differ_by']:.1e}", f"{100 * row['same_likeliest']:.1f} %",
+                     f"{sum(r['first_difference'] is None for r in rows)} of {len(rows)}",
+                     f"{sum(r['equal'] for r in rows)} of {sum(r['tokens'] for r in rows)}"])
+    parts = [f"# {results['files'][0]['file']} in llama.cpp and in minilora", f"`{results['command']}`, llama-cpp-python "
+             f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "), table(head, body)]
+    if results["changes"]:
+        said = ", ".join(f"{n} {kind}" for kind, n in results["changes"].items())
+        parts.append(f"Tensors beside those of the original: {said} (\"other minima\": codes and scales are the original's, bit by bit).")
+    for row in results["files"]:
+        parts.append(f"## Continuations by {row['file']}")
+        for r in row["continuations"]:
+            where = "" if r["first_difference"] is None else f" (differs from token {r['first_difference']} on)"
+            other = "the same" if r["first_difference"] is None else r["llama_cpp"].strip()
+            parts.append(f"**{' / '.join(r['prompt'].split(chr(10))).strip(' /')}**\n\n- minilora: {_one_line(r['ours'])}\n"
+                         f"- llama.cpp{where}: {_one_line(other)}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _one_line(text: str) -> str:
+    return " ⏎ ".join(text.strip().split("\n"))
+
+
+def main(options: Options, command: str) -> int:
+    """Compare, print the table, write both files; 2 if llama-cpp-python is missing or a file cannot be read."""
+    if find_spec("llama_cpp") is None:
+        print(INSTALL, file=sys.stderr)
+        return 2
+    try:
+        path, original = Path(options.model), options.against and Path(options.against)
+        changed = changes(path, original) if original else None
+        files = [compare(file, options) for file in ([path, original] if original else [path])]
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    results = {"command": command, "llama_cpp_python": version("llama-cpp-python"), "changes": changed, "files": files}
+    text = page(results)
+    print(text)
+    for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text)):
+        print(write_file(Path(options.out) / f"{path.stem}{suffix}", content))
+    return 0
+
+
+if __name__ == "__main__":
+    chosen = tyro.cli(Options, prog="python -m benchmarks.llama_cpp")
+    sys.exit(main(chosen, " ".join(["python -m benchmarks.llama_cpp", *(Path(a).name if a.endswith(".gguf") else a for a in sys.argv[1:])])))

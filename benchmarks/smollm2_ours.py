@@ -1,0 +1,83 @@
+"""minilora's side on a GGUF: trained, and read, as the command line does it."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.ours import Ours, adopt, set_adapters
+from minilora.config import LoraConfig, QuantConfig
+from minilora.formats.huggingface import save_huggingface
+from minilora.formats.llama_gguf import load_gguf
+from minilora.generation import generate
+from minilora.lora import LoraLinear, inject_lora
+from minilora.quant.weights import CodebookWeight
+from minilora.quantize import dequantize_model, quantize_model
+from minilora.threads import keep_memory
+
+Array = np.ndarray
+SMALL = {"checkpoint": True, "logits_chunk": 32}
+"""What saves memory: blocks are computed again in the backward pass, and a shard's logits come 32 rows at a time."""
+
+
+class OursGGUF(Ours):
+    """A GGUF made ready for a method; the works "fast" and "small" are one step each."""
+
+    def __init__(self, path: str, threads: int = 2):
+        super().__init__(threads, keep=False)  # memory is kept from the first step on, as the Trainer does it
+        self.path = path
+
+    def write_folder(self, folder: str) -> None:
+        """Write the dequantized model as a float32 Hugging Face folder, the peers' input."""
+        save_huggingface(dequantize_model(load_gguf(self.path)), folder)
+
+    def load(self, method: str, ids: Array, targets: Array, adapters: dict[str, Array] | None = None,
+             states: dict[str, tuple[Array, ...]] | None = None) -> None:
+        """Load for ``lora`` (dense), ``qlora`` (NF4; with ``states`` bitsandbytes' codes) or ``qalora`` (blocks as stored)."""
+        self.works.clear()
+        self.model = self.optimizer = None
+        base = load_gguf(self.path)
+        if method == "lora":
+            base = dequantize_model(base)
+        elif method == "qlora":
+            base = quantize_model(base, QuantConfig("nf4"))
+        if states is not None:
+            self.same_codes = _same_codes(base, states)
+            base = base.map_linears(lambda linear: adopt(linear, states))
+        config = LoraConfig(workload.R, workload.ALPHA, use_qalora=method == "qalora")
+        model = inject_lora(base, config, np.random.default_rng(0))
+        del base
+        if adapters is not None:
+            set_adapters(model, adapters)
+        keep_memory()
+        self._ready(model, ids, targets)
+        self.works |= {"fast": self._step, "small": partial(self._step, **SMALL)}
+
+    def loss_of_small(self) -> float:
+        """The loss as the work "small" computes it."""
+        return self._loss_and_grads(**SMALL)[0]
+
+    def codes_equal(self) -> float:
+        """Share of bytes of NF4 codes that were bitsandbytes' before its own were taken."""
+        return self.same_codes
+
+    def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
+        """The work ``label``: greedy text from the file as it is stored."""
+        if self.model is None:
+            self.model = load_gguf(self.path)
+        self.works[label] = lambda: generate(self.model, prompts, tokens)
+        self.works[f"{label} logits"] = lambda: self.model.logits(np.array(prompts))[:, -1]
+
+
+def _same_codes(model: Any, states: dict[str, tuple[Array, ...]]) -> float:
+    """How many bytes of packed codes are those of ``states``; a share of all."""
+    equal = count = 0
+    for name, linear in model.linears():
+        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+        if isinstance(weight, CodebookWeight):
+            equal += int((weight.codes == states[name][0]).sum())
+            count += weight.codes.size
+    return equal / count

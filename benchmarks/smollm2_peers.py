@@ -1,0 +1,53 @@
+"""The peers' side on a Hugging Face folder, loaded as its users do: ``from_pretrained``, PEFT, and bitsandbytes for QLoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.utils import logging
+
+from benchmarks.peers import Peers, adapted
+from minilora.threads import keep_memory
+
+Array = np.ndarray
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+
+class PeersFolder(Peers):
+    """A folder made ready for a method; the work "step" is one step."""
+
+    def __init__(self, folder: str, threads: int = 2):
+        super().__init__(threads, keep=False)
+        self.folder = folder
+        torch.set_num_threads(threads)
+
+    def load(self, method: str, ids: Array, targets: Array, adapters: dict[str, Array] | None = None,
+             checkpoint: bool = False, keep: bool = True) -> None:
+        """Load for ``lora`` (float32) or ``qlora`` (NF4, double quantized, computing in float32).
+
+        ``keep``: freed memory is kept, which is faster and takes more of it; PEFT's users do not have it.
+        """
+        self.works.clear()
+        self.model: Any = None
+        options: dict[str, Any] = {}
+        if method == "qlora":
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
+        if checkpoint:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if keep:
+            keep_memory()
+        self._ready(adapted(model), ids, targets, adapters)
+
+    def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
+        """The work ``label``: greedy text with the float32 weights."""
+        if not hasattr(self, "writer"):
+            self.writer = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            keep_memory()
+        self._write(self.writer, prompts, tokens)
+        self.works[label], self.works[f"{label} logits"] = self.works.pop("generate"), self.works.pop("logits")
