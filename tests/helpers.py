@@ -200,3 +200,35 @@ def mutate(data: Any, arrays: dict[str, np.ndarray], dtypes: Sequence[Any], name
         raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
         arrays[key] = np.frombuffer(bytes(raw), array.dtype).reshape(array.shape)
     return kind
+
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def byte_alphabet() -> list[str]:
+    """GPT-2's 256 visible characters by byte: printable Latin-1 stands for itself, the others for U+0100 and on, in order."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [table[byte] for byte in range(256)]
+
+
+def gguf_tokenizer(pre: str = "smollm", **changed: Any) -> dict[str, Any]:
+    """Metadata of a GGUF with a small vocabulary: 3 control tokens, 256 bytes, merges, a user-defined and a whole word.
+
+    ``changed``: keys behind ``tokenizer.ggml.`` (``chat_template`` behind ``tokenizer.``); None takes a key out.
+    """
+    merges = ["Ġ Ġ", "Ċ Ċ", "h e", "l l", "he ll", "hell o", "Ġ t", "Ġt h", "1 2", "Ġ 1", "12 3", "Ġ hello", "' s", "i n"]
+    merges += ["r e", "ĊĊ Ċ", "ĠĠ Ġ", "e Ċ", ". Ċ", "Ã ©"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), *(merge.replace(" ", "") for merge in merges)]
+    tokens += ["<think>", "abc"]
+    types = [3] * 3 + [1] * (len(tokens) - 5) + [4, 1]
+    values = {
+        "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": np.array(types, np.int32), "merges": merges,
+        "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "padding_token_id": 0, "chat_template": CHATML,
+    }  # fmt: skip
+    prefix = {key: "tokenizer." if key == "chat_template" else "tokenizer.ggml." for key in {**values, **changed}}
+    return {prefix[key] + key: value for key, value in {**values, **changed}.items() if value is not None}
