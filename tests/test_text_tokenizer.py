@@ -162,6 +162,28 @@ def test_metadata_that_cannot_be(changed, message):
         TextTokenizer.from_gguf(gguf_tokenizer(**changed))
 
 
+JUNK = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
+
+
+@given(st.dictionaries(st.sampled_from(sorted(gguf_tokenizer())), JUNK | st.lists(JUNK, max_size=4), min_size=1), st.data())
+def test_damaged_metadata_are_refused_or_work(damage, data):
+    """Nothing but ConfigError: no crash of the library, no half-made tokenizer."""
+    metadata = gguf_tokenizer() | damage
+    for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+        if key not in damage and data.draw(st.booleans()):  # one entry among the right ones
+            entries = list(metadata[key])
+            entries[data.draw(st.integers(0, len(entries) - 1))] = data.draw(JUNK | st.text(st.characters(), max_size=5))
+            metadata[key] = entries
+    try:
+        made = TextTokenizer.from_gguf(metadata)
+        ids = made.encode("hello 12<|im_end|>")
+        assert all(0 <= i < made.vocab_size for i in ids)
+        made.decode(ids)
+        made.chat(HI)
+    except ConfigError as error:
+        assert str(error)
+
+
 @pytest.mark.parametrize("text", [None, 3, b"x", "\ud800"])
 def test_what_is_no_text_is_refused(text):
     with pytest.raises(ConfigError, match="must be a string"):

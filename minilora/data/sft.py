@@ -235,6 +235,7 @@ class SFTTask:
         require(max_length >= 2, "max_length", max_length, "must be 2 or more")
         require(n_eval >= 1, "n_eval", n_eval, "must be 1 or more")
         parts = examples if isinstance(examples, Mapping) else split_examples(examples, n_eval)
+        require("train" in parts, "examples", ", ".join(parts), "needs 'train' among its splits")
         self.name, self.max_length, self.packing = name, max_length, packing
         self.splits = tuple(split for split in parts if split != "train")
         self._tokenizer, self._score = tokenizer, score
@@ -245,7 +246,8 @@ class SFTTask:
                                    if example.reference is not None), default=0)  # fmt: skip
         kept = {split: _cut(rows, max_length) for split, rows in encoded.items()}
         n_cut = {split: sum(len(ids) > max_length for ids, _ in rows) for split, rows in encoded.items()}
-        for split, rows in kept.items():
+        for split in ("train", *self.splits):
+            rows = kept[split]
             require(bool(rows), f"{name}, {split}: targets", 0, f"of {len(encoded[split])} examples, {n_cut[split]} were cut at "
                     f"max_length={max_length} tokens and no token to learn is left; the longest has "
                     f"{max((len(ids) for ids, _ in encoded[split]), default=0)}: raise max_length, or shorten the prompts")

@@ -13,11 +13,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from conftest import peer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from minilora.data.products import describe
+from minilora.data.sft import products_chat
+from minilora.data.tasks import ProductsTask
 from minilora.data.text import TextTokenizer
 from minilora.formats.gguf import GGUFFile
 
@@ -146,3 +150,27 @@ def test_a_sentencepiece_folder_that_transformers_saved(transformers, tmp_path):
         stream = ours.stream()
         assert "".join(map(stream.push, ids)) + stream.flush() == ours.decode(ids)
     assert ours.begin == (1,) and ours.eos_id == 2
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_products_as_transformers_templates_them(ours, theirs, packing):
+    """Each training row's ids and targets, from apply_chat_template: the prompt masked, the answer and its end learnt."""
+    products = ProductsTask(40, 3, seed=1)
+    expected = []
+    for product, plan in map(products.example, range(40)):
+        chat = [{"role": "user", "content": product.prompt()}, {"role": "assistant", "content": describe(product, plan)}]
+        prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+        whole = theirs.apply_chat_template(chat, return_dict=False)
+        assert theirs.decode(whole[-2:]) == "<|im_end|>\n"
+        expected.append((whole[:-2], whole[len(prompt) : -1]))
+    task = products_chat(ours, 40, 3, seed=1, max_length=256, packing=packing)
+    batch = task.batch(range(task.n_train))
+    segments = np.zeros_like(batch.ids) if batch.segments is None else batch.segments
+    found = []
+    for ids, targets, mask, row in zip(batch.ids, batch.targets, batch.mask, segments, strict=True):
+        for number in np.unique(row):
+            here = np.flatnonzero(row == number)
+            if mask[here].any():
+                end = np.flatnonzero(mask[here])[-1] + 1
+                found.append((ids[here][:end].tolist(), targets[here][mask[here]].tolist()))
+    assert sorted(found) == sorted(expected)
