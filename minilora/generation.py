@@ -8,24 +8,26 @@ from functools import partial
 import numpy as np
 
 from minilora import functional as F
+from minilora.decoding import Decoder
 from minilora.layers import Array
 from minilora.threads import single_blas
 from minilora.transformer import Transformer
 
 
 class KVCache:
-    """Keys and values of each block, (B, K, S, D); slot t holds position t, so shorter prompts need no padding on the left."""
+    """Keys and values of each block, (L, B, K, S, D); slot t holds position t, so shorter prompts need no padding on the left."""
 
     def __init__(self, model: Transformer, batch: int, slots: int):
         c, dtype = model.config, model.embedding.weight.dtype
-        shape = (batch, c.num_key_value_heads, slots, c.head_dim)
-        self.keys = [np.zeros(shape, dtype) for _ in model.blocks]
-        self.values = [np.zeros(shape, dtype) for _ in model.blocks]
+        shape = (c.num_hidden_layers, batch, c.num_key_value_heads, slots, c.head_dim)
+        self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
 
     def keep(self, rows: Array) -> None:
-        """Drop all sequences but ``rows``."""
-        self.keys = [k[rows] for k in self.keys]
-        self.values = [v[rows] for v in self.values]
+        """Drop all sequences but ``rows``, which are in ascending order."""
+        for layers in (self.keys, self.values):
+            for layer in layers:
+                layer[: len(rows)] = layer[rows]
+        self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
 
 
 PREFILL = 512
@@ -133,17 +135,19 @@ def generate(
     top_p: float = 1.0,
     rng: np.random.Generator | None = None,
     eos: int | Collection[int] | None = None,
+    threads: int | None = None,
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, without the one of ``eos`` that ended them.
 
     Stops at ``eos``, a token or several, after ``max_new_tokens``, or when the context is full. Greedy results do not depend
-    on which other prompts share the call, up to rounding.
+    on which other prompts share the call, up to rounding. A single text from a model of GGUF blocks is made by ``threads``, by
+    default one a core, with the same bytes for any number.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
     results: list[list[int]] = [[] for _ in prompts]
     with single_blas():
-        for made in _decoded(model, prompts, max_new_tokens, choose, _stops(eos)):
+        for made in _decoded(model, prompts, max_new_tokens, choose, _stops(eos), threads):
             for sequence, token in made:
                 results[sequence].append(token)
     return results
@@ -159,11 +163,12 @@ def stream(
     top_p: float = 1.0,
     rng: np.random.Generator | None = None,
     eos: int | Collection[int] | None = None,
+    threads: int | None = None,
 ) -> Iterator[int]:
     """Continue one prompt as ``generate`` does, and yield each token as soon as it is made; bad input is refused at once."""
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p)
     choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
-    steps = _decoded(model, [prompt], max_new_tokens, choose, _stops(eos))
+    steps = _decoded(model, [prompt], max_new_tokens, choose, _stops(eos), threads)
 
     def tokens() -> Iterator[int]:
         while True:
@@ -178,7 +183,7 @@ def stream(
 
 def _decoded(
     model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Array], Array],
-    stops: frozenset[int],
+    stops: frozenset[int], threads: int | None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, the new (prompt's number, token) of all sequences that go on."""
     lengths = np.array([len(p) for p in prompts])
@@ -189,21 +194,32 @@ def _decoded(
     kv_cache = KVCache(model, len(prompts), room)
     hidden = prefill(model, ids, kv_cache)[np.arange(len(prompts)), lengths - 1]  # (B, C) at each prompt's last token
 
-    alive, positions = np.arange(len(prompts)), lengths.copy()
-    count = 0
-    while True:
-        tokens = choose(model.head.forward(hidden)[0])
-        count += 1
-        new = [i for i, token in enumerate(tokens) if int(token) not in stops]
-        yield [(int(alive[i]), int(tokens[i])) for i in new]
-        going = [i for i in new if count < max_new_tokens and positions[i] < room]
-        if not going:
-            return
-        if len(going) < len(alive):
-            alive, positions, tokens = alive[going], positions[going], tokens[going]
-            kv_cache.keep(np.array(going))
-        hidden = decode(model, tokens, positions, kv_cache)
-        positions = positions + 1
+    alive, positions, count = np.arange(len(prompts)), lengths.copy(), 0
+    logits = model.head.forward(hidden)[0]
+    decoder: Decoder | None = None
+    try:
+        while True:
+            tokens = choose(logits)
+            count += 1
+            new = [i for i, token in enumerate(tokens) if int(token) not in stops]
+            yield [(int(alive[i]), int(tokens[i])) for i in new]
+            going = [i for i in new if count < max_new_tokens and positions[i] < room]
+            if not going:
+                return
+            if len(going) < len(alive):
+                alive, positions, tokens = alive[going], positions[going], tokens[going]
+                kv_cache.keep(np.array(going))
+            if len(alive) == 1 and decoder is None and Decoder.fits(model):
+                keys, values = (np.ascontiguousarray(stored[:, 0]) for stored in (kv_cache.keys, kv_cache.values))
+                decoder = Decoder(model, keys, values, threads)
+            if decoder is not None:
+                logits = decoder.step(int(tokens[0]), int(positions[0]))[None]
+            else:
+                logits = model.head.forward(decode(model, tokens, positions, kv_cache))[0]
+            positions = positions + 1
+    finally:
+        if decoder is not None:
+            decoder.close()
 
 
 def _stops(eos: int | Collection[int] | None) -> frozenset[int]:

@@ -73,16 +73,17 @@ def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, o
             for c in range(width):
                 ordered[i, c] = x[i, c]
         else:
-            _order(x[i], ordered[i], block_sums[i])
+            order_input(x[i], ordered[i], block_sums[i])
     for i in range(0, batch, 4):
         if i + 1 == batch:
-            _multiply_one(blocks, size, ordered[i], block_sums[i], first, last, out[i])
+            multiply_rows(blocks, size, ordered[i], block_sums[i], first, last, out[i])
         else:  # four rows of x for each block that is decoded; those beyond the batch are zeros
             _multiply_four(blocks, size, ordered[i : i + 4], block_sums[i : i + 4], first, last, out[i : i + 4])
 
 
 @kernel
-def _multiply_one(blocks: Array, size: int, x: Array, block_sums: Array, first: int, last: int, out: Array) -> None:
+def multiply_rows(blocks: Array, size: int, x: Array, block_sums: Array, first: int, last: int, out: Array) -> None:
+    """Write out[r] = Σ_c W[r, c]·x[c] for rows r = first … last - 1; x as ``order_input`` gives it, for Q8_0 as it is."""
     at = first * block_sums.size * size
     for r in range(first, last):
         sums = _zeros()
@@ -121,7 +122,7 @@ def _total(sums: Any, size: int) -> Any:
 
 
 @kernel
-def _order(x: Array, ordered: Array, block_sums: Array) -> None:
+def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
     """Write x (in,) in the order of ``_nibbles_in_place`` and without its factors, and the sum of each 32 in a row."""
     one, two, three = np.float32(2.0**-4), np.float32(2.0**-8), np.float32(2.0**-12)
     for b in range(block_sums.size):
@@ -178,7 +179,7 @@ def _nibbles(typing: Any, array: Any, at: Any) -> Any:
 
 @intrinsic
 def _nibbles_in_place(typing: Any, array: Any, at: Any) -> Any:
-    """Return 32 codes in the order and with the factors that ``_order`` answers."""
+    """Return 32 codes in the order and with the factors that ``order_input`` answers."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         four = builder.load(_pointer(context, builder, ir.VectorType(_I32, 4), signature.args[0], *arguments), align=1)

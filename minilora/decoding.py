@@ -1,0 +1,217 @@
+"""One token of one sequence through a model of GGUF blocks, in one compiled function that several threads run together.
+
+From Python a token takes some two thousand small operations, which cost more than the products themselves. Here each thread
+computes its own rows of every product and its own heads of attention, and all meet at a barrier before anybody reads what
+others wrote. A row is computed in the same way whoever does it, so results are the same bytes for any number of threads.
+
+The plain path is ``generation.decode``, which this must equal up to rounding, and which does everything else: several sequences,
+adapters, other weights, processors without AVX2.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from minilora import barrier
+from minilora.barrier import bytes_at, meet
+from minilora.layers import Array, Linear
+from minilora.quant import blocks_simd
+from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
+from minilora.quant.blocks_simd import multiply_rows, order_input
+from minilora.quant.kernels import kernel
+from minilora.threads import available_threads
+from minilora.transformer import Transformer
+
+MOST_THREADS = 4
+"""Beyond this many, products of a small model are shorter than the waits between them."""
+
+
+class Decoder:
+    """The compiled way of a single sequence, for a model that ``Decoder.fits``.
+
+    ``keys`` and ``values`` (L, K, S, D) float32 are the sequence's, and are written to. Threads: as many as there are cores,
+    or ``threads``; ``close`` ends them.
+    """
+
+    def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
+        self.model, self.keys, self.values = model, keys, values
+        self.threads = min(threads or available_threads(), MOST_THREADS) if barrier.available else 1
+        # (L, 7, 3) in the order q, k, v, o, gate, up, down
+        self._table = np.array([[_entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64)
+        self._head = np.array([_entry(model.head)], np.int64)
+        norms = [norm.weight.data for block in model.blocks for norm in (block.input_norm, block.post_norm)]
+        self._norms = np.array([*norms, model.norm.weight.data])  # (2L + 1, C)
+        c = model.config
+        self._shared = np.empty((7, max(c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)), np.float32)
+        self._sync = np.zeros(2, np.int64)
+        self._pool = ThreadPoolExecutor(self.threads - 1, "minilora-decode") if self.threads > 1 else None
+
+    @staticmethod
+    def fits(model: Transformer) -> bool:
+        """Whether all matrices are GGUF blocks without adapters, the MLP is SwiGLU, and the processor has the instructions."""
+        return (
+            blocks_simd.available()
+            and model.embedding.weight.dtype == np.float32
+            and all(type(linear) is Linear and isinstance(linear.weight, BlockWeight) for _, linear in model.linears())
+            and all(block.mlp.gate_proj is not None for block in model.blocks)
+        )
+
+    def step(self, token: int, position: int) -> Array:
+        """Run a token at its position, store its keys and values, and return the next one's logits (V,)."""
+        c = self.model.config
+        x = np.array(self.model.embedding.forward(np.array([token]))[0][0], np.float32)  # (C,), which becomes the residual stream
+        cos, sin = (table[0] for table in self.model.rope(np.array([position])))
+        logits = np.empty((1, c.vocab_size), np.float32)
+        arguments = (x, self._table, self._head, self._norms, np.float32(c.rms_norm_eps), cos, sin, self.keys, self.values,
+                     position, c.num_attention_heads, c.intermediate_size, self._shared, logits)  # fmt: skip
+        self._sync[:] = 0
+        others = []
+        try:
+            for thread in range(1, self.threads):
+                if self._pool is not None:
+                    others.append(self._pool.submit(decode_token, *arguments, thread, self.threads, self._sync))
+            decode_token(*arguments, 0, self.threads, self._sync)
+        finally:
+            self._sync[1] = 1  # should this thread have been interrupted before it began, the others must not wait for it
+            for other in others:
+                other.result()
+        return logits[0]
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def _entry(linear: Any) -> tuple[int, int, int]:
+    return linear.weight.blocks.ctypes.data, BLOCK_BYTES[linear.weight.quant_type], linear.shape[0]
+
+
+# ---- kernels; letters of the shapes: see the functional module
+
+
+@kernel
+def decode_token(
+    x: Array, table: Array, head: Array, norms: Array, eps: Any, cos: Array, sin: Array, keys: Array, values: Array,
+    position: int, H: int, F: int, shared: Array, logits: Array, thread: int, threads: int, sync: Array,
+) -> None:  # fmt: skip
+    """Do one thread's part of a token: ``x`` (C,) is its embedding and is used up, ``shared`` is what threads tell each other."""
+    C, K, D = x.size, keys.shape[1], keys.shape[3]
+    q, k, v, y, gate, up, mixed = shared[0], shared[1], shared[2], shared[3, :C], shared[4, :F], shared[5, :F], shared[6, : H * D]
+    normed = np.empty(C, np.float32)
+    mine, mine_of_k, mine_of_f, phase = _share(C, thread, threads), _share(K, thread, threads), _share(F, thread, threads), 1
+    for layer in range(len(table)):
+        w = table[layer]
+        _norm(x, norms[2 * layer], eps, normed)
+        _multiply(w[:3], normed, shared[:3], thread, threads)  # q, k, v
+        phase = meet(sync, phase, threads)
+        for j in range(mine_of_k[0], mine_of_k[1]):
+            _attend(q, k, v, cos, sin, keys[layer, j], values[layer, j], position, j, H // K, mixed)
+        phase = meet(sync, phase, threads)
+        _multiply(w[3:4], mixed, shared[3:4], thread, threads)  # o
+        for i in range(mine[0], mine[1]):
+            x[i] += y[i]
+        phase = meet(sync, phase, threads)
+        _norm(x, norms[2 * layer + 1], eps, normed)
+        _multiply(w[4:6], normed, shared[4:6], thread, threads)  # gate, up
+        for i in range(mine_of_f[0], mine_of_f[1]):
+            gate[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * up[i]
+        phase = meet(sync, phase, threads)
+        _multiply(w[6:], gate, shared[3:4], thread, threads)  # down
+        for i in range(mine[0], mine[1]):
+            x[i] += y[i]
+        phase = meet(sync, phase, threads)
+    _norm(x, norms[-1], eps, normed)
+    _multiply(head, normed, logits, thread, threads)
+
+
+@kernel
+def _share(count: int, thread: int, threads: int) -> tuple[int, int]:
+    """Return which of ``count`` things, first to last - 1, are this thread's."""
+    return count * thread // threads, count * (thread + 1) // threads
+
+
+@kernel
+def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -> None:
+    """Write this thread's rows of W x into a row of ``out`` for each weight (where its blocks lie, bytes of a block, rows)."""
+    ordered, sums = np.empty(x.size, np.float32), np.empty(x.size // 32, np.float32)
+    order_input(x, ordered, sums)
+    for i in range(len(weights)):
+        address, size, rows = weights[i]
+        blocks = bytes_at(address, rows * sums.size * size)
+        first, last = _share(rows, thread, threads)
+        multiply_rows(blocks, size, x if size == 34 else ordered, sums, first, last, out[i])
+
+
+@kernel
+def _norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
+    """Do what ``functional.rms_norm_forward`` does."""
+    total = np.float32(0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    rstd = np.float32(1) / np.sqrt(total / np.float32(x.size) + eps)
+    for i in range(x.size):
+        out[i] = x[i] * rstd * weight[i]
+
+
+@kernel
+def _attend(
+    q: Array, k: Array, v: Array, cos: Array, sin: Array, keys: Array, values: Array, position: int, head: int, group: int,
+    out: Array,
+) -> None:  # fmt: skip
+    """Rotate and store key head ``head``, and write what its ``group`` of query heads see: ``keys`` and ``values`` are (S, D)."""
+    D = keys.shape[1]
+    _rotate(k[head * D : (head + 1) * D], cos, sin, np.float32(1), keys[position])
+    for i in range(D):
+        values[position, i] = v[head * D + i]
+    query, scores = np.empty(D, np.float32), np.empty(position + 1, np.float32)
+    for h in range(head * group, (head + 1) * group):
+        mixed = out[h * D : (h + 1) * D]
+        _rotate(q[h * D : (h + 1) * D], cos, sin, np.float32(1) / np.sqrt(np.float32(D)), query)
+        highest = np.float32(-np.inf)
+        for s in range(scores.size):
+            key, dot = keys[s], np.float32(0)
+            for i in range(D):
+                dot += query[i] * key[i]
+            scores[s] = dot
+            highest = max(highest, dot)
+        total = np.float32(0)
+        for s in range(scores.size):
+            scores[s] = _exp(scores[s] - highest)
+            total += scores[s]
+        for i in range(D):
+            mixed[i] = np.float32(0)
+        for s in range(scores.size):
+            value, weight = values[s], scores[s] / total
+            for i in range(D):
+                mixed[i] += weight * value[i]
+
+
+@kernel
+def _rotate(x: Array, cos: Array, sin: Array, factor: Any, out: Array) -> None:
+    """Do what ``functional.rope_forward`` does for one head (D,), and multiply by a factor."""
+    half = cos.size
+    for i in range(half):
+        out[i] = (x[i] * cos[i] - x[half + i] * sin[i]) * factor
+        out[half + i] = (x[half + i] * cos[i] + x[i] * sin[i]) * factor
+
+
+@kernel
+def _exp(x: Any) -> Any:
+    """Return eˣ = 2^n·e^r with |r| ≤ ln(2)/2, to two units in the last place, in operations that have vectors (Cephes' expf)."""
+    x = np.float32(-87) if x < np.float32(-87) else x
+    x = np.float32(88) if x > np.float32(88) else x
+    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
+    r = x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)  # ln 2 in two parts, of which the first is short
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    power = (np.int32(n) + np.int32(127)) << np.int32(23)
+    return p * np.int32(power).view(np.float32)
