@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from minilora.config import ModelConfig
 from minilora.layers import DenseWeight, Key
 from minilora.lora import LoraLinear
 from minilora.transformer import Transformer
@@ -132,3 +134,40 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.2f} GiB"
+
+
+# --- before anything is loaded -------------------------------------------------------------------------------------------
+
+
+def training_bytes(config: ModelConfig, trainable: int, weight_bytes: float, head_bytes: float, tokens: int, context: int, *,
+                   checkpoint: bool = False, logits: int = 0) -> int:  # fmt: skip
+    """A rough estimate, from shapes alone, of the memory that training holds at its peak.
+
+        weights     ``weight_bytes`` a number of the blocks, ``head_bytes`` a number of embedding and head
+        training    5 float32 for each trainable number: itself, Adam's two, and the gradients of two shards
+        activations of each block and token, float32: inputs 2C, q k v and their mix 2·(H + K)·D, SwiGLU 4F, attention H·context;
+                    with ``checkpoint`` C a block, and one block whole
+        logits      3 float32 for each of ``logits`` rows of the vocabulary (default: all tokens)
+    """
+    C, F, D, L = config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    blocks = L * (2 * C * H * D + 2 * C * K * D + (3 if config.hidden_act == "silu" else 2) * C * F)
+    table = config.vocab_size * C * (1 if config.tie_word_embeddings else 2)
+    block = 2 * C + 2 * (H + K) * D + 4 * F + H * context
+    kept = L * C + block if checkpoint else L * block
+    rows = min(logits or tokens, tokens)
+    return int(blocks * weight_bytes + table * head_bytes + 4 * (5 * trainable + tokens * kept + 3 * rows * config.vocab_size))
+
+
+def available_bytes() -> int | None:
+    """Memory that a process can still get, as far as the system tells: free memory, or what is left of a container's limit."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        found.append(1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        if limit != "max":
+            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+    except (OSError, ValueError, StopIteration):
+        pass
+    return min(found) if found else None

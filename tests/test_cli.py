@@ -44,7 +44,7 @@ def test_train_generate_merge_in_a_row(tmp_path, capsys):
     assert call("train", "--method", "qalora", "--bits", 4, "--group-size", 16, "--steps", 3, "--n-eval", 4, "--out", out) == 0
     text = capsys.readouterr().out
     assert "trainable params: " in text and " || all params: " in text and " || trainable%: " in text
-    assert {"adapter_config.json", "adapter_model.safetensors", "run.json"} <= {p.name for p in out.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} == {p.name for p in (out / "adapter").iterdir()}
     assert call("generate", "--run", out, "--task-prompts", 2, "--max-new-tokens", 5) == 0
     assert capsys.readouterr().out.count("Describe: ") == 2
     assert call("merge", "--run", out) == 0
@@ -149,11 +149,11 @@ def test_naming_an_axis_with_its_default_is_a_grid_of_ones_own(tmp_path, capsys)
 def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
     settings = ["--steps", 1, "--batch-size", 2, "--n-eval", 2, "--out", tmp_path]
     assert call("train", "--method", "lora", *settings) == 0
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
     assert call("train", "--method", "qlora", *settings) == 2
     error = capsys.readouterr().err
     assert "holds another run" in error and "method: 'lora' there, 'qlora' here" in error
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):

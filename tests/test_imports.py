@@ -40,6 +40,7 @@ ALLOWED = {
     "data": {"config"},
     "memory": MODELS,
     "formats": MODELS,
+    "pretrained": MODELS | {"data", "formats"},
     "training": MODELS | {"data", "formats"},
 }
 TOP = {"study", "commands", "cli", "__main__", "pretrain", "labs", ""}  # these may know everything below, but nobody below knows them

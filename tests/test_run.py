@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minilora.config import ConfigError
+from minilora.data.tokenizer import ByteTokenizer
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
 from minilora.study.results import clean_row
@@ -141,7 +142,8 @@ def test_kernels_compile_within_the_budget():
 
 def test_texts_do_not_depend_on_the_pieces():
     base, prompts = load_base(), [[256, 65 + i] for i in range(70)]
-    assert write(base, prompts, 3) == [t for i in range(70) for t in write(base, prompts[i : i + 1], 3)]
+    tokens = ByteTokenizer()
+    assert write(base, prompts, 3, tokens) == [t for i in range(70) for t in write(base, prompts[i : i + 1], 3, tokens)]
 
 
 def test_running_again_into_a_finished_folder_continues_from_its_checkpoint(tmp_path):

@@ -22,7 +22,7 @@ from minilora.data.products import (
     score_descriptions,
     task_sha256,
 )
-from minilora.data.tokenizer import BOS, EOS, PAD, encode
+from minilora.data.tokenizer import BOS, EOS, PAD, Tokenizer, encode
 
 TASK_NAMES = ("products", "python", "text")
 
@@ -202,6 +202,7 @@ class WindowTask:
         n_eval: number of evaluation windows of each split.
         seed: shifts the training windows.
         window: tokens a window.
+        targets: ids from here on are no targets; by default the byte tokenizer's specials.
     """
 
     splits = ("validation", "test")
@@ -215,6 +216,7 @@ class WindowTask:
         n_eval: int = 256,
         seed: int = 0,
         window: int = 128,
+        targets: int = BOS,
     ) -> None:
         for split in ("train", *self.splits):
             if len(streams[split]) <= window:
@@ -225,6 +227,7 @@ class WindowTask:
         self.n_eval = n_eval
         self._streams = streams
         self._window = window
+        self._targets = targets
         self._shift = random.Random(f"{name} train {seed}").random()
 
     @cached_property
@@ -232,13 +235,14 @@ class WindowTask:
         """The hash of the three streams."""
         digest = hashlib.sha256()
         for split in ("train", *self.splits):
-            digest.update(hashlib.sha256(self._streams[split].astype("<u2").tobytes()).digest())
+            stored = self._streams[split].astype("<u2" if self._targets == BOS else "<u4")
+            digest.update(hashlib.sha256(stored.tobytes()).digest())
         return digest.hexdigest()
 
     def _batch(self, split: str, starts: np.ndarray) -> Batch:
         rows = self._streams[split][starts[:, None] + np.arange(self._window + 1)].astype(np.int64)
         targets = rows[:, 1:].copy()
-        return Batch(rows[:, :-1].copy(), targets, targets < BOS)
+        return Batch(rows[:, :-1].copy(), targets, targets < self._targets)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
         """Return training windows 0..n_train-1 by index."""
@@ -271,6 +275,7 @@ def make_task(
     n_eval: int = 256,
     seed: int = 0,
     window: int = 128,
+    tokenizer: Tokenizer | None = None,
 ) -> Task:
     """Return a task by name: "products", "python" (standard library source) or "text" (any UTF-8 file).
 
@@ -281,6 +286,7 @@ def make_task(
         n_eval: number of examples of each evaluation split.
         seed: which training examples are drawn; the evaluation examples never depend on it.
         window: tokens a window of "python" and "text".
+        tokenizer: of "text"; without one a byte is a token.
 
     >>> make_task("products", n_train=8).batch([0, 1]).ids.shape[0]
     2
@@ -301,7 +307,10 @@ def make_task(
         streams = {split: token_stream(python_source(split).values()) for split in ("train", "validation", "test")}
         return WindowTask("python", streams, n_train, n_eval, seed, window)
     text = read_text(text_path or "", 10 * (window + 1))
-    tokens = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+    if tokenizer is None:
+        tokens, known = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16), BOS
+    else:
+        tokens, known = np.array(tokenizer.encode(text, add_special=False), np.uint32), tokenizer.vocab_size
     first, second = len(tokens) * 8 // 10, len(tokens) * 9 // 10
     streams = {"train": tokens[:first], "validation": tokens[first:second], "test": tokens[second:]}
-    return WindowTask("text", streams, n_train, n_eval, seed, window)
+    return WindowTask("text", streams, n_train, n_eval, seed, window, known)

@@ -133,9 +133,14 @@ def read_info(path: str | Path) -> dict[str, Any]:
 
 
 def sha256(model: Transformer) -> str:
-    """Hash of all parameter bytes and names, to tell bases apart."""
+    """Hash of all weights as they are stored, with their names, to tell bases apart."""
     digest = hashlib.sha256()
-    for p in model.parameters():
-        digest.update(f"{p.name}{p.data.shape}{p.data.dtype}".encode())
-        digest.update(np.ascontiguousarray(p.data).data)
+    arrays = [(p.name, p.data) for p in model.parameters()]
+    for layer in (model.embedding, *(linear for _, linear in model.linears())):
+        if not isinstance(layer.weight, DenseWeight):
+            arrays += [(f"{layer.name}.{kind}", array) for kind in ("codes", "scales", "offsets")
+                       for array in layer.weight.arrays()[kind]]
+    for name, array in arrays:
+        digest.update(f"{name}{array.shape}{array.dtype}".encode())
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

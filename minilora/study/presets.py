@@ -59,6 +59,21 @@ def demo_runs(**settings: Any) -> list[RunConfig]:
     )
 
 
+def pretrained_runs(model: str, **settings: Any) -> list[RunConfig]:
+    """Return the sweep over a real model: three ranks, three bit-widths, and the base in each form, in an hour on 2 cores.
+
+    One seed at each method's default learning rate: a picture with controls, not a study with intervals.
+    """
+    short: dict[str, Any] = {"model": model, "steps": 40, "batch_size": 8, "n_eval": 50, "write_all": False}
+    shared: dict[str, Any] = {"preset": "pretrained", "stage": "pretrained", "seed": (0,)} | short | settings
+    return _together(
+        [
+            SweepConfig(method=("lora", "qalora"), r=(2, 8, 32), **shared),
+            SweepConfig(method=("qlora", "qalora", *CONTROLS), bits=(2, 3, 4), **shared),
+        ]
+    )
+
+
 def search_runs(tasks: Sequence[str] = ("products", "python"), **settings: Any) -> list[RunConfig]:
     """Return stage 1 of the study: every method at each learning rate of one grid, r = 8 and 4 bits.
 

@@ -17,34 +17,27 @@ import numpy as np
 import minilora
 from minilora import memory
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules, require
-from minilora.data.tasks import Task, make_task
-from minilora.data.tokenizer import EOS, PAD, decode
-from minilora.formats.checkpoint import load_base, load_model, save_model, sha256
+from minilora.data.tasks import Task
+from minilora.data.tokenizer import Tokenizer
+from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.lora import LoraLinear, full, inject_lora, offset_groups, subset
 from minilora.merging import merge
+from minilora.quant.blocks import BLOCK, BlockWeight
 from minilora.quant.weights import quantize_weight
-from minilora.quantize import quantize_model
+from minilora.quantize import dequantize_model, quantize_model
+from minilora.study.inputs import base_of, check_memory, make_run_task
 from minilora.study.results import ADAPTERS
-from minilora.study.settings import DEFAULT_RATES, NAMES, RunConfig
+from minilora.study.settings import DEFAULT_RATES, NAMES, TINY, RunConfig
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
 from minilora.transformer import Transformer
 
-
-@lru_cache(maxsize=1)
-def _base() -> tuple[Transformer, str]:
-    model = load_base()
-    return model, sha256(model)
-
-
-@lru_cache(maxsize=2)
-def _task(name: str, text_path: str | None, n_train: int, n_eval: int) -> Task:
-    return make_task(name, text_path=text_path, n_train=n_train, n_eval=n_eval)
-
+ADAPTER = "adapter"
+"""Where a run's folder keeps its adapter, as PEFT does."""
 
 CALIBRATION = 128
 """Training examples that GPTQ looks at."""
@@ -55,21 +48,30 @@ def build(config: RunConfig, base: Transformer) -> Transformer:
     # the stream of initialisation; data and dropout have their own. With r in it, two ranks do not share A's first rows
     rng = np.random.default_rng([config.seed, 0, config.r or 0])
     if config.method == "full":
-        return full(base)
+        return full(dequantize_model(base))
     if config.method == "subset":
-        return subset(base, expand_modules(config.subset_modules))
+        return subset(dequantize_model(base), expand_modules(config.subset_modules))
     if config.init_lora_weights == "loftq":
-        return inject_lora(base, config.lora(), rng, quant=config.base_quant())
+        return inject_lora(dequantize_model(base), config.lora(), rng, quant=config.base_quant())
     model = frozen_base(config, base)
     return inject_lora(model, config.lora(), rng) if config.method in ADAPTERS else model
 
 
 def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
-    """The base under the adapter, as it is stored."""
-    if not config.quantized:
+    """The base under the adapter, as it is stored.
+
+    The weights of a GGUF are numbers already rounded: LoRA stands on them dequantized, QLoRA and other bits round them again, and
+    QA-LoRA takes Q4_1 as it is, which is int4 in groups of 32. The embedding stays as stored but for LoRA.
+    """
+    if config.method == "base":
         return base
+    if not config.quantized:
+        return dequantize_model(base)
     quant = config.base_quant()
-    return quantize_model(base, quant, calibration(config) if quant.quantizer == "gptq" else ())
+    as_stored = quant == QuantConfig("int4", group_size=BLOCK) and all(
+        isinstance(linear.weight, BlockWeight) and offset_groups(linear.weight)
+        for block in base.blocks for _, _, linear in block.linears())
+    return base if as_stored else quantize_model(base, quant, calibration(config) if quant.quantizer == "gptq" else ())
 
 
 def calibration(config: RunConfig) -> list[Any]:
@@ -80,16 +82,19 @@ def calibration(config: RunConfig) -> list[Any]:
 
 def unpadded(task: Task, examples: Sequence[int] | np.ndarray) -> list[Any]:
     """Token ids (1, T) of training examples, one by one: GPTQ would take padding for inputs that matter."""
-    return [row[row != PAD][None] for row in task.batch(examples).ids]
+    batch = task.batch(examples)
+    # what follows the last target is padding: PAD of the tiny base; a pretrained model may pad with a token that texts hold too
+    ends = batch.mask.shape[1] - batch.mask[:, ::-1].argmax(axis=1)
+    return [row[:end][None] for row, end in zip(batch.ids, ends, strict=True)]
 
 
 def check_buildable(configs: Sequence[RunConfig]) -> None:
     """Build each kind of model once, so that a rank, group size or module that does not fit is refused before any work."""
-    base, _ = _base()
-    decides = ("method", "r", "target_modules", "subset_modules", "quant_type", "block_size", "group_size", "quantizer",
+    decides = ("model", "method", "r", "target_modules", "subset_modules", "quant_type", "block_size", "group_size", "quantizer",
                "use_dora", "init_lora_weights")  # fmt: skip
     kinds = {tuple(getattr(config, name) for name in decides): config for config in configs}
     for config in kinds.values():
+        base = base_of(config.model).model
         build(replace(config, quantizer="rtn"), base)
         if config.quantizer == "gptq":
             _check_rows(config.quant(), base)
@@ -106,13 +111,14 @@ def _check_rows(quant: QuantConfig, base: Transformer) -> None:
 
 def check_kept(rows: Sequence[dict[str, Any]]) -> None:
     """Refuse to add to rows of another base or of other data (another Python): they could not be compared."""
-    base_hash = _base()[1]
     for row in rows:
+        base_hash = base_of(row.get("model") or TINY).sha256
         if row.get("base_sha256") not in (None, base_hash):
             raise FileError(f"results: row {row['key']} was made on another base (SHA-256 {row['base_sha256'][:12]}, here "
                             f"{base_hash[:12]}); choose another name or delete the old folder")
-    for row in {(row["task"], row.get("text_path")): row for row in rows if row.get("corpus_sha256")}.values():
-        task = make_task(row["task"], text_path=row.get("text_path"), n_train=1, n_eval=1)
+    about = ("model", "task", "text_path", "data", "max_length", "packing", "n_train", "n_eval")
+    for row in {tuple(row.get(name) for name in about): row for row in rows if row.get("corpus_sha256")}.values():
+        task = make_run_task(RunConfig(method="base", **{name: row[name] for name in about if row.get(name) is not None}))
         if row["corpus_sha256"] != task.sha256:
             raise FileError(f"results: row {row['key']} was made from other data (SHA-256 {row['corpus_sha256'][:12]}, here "
                             f"{task.sha256[:12]}; Python {row.get('python_version')}); choose another name or delete them")
@@ -133,27 +139,33 @@ def requantize(model: Transformer, quant: QuantConfig, data: Sequence[Any] = ())
 
 
 def measure(
-    model: Transformer, task: Task, split: str, workers: Workers | None = None, write_all: bool = True
+    model: Transformer, task: Task, split: str, tokenizer: Tokenizer, workers: Workers | None = None, write_all: bool = True
 ) -> dict[str, float]:
     """Loss on a split; on the test split also what the model writes, for tasks that are judged by it."""
     found = dict(evaluate(model, task.eval_batches(split), workers))
     for name, ending in (("test", ""), ("test_values", "_values"))[: 1 + write_all]:
         if split == "test" and name in task.splits and (prompts := task.prompts(name)):
-            scores = task.score(name, write(model, prompts, task.max_new_tokens, workers))
+            scores = task.score(name, write(model, prompts, task.max_new_tokens, tokenizer, workers))
             found |= {k + ending: v for k, v in scores.items()}
     return found
 
 
-def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, workers: Workers | None = None) -> list[str]:
-    """Greedy continuations as text, in pieces of 100 prompts, which bounds the memory of the key/value cache."""
-    pieces = [prompts[i : i + 100] for i in range(0, len(prompts), 100)]
+PIECE = {True: 100, False: 25}
+"""Prompts that are continued together, with the tiny base's vocabulary (True) or a large one: bounds caches and logits."""
+
+
+def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tokenizer: Tokenizer,
+          workers: Workers | None = None) -> list[str]:  # fmt: skip
+    """Greedy continuations as text, piece by piece."""
+    size = PIECE[model.config.vocab_size < 1000]
+    pieces = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     def one(piece: list[list[int]]) -> list[list[int]]:
-        return generate(model, piece, max_new_tokens, eos=EOS)
+        return generate(model, piece, max_new_tokens, eos=tokenizer.stop_ids)
 
     with single_blas():
         results = [one(piece) for piece in pieces] if workers is None else workers.map(one, pieces)
-    return [decode(tokens) for piece in results for tokens in piece]
+    return [tokenizer.decode(tokens) for piece in results for tokens in piece]
 
 
 def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer | None) -> dict[str, Any]:
@@ -169,9 +181,11 @@ def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer |
         batch = task.batch(batch_indices(task.n_train, config.batch_size, 0, config.seed))
         row["bytes_gradients"] = sum(p.data.nbytes for p in model.trainable())
         row["bytes_optimizer"] = memory.unique_bytes(trainer.optimizer.state().values())
-        row["bytes_activations"] = memory.activation_bytes(model, batch.ids, key=(config.seed, 0, 0))
+        row["bytes_activations"] = memory.activation_bytes(model, batch.ids, config.gradient_checkpointing, (config.seed, 0, 0))
         with single_blas(), Workers(1) as one:
-            step = memory.peak_bytes(lambda: loss_and_grads(model, batch, one, shards=1, stream=(config.seed, 0)))
+            step = memory.peak_bytes(lambda: loss_and_grads(
+                model, batch, one, shards=1, stream=(config.seed, 0), checkpoint=config.gradient_checkpointing,
+                logits_chunk=config.logits_chunk))
         held = sum(row[f"bytes_{kind}"] for kind in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
         row["bytes_peak"] = held + step
     return row
@@ -183,25 +197,34 @@ def run(
     threads: int = 1,
     checkpoint_every: int = 0,
     progress: bool = False,
+    built: Callable[[Transformer], None] | None = None,
+    eval_every: int = 0,
 ) -> dict[str, Any]:
     """Train and measure one configuration; returns its row. With ``folder`` what was learnt is saved there.
+
+    ``built`` is called with the model before it trains.
 
     With ``checkpoint_every`` too, training continues from the folder's checkpoint if there is one. A folder that holds another
     run is refused. Raises ValueError (or a subclass) for bad input and NonFiniteError if training meets NaN or infinity.
     """
     start = time.perf_counter()
-    base, base_hash = _base()
+    if config.method in DEFAULT_RATES and config.model != TINY:
+        check_memory(config)
+    start_from = base_of(config.model)
+    base, base_hash, tokenizer = start_from.model, start_from.sha256, start_from.tokenizer
     if config.quantizer == "gptq":
         _check_rows(config.quant(), base)
     task = make_run_task(config)
     model = build(config, base)
+    if built is not None:
+        built(model)
     if folder is not None:
         _claim(Path(folder), config, base_hash)
     row: dict[str, Any] = {**asdict(config), "key": config.key(), "status": "success", "error": None}
     trainer, peft_bytes = None, None
     with Workers(threads) as workers:
         if config.method in DEFAULT_RATES:
-            settings = replace(config.train(), checkpoint_every=checkpoint_every)
+            settings = replace(config.train(), checkpoint_every=checkpoint_every, eval_every=eval_every)
             trainer = Trainer(model, task, settings, threads=threads, folder=folder)
             if folder is not None and checkpoint_every and (saved := Path(folder) / CHECKPOINT).is_file():
                 trainer.load(saved)
@@ -210,20 +233,20 @@ def run(
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
             timed = [s["seconds"] for s in history.steps if "seconds" in s]  # steps from a checkpoint carry no time
             row["step_seconds"] = float(np.median(timed)) if timed else None
-        row |= measure(model, task, config.split, workers, config.write_all)
+        if folder is not None:  # before it is measured, so that what was learnt outlasts whatever happens then
+            if config.method in ADAPTERS:
+                peft_bytes = save_adapter(model, config.lora(), Path(folder) / ADAPTER)
+            elif trainer is not None:
+                save_model(model, Path(folder) / "model.safetensors")
+        row |= measure(model, task, config.split, tokenizer, workers, config.write_all)
         if config.method in ADAPTERS:
             deployed = deploy(config, model)
             if config.write_all:
-                found = measure(deployed, task, config.split, workers, write_all=False)
+                found = measure(deployed, task, config.split, tokenizer, workers, write_all=False)
             else:
                 found = evaluate(deployed, task.eval_batches(config.split), workers)
             row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
-    if folder is not None:
-        if config.method in ADAPTERS:
-            peft_bytes = save_adapter(model, config.lora(), folder)
-        elif trainer is not None:
-            save_model(model, Path(folder) / "model.safetensors")
     row |= ledger(config, model, task, trainer)
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     return row | environment() | {"seconds": time.perf_counter() - start}
@@ -233,7 +256,7 @@ def _claim(folder: Path, config: RunConfig, base_hash: str) -> None:
     """Write what the folder is for, before any work; refuse one in which another run has begun."""
     path = folder / "run.json"
     if path.is_file():
-        found, found_base = _read_run(path)
+        found, found_base = read_run(path)
         mine, theirs = asdict(config), asdict(found)
         different = [f"{k}: {theirs[k]!r} there, {mine[k]!r} here" for k in mine if k not in NAMES and theirs[k] != mine[k]]
         different += ["the base model"] * (found_base != base_hash)
@@ -242,7 +265,8 @@ def _claim(folder: Path, config: RunConfig, base_hash: str) -> None:
     write_file(path, json.dumps({"config": asdict(config), "base_sha256": base_hash}, indent=2) + "\n")
 
 
-def _read_run(path: Path) -> tuple[RunConfig, str]:
+def read_run(path: Path) -> tuple[RunConfig, str]:
+    """The configuration in a run's ``run.json``, and the hash of the base that it was made on."""
     try:
         saved = read_json(path)
         return RunConfig(**saved["config"]), str(saved["base_sha256"])
@@ -250,19 +274,15 @@ def _read_run(path: Path) -> tuple[RunConfig, str]:
         raise FileError(f"{path}: not the configuration of a run ({error})") from None
 
 
-def make_run_task(config: RunConfig) -> Task:
-    """The task of a run, kept for the next run of this process."""
-    return _task(config.task, config.text_path, config.n_train, config.n_eval)
-
-
 def estimate_seconds(configs: Sequence[RunConfig]) -> float:
     """Mean seconds of a run in one thread: a step and an evaluation of each task, timed now after compiling the kernels."""
-    base, _ = _base()
+    name = configs[0].model
+    base, tokenizer = base_of(name).model, base_of(name).tokenizer
     warm_kernels(base)
     total = 0.0
     for name in {c.task for c in configs}:
         mine = [c for c in configs if c.task == name]
-        task, model = make_run_task(mine[0]), inject_lora(base, LoraConfig(), np.random.default_rng(0))
+        task, model = make_run_task(mine[0]), inject_lora(dequantize_model(base), LoraConfig(), np.random.default_rng(0))
         batch = task.batch(batch_indices(task.n_train, mine[0].batch_size, 0, 0))
         batches, prompts = task.eval_batches("test"), task.prompts("test")
         with single_blas(), Workers(1) as one:
@@ -270,7 +290,7 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
             loss = _seconds(lambda: evaluate(model, batches[:1])) * len(batches)  # noqa: B023
             text = 0.0
             if prompts:
-                text = _seconds(lambda: write(model, prompts[:32], task.max_new_tokens)) * len(prompts) / 32  # noqa: B023
+                text = _seconds(lambda: write(model, prompts[:25], task.max_new_tokens, tokenizer)) * len(prompts) / 25  # noqa: B023
         for c in mine:
             adapter = c.method in ADAPTERS  # also measured as deployed
             texts = (c.split == "test") * (2 + adapter if c.write_all else 1)
@@ -301,16 +321,16 @@ def _seconds(work: Callable[[], Any]) -> float:
 def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
     """The configuration and the trained model of a folder that :func:`run` has written; raises FileError if it is none."""
     folder = Path(folder)
-    config, made_on = _read_run(folder / "run.json")
-    base, base_hash = _base()
+    config, made_on = read_run(folder / "run.json")
+    base, base_hash = base_of(config.model).model, base_of(config.model).sha256
     if made_on != base_hash:
         raise FileError(f"{folder}: was trained on another base (SHA-256 {made_on[:12]}, here {base_hash[:12]}); train again")
     if config.method in ADAPTERS:
         if config.init_lora_weights == "loftq":
             model = build(config, base)
-            fill_adapter(model, folder)
+            fill_adapter(model, folder / ADAPTER)
             return config, model
-        return config, load_adapter(frozen_base(config, base), folder)[0]
+        return config, load_adapter(frozen_base(config, base), folder / ADAPTER)[0]
     return config, load_model(folder / "model.safetensors") if config.method in DEFAULT_RATES else build(config, base)
 
 

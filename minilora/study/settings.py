@@ -22,8 +22,15 @@ from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 
 NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
 # fields that came after the first results: at their defaults they leave a run, and so its fingerprint, what it was
-LATER = ("quantizer", "use_dora", "init_lora_weights")
+LATER = ("quantizer", "use_dora", "init_lora_weights", "model", "data", "max_length", "packing", "gradient_accumulation_steps",
+         "gradient_checkpointing", "logits_chunk")  # fmt: skip
+TINY = "tiny"
+"""The base that ships in the package; any other name is a real model, with a tokenizer (``minilora.pretrained``)."""
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
+PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 1e-3, "qlora": 1e-3, "qalora": 2e-3}
+"""Learning rates of a model that has read a lot already: what is there must not be washed away."""
+PRETRAINED: dict[str, Any] = {"steps": 80, "batch_size": 8, "n_eval": 100}
+"""What the commands take for such a model where nothing is said."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +39,10 @@ class RunConfig:
 
     ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
     ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
-    those of the deployed weights, whose loss is still measured. ``quantizer`` finds the codes of a QA-LoRA or quantized base and,
+    those of the deployed weights, whose loss is still measured. ``model`` is ``tiny``, ``smollm2``, a GGUF file or a Hugging Face
+    folder; ``data`` is the JSONL file of task ``jsonl``; ``max_length`` is the longest example in tokens of such a model, and
+    ``packing`` puts several into one row of that length. ``gradient_accumulation_steps``, ``gradient_checkpointing`` and
+    ``logits_chunk`` (less memory) are TrainConfig's. ``quantizer`` finds the codes of a QA-LoRA or quantized base and,
     for QLoRA, those of the merged weights (its base is rounded to nearest, as bitsandbytes does). ``use_dora`` and
     ``init_lora_weights`` are LoraConfig's.
 
@@ -70,6 +80,13 @@ class RunConfig:
     quantizer: str = "rtn"
     use_dora: bool = False
     init_lora_weights: str = "normal"
+    model: str = TINY
+    data: str | None = None
+    max_length: int = 512
+    packing: bool = False
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 0
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -77,14 +94,14 @@ class RunConfig:
                 object.__setattr__(self, field, value)
 
         require_in(self.method, METHODS, "method")
-        require_in(self.task, ("products", "python", "text"), "task")
+        require_in(self.task, ("products", "python", "text", "jsonl"), "task")
         require_in(self.split, ("validation", "test"), "split")
         if self.method in ADAPTERS:
             default("r", 8)
             default("lora_alpha", 16.0)
             default("target_modules", "all-linear")
         if self.method in DEFAULT_RATES:
-            default("learning_rate", DEFAULT_RATES[self.method])
+            default("learning_rate", (DEFAULT_RATES if self.model == TINY else PRETRAINED_RATES)[self.method])
         if self.quantized:
             default("quant_type", f"{'int' if self.method == 'qalora' else 'nf'}{self.bits if self.bits != 32 else 4}")
             allowed = {"qlora": CODEBOOK_TYPES, "qalora": AFFINE_TYPES}.get(self.method, CODEBOOK_TYPES + AFFINE_TYPES)
@@ -114,8 +131,14 @@ class RunConfig:
         if self.method in DEFAULT_RATES:
             self.train()
         require(isinstance(self.n_eval, int) and self.n_eval >= 1, "n_eval", self.n_eval, "must be at least 1")
-        require((self.text_path is not None) == (self.task == "text"), "text_path", self.text_path,
-                "task 'text' needs a file, and only that task takes one")
+        for field, task in (("text_path", "text"), ("data", "jsonl")):
+            require((getattr(self, field) is not None) == (self.task == task), field, getattr(self, field),
+                    f"task {task!r} needs a file, and only that task takes one")
+        require(self.max_length >= 8, "max_length", self.max_length, "must be at least 8 tokens")
+        require(self.task != "python" or self.model == TINY, "task", self.task,
+                "is made of bytes, for the tiny base; with a real model take products, jsonl or text")
+        require(not self.packing or self.model != TINY, "packing", True,
+                "packs the tokens of a pretrained model; the tiny base's batches are padded")
 
     @property
     def quantized(self) -> bool:
@@ -142,11 +165,14 @@ class RunConfig:
         """The training run."""
         return TrainConfig(steps=self.steps, batch_size=self.batch_size, seed=self.seed, lora_plus_ratio=self.lora_plus_ratio,
                            learning_rate=1e-3 if self.learning_rate is None else self.learning_rate,
-                           warmup_steps=min(self.warmup_steps, self.steps))
+                           warmup_steps=min(self.warmup_steps, self.steps),
+                           gradient_accumulation_steps=self.gradient_accumulation_steps,
+                           gradient_checkpointing=self.gradient_checkpointing, logits_chunk=self.logits_chunk)
 
     def key(self) -> str:
         """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""
         text = {k: v for k, v in asdict(self).items() if k not in NAMES and (k not in LATER or v != getattr(RunConfig, k))}
-        if self.text_path is not None:
-            text["text_path"] = str(Path(self.text_path).resolve())
+        for field in ("text_path", "data"):
+            if getattr(self, field) is not None:
+                text[field] = str(Path(getattr(self, field)).resolve())
         return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()[:16]

@@ -77,6 +77,13 @@ class SweepConfig:
     split: str = "test"
     write_all: bool = True
     text_path: str | None = None
+    model: str = "tiny"
+    data: str | None = None
+    max_length: int = 512
+    packing: bool = False
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 0
     preset: str = "custom"
     stage: str = "study"
     name: str = "sweep"
@@ -158,7 +165,9 @@ def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
     from minilora.study.settings import RunConfig
 
     shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
-    shared += ["text_path"] * (settings["task"] == "text") + ["subset_modules"] * (settings["method"] == "subset")
+    shared += ["model", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk"]
+    shared += ["text_path"] * (settings["task"] == "text") + ["data"] * (settings["task"] == "jsonl")
+    shared += ["subset_modules"] * (settings["method"] == "subset")
     given = {name: getattr(config, name) for name in shared if getattr(config, name) is not None}
     return RunConfig(**given, **settings)
 

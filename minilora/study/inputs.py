@@ -1,0 +1,70 @@
+"""What a run starts from: its base, its task, and whether both fit into memory."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from minilora import memory
+from minilora.config import ConfigError, expand_modules, matches
+from minilora.data.sft import SFTTask, products_chat, read_jsonl
+from minilora.data.tasks import Task, make_task
+from minilora.pretrained import Pretrained, load_pretrained, shape_of
+from minilora.quant.blocks import BLOCK
+from minilora.study.results import ADAPTERS
+from minilora.study.settings import TINY, RunConfig
+from minilora.transformer import parameter_shapes
+
+
+@lru_cache(maxsize=2)
+def base_of(name: str) -> Pretrained:
+    """The base of a run, kept for the next run of this process."""
+    return load_pretrained(name)
+
+
+@lru_cache(maxsize=2)
+def _task(model: str, name: str, text_path: str | None, data: str | None, n_train: int, n_eval: int, max_length: int,
+          packing: bool) -> Task:  # fmt: skip
+    if model == TINY and name != "jsonl":
+        return make_task(name, text_path=text_path, n_train=n_train, n_eval=n_eval)
+    tokenizer = base_of(model).tokenizer
+    if name == "products":
+        return products_chat(tokenizer, n_train=n_train, n_eval=n_eval, max_length=max_length, packing=packing)
+    if name == "jsonl":
+        return SFTTask(tokenizer, read_jsonl(data or ""), max_length=max_length, packing=packing, n_eval=n_eval)
+    return make_task(name, text_path=text_path, n_eval=n_eval, window=min(max_length, 128), tokenizer=tokenizer)
+
+
+def make_run_task(config: RunConfig) -> Task:
+    """The task of a run, kept for the next run of this process."""
+    return _task(config.model, config.task, config.text_path, config.data, config.n_train, config.n_eval, config.max_length,
+                 config.packing)
+
+
+WEIGHT_BYTES = {"qlora": 0.52, "qalora": 0.65, "base": 0.65, "quantized_base": 0.65}
+"""Bytes of a block weight by method, 4 for all others; embedding and head have as few as they are stored in, about 1, or 4."""
+
+
+def check_memory(config: RunConfig, available: int | None = None) -> int:
+    """Refuse a run that will not fit into memory, before anything is loaded; returns the estimate in bytes."""
+    shape = shape_of(config.model)
+    groups = (config.group_size or BLOCK) if config.method == "qalora" else 1
+    trainable = 0
+    for name, size in parameter_shapes(shape).items():
+        module = name.removesuffix(".weight")
+        if config.method in ADAPTERS and len(size) == 2 and any(matches(module, t) for t in config.lora().target_modules):
+            trainable += config.lora().r * (size[0] + size[1] // groups)
+        elif config.method == "full" or (config.method == "subset" and any(
+                f".{m}." in f".{module}." for m in expand_modules(config.subset_modules))):
+            trainable += math.prod(size)
+    longest = min(config.max_length, shape.context_length)
+    few = config.method in WEIGHT_BYTES
+    need = memory.training_bytes(
+        shape, trainable, WEIGHT_BYTES.get(config.method, 4.0), 1.1 if few else 4.0, config.batch_size * min(longest, 128),
+        longest, checkpoint=config.gradient_checkpointing, logits=config.logits_chunk)  # fmt: skip
+    available = memory.available_bytes() if available is None else available
+    if available is not None and need > available:
+        raise ConfigError(f"model={config.model!r}, method={config.method!r}, batch_size={config.batch_size}: needs about "
+                          f"{memory.format_bytes(need)} of memory, {memory.format_bytes(available)} are free; take qalora, a "
+                          "smaller batch_size and gradient_accumulation_steps, gradient_checkpointing or logits_chunk")
+    return need
