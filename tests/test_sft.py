@@ -184,7 +184,7 @@ def test_rows_hold_everything_and_are_well_filled(lengths, size):
 
 
 def test_the_row_with_least_room_is_taken():
-    assert pack([6, 7, 3, 4], 10) == [[1, 2], [0, 3]]
+    assert pack([6, 7, 3], 10) == [[1, 2], [0]]
 
 
 @pytest.mark.parametrize("lengths", [[3, 11], [0]])
@@ -272,6 +272,11 @@ def test_long_examples_are_cut_at_the_end_and_counted():
     assert task.n_train == 25 and "42 cut to 5 tokens, 20 left out" in task.report  # BOS xx yy and BOS x yy EOS; 40 + 1 + 1 cut
     batch = task.batch(range(25))
     assert batch.ids.shape == (25, 4) and batch.mask.sum() == 20 * 2 + 5 * 3
+
+
+def test_a_single_token_without_bos_teaches_nothing():
+    examples = [Example(""), Example("a"), Example("", "")]  # only the end; a and the end
+    assert SFTTask(chatty(), {"train": examples, "test": examples}).batch([0]).ids.shape == (1, 1)
 
 
 @pytest.mark.parametrize("packing", [True, False])
