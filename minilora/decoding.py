@@ -5,7 +5,7 @@ computes its own rows of every product and its own heads of attention, and all m
 others wrote. A row is computed in the same way whoever does it, so results are the same bytes for any number of threads.
 
 The plain path is ``generation.decode``, which this must equal up to rounding, and which does everything else: several sequences,
-adapters, other weights, processors without AVX2.
+other weights, DoRA, processors without AVX2.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 from minilora import barrier
 from minilora.barrier import bytes_at, meet
 from minilora.layers import Array, Linear
+from minilora.lora import LoraLinear
 from minilora.quant import blocks_simd
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.quant.blocks_simd import multiply_rows, order_input
@@ -39,9 +40,9 @@ class Decoder:
     def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
         self.model, self.keys, self.values = model, keys, values
         self.threads = min(threads or available_threads(), MOST_THREADS) if barrier.available else 1
-        # (L, 7, 3) in the order q, k, v, o, gate, up, down
-        self._table = np.array([[_entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64)
-        self._head = np.array([_entry(model.head)], np.int64)
+        self._adapters: list[Array] = []  # whose addresses are in the tables
+        self._table = np.array([[self._entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64)
+        self._head = np.array([self._entry(model.head)], np.int64)
         norms = [norm.weight.data for block in model.blocks for norm in (block.input_norm, block.post_norm)]
         self._norms = np.array([*norms, model.norm.weight.data])  # (2L + 1, C)
         c = model.config
@@ -51,13 +52,23 @@ class Decoder:
 
     @staticmethod
     def fits(model: Transformer) -> bool:
-        """Whether all matrices are GGUF blocks without adapters, the MLP is SwiGLU, and the processor has the instructions."""
+        """Whether all matrices are GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP is SwiGLU, and the processor has AVX2."""
         return (
             blocks_simd.available()
             and model.embedding.weight.dtype == np.float32
-            and all(type(linear) is Linear and isinstance(linear.weight, BlockWeight) for _, linear in model.linears())
+            and all(_fits(linear) for _, linear in model.linears())
             and all(block.mlp.gate_proj is not None for block in model.blocks)
         )
+
+    def _entry(self, linear: Any) -> tuple[int, ...]:
+        """A row of the tables: where the blocks lie, bytes of a block, rows; rank, group, where A and scaling·B lie."""
+        base = linear.base if isinstance(linear, LoraLinear) else linear
+        found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
+        if base is linear:
+            return (*found, 0, 1, 0, 0)
+        a, b = (np.ascontiguousarray(m, np.float32) for m in (linear.lora_A.data, linear.lora_B.data * linear.scaling))
+        self._adapters += [a, b]
+        return (*found, len(a), linear.pool, a.ctypes.data, b.ctypes.data)
 
     def step(self, token: int, position: int) -> Array:
         """Run a token at its position, store its keys and values, and return the next one's logits (V,)."""
@@ -86,8 +97,9 @@ class Decoder:
             self._pool.shutdown()
 
 
-def _entry(linear: Any) -> tuple[int, int, int]:
-    return linear.weight.blocks.ctypes.data, BLOCK_BYTES[linear.weight.quant_type], linear.shape[0]
+def _fits(linear: Any) -> bool:
+    base = linear.base if isinstance(linear, LoraLinear) and linear.magnitude is None else linear
+    return type(base) is Linear and isinstance(base.weight, BlockWeight)
 
 
 # ---- kernels; letters of the shapes: see the functional module
@@ -136,14 +148,37 @@ def _share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 @kernel
 def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -> None:
-    """Write this thread's rows of W x into a row of ``out`` for each weight (where its blocks lie, bytes of a block, rows)."""
+    """Write this thread's rows of W x into a row of ``out`` for each weight, which is a row of ``Decoder``'s tables."""
     ordered, sums = np.empty(x.size, np.float32), np.empty(x.size // 32, np.float32)
     order_input(x, ordered, sums)
     for i in range(len(weights)):
-        address, size, rows = weights[i]
+        address, size, rows, rank, group, a_address, b_address = weights[i]
         blocks = bytes_at(address, rows * sums.size * size)
         first, last = _share(rows, thread, threads)
         multiply_rows(blocks, size, x if size == 34 else ordered, sums, first, last, out[i])
+        if rank:
+            a = bytes_at(a_address, 4 * rank * (x.size // group)).view(np.float32)
+            _add_adapter(a, bytes_at(b_address, 4 * rows * rank).view(np.float32), rank, group, x, first, last, out[i])
+
+
+@kernel
+def _add_adapter(a: Array, b: Array, rank: int, group: int, x: Array, first: int, last: int, out: Array) -> None:
+    """Add rows of B A p to ``out``, where p is x or the sums of its groups; A (r, in/g) and B (out, r) are flat."""
+    pooled, hidden = x, np.empty(rank, np.float32)
+    if group > 1:
+        pooled = np.zeros(x.size // group, np.float32)
+        for i in range(x.size):
+            pooled[i // group] += x[i]
+    for r in range(rank):
+        row, dot = a[r * pooled.size : (r + 1) * pooled.size], np.float32(0)
+        for i in range(pooled.size):
+            dot += row[i] * pooled[i]
+        hidden[r] = dot
+    for i in range(first, last):
+        dot = np.float32(0)
+        for r in range(rank):
+            dot += b[i * rank + r] * hidden[r]
+        out[i] += dot
 
 
 @kernel

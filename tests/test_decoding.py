@@ -51,8 +51,7 @@ def test_each_token_equals_the_plain_path(name, heads):
     model = block_model(ROTATIONS[name], replace(CONFIG, num_attention_heads=heads[0], num_key_value_heads=heads[1]))
     cache = stored(model, [3, 1, 4, 1, 5])
     decoder = decoder_of(model, cache)
-    # each of Q4's sums is of d·q and m apart, whose terms are up to three times the weights'
-    rtol = close_rtol(np.float32, *LENGTHS, factor=24)
+    rtol = close_rtol(np.float32, *LENGTHS, factor=1)
     for position, token in enumerate([9, 2, 6, 5, 3, 5], start=5):
         expected = model.head.forward(decode(model, np.array([token]), np.array([position]), cache))[0][0]
         found = decoder.step(token, position)
@@ -72,6 +71,28 @@ def test_any_number_of_threads_gives_the_same_bytes(threads):
         assert np.array_equal(one.step(position, position), several.step(position, position))
     assert np.array_equal(one.keys, several.keys) and np.array_equal(one.values, several.values)
     several.close()
+
+
+@pytest.mark.parametrize("name", ["Q4_1", "mixed"])
+@pytest.mark.parametrize("options", [{"r": 4}, {"r": 3, "lora_alpha": 2, "target_modules": ("q_proj", "down_proj", "lm_head")}],
+                         ids=["all", "some"])  # fmt: skip
+@pytest.mark.parametrize("use_qalora", [False, True])
+def test_adapters_are_added(name, options, use_qalora):
+    if use_qalora and name != "Q4_1":
+        pytest.skip("QA-LoRA needs offsets")
+    base = block_model(ROTATIONS[name])
+    model = fill_adapters(inject_lora(base, LoraConfig(**options, use_qalora=use_qalora), np.random.default_rng(0)))
+    assert Decoder.fits(model)
+    cache = stored(model, [3, 1, 4])
+    one, two = decoder_of(model, cache), decoder_of(model, cache, 2)
+    without = decoder_of(base, cache).step(7, 3)
+    expected = model.head.forward(decode(model, np.array([7]), np.array([3]), cache))[0][0]
+    found = one.step(7, 3)
+    assert np.array_equal(two.step(7, 3), found)
+    rtol = close_rtol(np.float32, *LENGTHS, factor=1)
+    assert_close(found, expected, rtol)
+    assert np.abs(without - expected).max() > 1000 * rtol * np.abs(expected).max()
+    two.close()
 
 
 def test_generation_takes_it_and_says_what_the_plain_path_says(monkeypatch):
@@ -94,9 +115,9 @@ def test_generation_takes_it_and_says_what_the_plain_path_says(monkeypatch):
 def test_what_does_not_fit_takes_the_plain_path(monkeypatch):
     model = block_model()
     assert Decoder.fits(model)
-    adapted = fill_adapters(inject_lora(model, LoraConfig(r=2), np.random.default_rng(0)))
+    dora = inject_lora(model, LoraConfig(r=2, use_dora=True), np.random.default_rng(0))
     gelu = replace(CONFIG, hidden_act="gelu_pytorch_tanh")
-    for other in (adapted, make_model(CONFIG, dtype=np.float32), block_model(config=gelu), model.map_linears(to_float64)):
+    for other in (dora, make_model(CONFIG, dtype=np.float32), block_model(config=gelu), model.map_linears(to_float64)):
         assert not Decoder.fits(other)
     monkeypatch.setattr(blocks_simd, "available", lambda: False)
     assert not Decoder.fits(model)

@@ -35,7 +35,7 @@ ALLOWED = {
     "merging": LAYERS | {"lora"},
     "lora": LAYERS | {"initial", "quantize"},  # and LoRA nothing of the transformer
     "barrier": {"quant"},
-    "decoding": LAYERS | {"barrier", "transformer"},
+    "decoding": LAYERS | {"barrier", "lora", "transformer"},
     "generation": {"functional", "layers", "threads", "transformer", "decoding"},
     "data": {"config"},
     "memory": MODELS,
