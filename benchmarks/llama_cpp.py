@@ -1,14 +1,16 @@
 """A GGUF in llama.cpp and in minilora: ``python -m benchmarks.llama_cpp MODEL.gguf [--against ORIGINAL.gguf]``.
 
-Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the ids of both tokenizers are compared
-apart. llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, so its logits differ by about 1e-3
-of their range; files of F16 and F32 agree to rounding.
+Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the tokenizers are compared apart.
+llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, which moves SmolLM2's logits by one
+to four hundredths of their range. So each file is also written as F32, the same numbers, and compared in that form: what is left
+there is float32's rounding.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -23,30 +25,32 @@ import tyro
 from benchmarks import workload
 from benchmarks.page import table
 from benchmarks.timing import timed
-from minilora.data.text import TextTokenizer
 from minilora.data.tasks import ProductsTask
+from minilora.data.text import TextTokenizer
 from minilora.formats.files import FileError, write_file
 from minilora.formats.gguf import GGUFFile
-from minilora.formats.llama_gguf import load_gguf
+from minilora.formats.llama_gguf import load_gguf, save_gguf
 from minilora.generation import generate
 from minilora.quant.blocks import BlockWeight
+from minilora.quantize import dequantize_model
 from minilora.transformer import Transformer
 
 Array = np.ndarray
 INSTALL = "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles llama.cpp: a C++ compiler and minutes)"
 TEXT_TOKENS = 512
-VARIED = ("The capital of France is", "don't  DO\tthat\n\n  twice ", "naïve café — 日本語, Ελληνικά, عربى 🙂", "x=3.14159; y[0]+=1e-5  # 1234567",
-          "<|im_start|>user\nHi<|im_end|>\n")  # fmt: skip
+VARIED = ("The capital of France is", "don't  DO\tthat\n\n  twice ", "naïve café — 日本語, Ελληνικά, عربى 🙂",
+          "x=3.14159; y[0]+=1e-5  # 1234567", "<|im_start|>user\nHi<|im_end|>\n")  # fmt: skip
 
 
 class LlamaCpp:
-    """llama.cpp on a file; with ``scores`` it keeps the logits of every token."""
+    """llama.cpp on a file; with ``scores`` it keeps the logits of every token, and keys and values as float32, not float16."""
 
     def __init__(self, path: str, threads: int = 2, context: int = 1024, scores: bool = False):
         import llama_cpp
 
+        kv: dict[str, Any] = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if scores else {}
         self.model = llama_cpp.Llama(path, n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads,
-                                     n_threads_batch=threads, logits_all=scores, verbose=False)
+                                     n_threads_batch=threads, logits_all=scores, verbose=False, **kv)
         self.works: dict[str, Callable[[], Any]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -97,16 +101,24 @@ class Options:
     out: str = "benchmarks/results/llama_cpp"
 
 
-def compare(path: Path, options: Options) -> dict[str, Any]:
-    """One file on both sides."""
+def compare(path: Path, options: Options) -> list[dict[str, Any]]:
+    """One file on both sides, as it is and as F32."""
+    with tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / f"{path.stem} as F32.gguf"
+        save_gguf(dequantize_model(load_gguf(path)), dense, like=path, quant_type="F32")
+        return [_compare(file, options) for file in (path, dense)]
+
+
+def _compare(path: Path, options: Options) -> dict[str, Any]:
     file = GGUFFile(path)
     model, tokenizer = load_gguf(file), TextTokenizer.from_gguf(file.metadata)
     theirs = LlamaCpp(str(path), options.threads, scores=True)
     ids = np.array(tokenizer.encode(workload.real_text()))[: min(TEXT_TOKENS, model.config.context_length)]
     texts = [*VARIED, workload.real_text()]
     found = [tokenizer.encode(text, add_special=False) == theirs.encode(text) for text in texts]
-    return {"file": path.name, "bytes": path.stat().st_size, "tokenizer_equal": sum(found), "tokenizer_texts": len(found),
-            **forced(model.logits(ids[None])[0], theirs.logits(ids), ids), "continuations": _continuations(model, tokenizer, theirs, options)}
+    return {"file": path.stem, "bytes": path.stat().st_size, "tokenizer_equal": sum(found), "tokenizer_texts": len(found),
+            **forced(model.logits(ids[None])[0], theirs.logits(ids), ids),
+            "continuations": _continuations(model, tokenizer, theirs, options)}
 
 
 def forced(mine: Array, theirs: Array, ids: Array) -> dict[str, float]:
@@ -155,7 +167,7 @@ def agreement(a: list[int], b: list[int]) -> dict[str, Any]:
 
 
 def changes(path: Path, original: Path) -> dict[str, int]:
-    """How many tensors of a tuned file are the original's, differ in minima alone (Q4_1: codes and scales bit by bit), or in more.
+    """How many tensors of a tuned file are the original's, differ in minima alone (codes and scales bit by bit), or in more.
 
     Raises FileError if a file has tensors that the other has not.
     """
@@ -182,8 +194,8 @@ def _change(new: GGUFFile, old: GGUFFile, name: str) -> str:
 
 def page(results: dict[str, Any]) -> str:
     """The comparison, in markdown."""
-    head = ["file", "MB", "tokenizers agree", "perplexity, ours", "llama.cpp", "difference", "logits differ by", "same likeliest token",
-            "continuations equal", "their tokens equal"]
+    head = ["file", "MB", "tokenizers agree", "perplexity, ours", "llama.cpp", "difference", "logits differ by",
+            "same likeliest token", "continuations equal", "their tokens equal"]
     body = []
     for row in results["files"]:
         rows = row["continuations"]
@@ -196,8 +208,10 @@ def page(results: dict[str, Any]) -> str:
              f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "), table(head, body)]
     if results["changes"]:
         said = ", ".join(f"{n} {kind}" for kind, n in results["changes"].items())
-        parts.append(f"Tensors beside those of the original: {said} (\"other minima\": codes and scales are the original's, bit by bit).")
+        parts.append(f"Tensors beside the original's: {said} (\"other minima\": codes and scales are the same, bit by bit).")
     for row in results["files"]:
+        if row["file"].endswith(" as F32") and all(r["first_difference"] is None for r in row["continuations"]):
+            continue  # minilora's texts again
         parts.append(f"## Continuations by {row['file']}")
         for r in row["continuations"]:
             where = "" if r["first_difference"] is None else f" (differs from token {r['first_difference']} on)"
@@ -219,7 +233,7 @@ def main(options: Options, command: str) -> int:
     try:
         path, original = Path(options.model), options.against and Path(options.against)
         changed = changes(path, original) if original else None
-        files = [compare(file, options) for file in ([path, original] if original else [path])]
+        files = [row for file in ([path, original] if original else [path]) for row in compare(file, options)]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -233,4 +247,5 @@ def main(options: Options, command: str) -> int:
 
 if __name__ == "__main__":
     chosen = tyro.cli(Options, prog="python -m benchmarks.llama_cpp")
-    sys.exit(main(chosen, " ".join(["python -m benchmarks.llama_cpp", *(Path(a).name if a.endswith(".gguf") else a for a in sys.argv[1:])])))
+    named = [Path(a).name if a.endswith(".gguf") else a for a in sys.argv[1:]]
+    sys.exit(main(chosen, " ".join(["python -m benchmarks.llama_cpp", *named])))

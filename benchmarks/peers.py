@@ -68,7 +68,9 @@ class Peers:
         model: Any = llama(size.config, workload.weights(size) | (weights or {}))
         if method == "qlora":
             _quantize(model)
-        self._ready(adapted(model) if method != "full" else model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
+        if method != "full":
+            model = adapted(model)
+        self._ready(model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
 
     def _ready(self, model: Any, ids: Array, targets: Array, adapters: dict[str, Array] | None) -> None:
         """Keep the model and its batch; the work "step" trains it once."""

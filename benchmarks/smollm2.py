@@ -11,11 +11,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,8 @@ from minilora.formats.gguf import GGUFFile
 from minilora.formats.llama_gguf import find_model, load_gguf
 
 METHODS = {"lora": "torch + PEFT", "qlora": "torch + PEFT + bitsandbytes", "qalora": "torch + PEFT + bitsandbytes (QLoRA)"}
+SIDES = {"ours": "benchmarks.smollm2_ours.OursGGUF", "peer": "benchmarks.smollm2_peers.PeersFolder",
+         "llama.cpp": "benchmarks.llama_cpp.LlamaCpp"}
 BATCH, TIME = 2, 128
 STEPS_FOR_PEAK, PEAKS = 3, 3
 PROMPT, WRITTEN, LONG = 32, 64, 256  # tokens of a prompt, new tokens, tokens of the prompt of prefill
@@ -56,19 +57,14 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
     return rows
 
 
-class _remote:
-    """A side in a process of its own, for a with statement."""
-
-    def __init__(self, side: str, path: str, threads: int):
-        classes = {"ours": "benchmarks.smollm2_ours.OursGGUF", "peer": "benchmarks.smollm2_peers.PeersFolder",
-                   "llama.cpp": "benchmarks.llama_cpp.LlamaCpp"}  # fmt: skip
-        self.remote = Remote(classes[side], path, threads)
-
-    def __enter__(self) -> Remote:
-        return self.remote
-
-    def __exit__(self, *_: Any) -> None:
-        self.remote.close()
+@contextmanager
+def _remote(side: str, path: str, threads: int) -> Iterator[Remote]:
+    """A side in a process of its own."""
+    remote = Remote(SIDES[side], path, threads)
+    try:
+        yield remote
+    finally:
+        remote.close()
 
 
 # ---- training steps
@@ -147,10 +143,11 @@ def peaks(sides: dict[str, str], ids: np.ndarray, rows: Rows, threads: int, say:
         elif "peer" in sides:
             for name, checkpoint in (("peer", False), ("peer small", True)):
                 load = (method, *batch_of(ids), None, checkpoint, False)
-                found[name] = [_peak("peer", sides["peer"], threads, load, "step") for _ in range(repeats if name == "peer" else 1)]
+                runs = 1 if checkpoint else repeats  # nothing is demanded of the peer's small step: once will do
+                found[name] = [_peak("peer", sides["peer"], threads, load, "step") for _ in range(runs)]
         row["peaks"] = found
-        row["peak_mib"] = {name: None if None in values else float(np.median(values)) for name, values in found.items()}
-        say(f"{method:6s}   peak " + "   ".join(f"{name} {mib or 0:.0f} MiB" for name, mib in row["peak_mib"].items()))
+        row["peak_mib"] = {name: float(np.median([v for v in values if v])) for name, values in found.items() if all(values)}
+        say(f"{method:6s}   peak " + "   ".join(f"{name} {mib:.0f} MiB" for name, mib in row["peak_mib"].items()))
 
 
 def _peak(side: str, path: str, threads: int, load: tuple[Any, ...], work: str) -> float | None:
@@ -191,7 +188,7 @@ def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, 
 
 
 def _agreement(label: str, sides: dict[str, Remote]) -> dict[str, Any]:
-    """Logits after the prompt as transformers has them; of llama.cpp, which rounds activations to 8 bits, the texts are compared."""
+    """Logits after the prompt must be transformers'; llama.cpp rounds activations to 8 bits, so only texts are compared."""
     found: dict[str, Any] = {}
     written = np.array(sides["ours"].call("result", label))
     if "peer" in sides:
@@ -215,7 +212,7 @@ print(model.generate(torch.tensor([[504, 3575, 282, 4649, 314]]), max_new_tokens
 
 
 def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows:
-    """Seconds from the start of a command that writes one token to its end; the first of each fills the caches and is not counted."""
+    """Seconds from the start to the end of a command that writes one token; the first of each fills the caches, uncounted."""
     ours = ["-m", "minilora.cli", "generate", "--model", model, "--prompt", "The capital of France is", "--max-new-tokens", "1"]
     commands = {"ours": ours} | ({"peer": ["-c", PEER_READY, sides["peer"]]} if "peer" in sides else {})
     found = interleave({side: partial(_seconds, command) for side, command in commands.items()}, repeats, warmup=1)

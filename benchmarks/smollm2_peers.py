@@ -35,8 +35,9 @@ class PeersFolder(Peers):
         self.model: Any = None
         options: dict[str, Any] = {}
         if method == "qlora":
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                                                bnb_4bit_use_double_quant=True,
+                                                                bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         if checkpoint:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

