@@ -32,8 +32,6 @@ def train(command: Train, named: Collection[str]) -> int:
     config = command.config
     if config.model != TINY:
         config = replace(config, **{name: value for name, value in PRETRAINED.items() if name not in named})
-    if config.data is not None and "task" not in named:
-        config = replace(config, task="jsonl")
     writable_folder(Path(command.out))
 
     def built(model: Any) -> None:
@@ -88,8 +86,6 @@ def sweep(command: Sweep, named: Collection[str]) -> int:
     settings = {name: getattr(config, name) for name in SCALARS if getattr(config, name) != getattr(plain, name)}
     if config.model != TINY:
         config = replace(config, **{name: value for name, value in PRETRAINED.items() if name not in named})
-    if config.data is not None and "task" not in named:
-        config = replace(config, task=("jsonl",))
     name = config.name if config.name != plain.name else preset if config.model == TINY else Path(config.model).stem
     out = Path(config.out) / name
     n_jobs = command.n_jobs or available_threads()

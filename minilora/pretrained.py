@@ -58,7 +58,7 @@ def load_pretrained(name: str | Path) -> Pretrained:
                             "Face folder that it was made from")
     else:
         file = GGUFFile(path)
-        model, tokenizer = load_gguf(file), TextTokenizer.from_gguf(file.metadata)
+        model, tokenizer = load_gguf(file), TextTokenizer.from_gguf(file.metadata, str(path))
     if tokenizer.vocab_size > model.config.vocab_size:
         raise FileError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; they do "
                         "not belong together")

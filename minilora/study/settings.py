@@ -29,7 +29,7 @@ TINY = "tiny"
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 1e-3, "qlora": 1e-3, "qalora": 2e-3}
 """Learning rates of a model that has read a lot already: what is there must not be washed away."""
-PRETRAINED: dict[str, Any] = {"steps": 80, "batch_size": 8, "n_eval": 100}
+PRETRAINED: dict[str, Any] = {"steps": 80, "batch_size": 8, "n_train": 2000, "n_eval": 100}
 """What the commands take for such a model where nothing is said."""
 
 
@@ -40,7 +40,7 @@ class RunConfig:
     ``bits`` is 32 for an unquantized base. ``learning_rate=None`` takes the method's default. ``subset_modules`` names what
     ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
     those of the deployed weights, whose loss is still measured. ``model`` is ``tiny``, ``smollm2``, a GGUF file or a Hugging Face
-    folder; ``data`` is the JSONL file of task ``jsonl``; ``max_length`` is the longest example in tokens of such a model, and
+    folder; ``data``, a JSONL file, makes the task ``jsonl``; ``max_length`` is the longest example in tokens of such a model, and
     ``packing`` puts several into one row of that length. ``gradient_accumulation_steps``, ``gradient_checkpointing`` and
     ``logits_chunk`` (less memory) are TrainConfig's. ``quantizer`` finds the codes of a QA-LoRA or quantized base and,
     for QLoRA, those of the merged weights (its base is rounded to nearest, as bitsandbytes does). ``use_dora`` and
@@ -94,6 +94,8 @@ class RunConfig:
                 object.__setattr__(self, field, value)
 
         require_in(self.method, METHODS, "method")
+        if self.data is not None and self.task == RunConfig.task:
+            object.__setattr__(self, "task", "jsonl")
         require_in(self.task, ("products", "python", "text", "jsonl"), "task")
         require_in(self.split, ("validation", "test"), "split")
         if self.method in ADAPTERS:

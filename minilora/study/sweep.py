@@ -166,7 +166,7 @@ def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
 
     shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
     shared += ["model", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk"]
-    shared += ["text_path"] * (settings["task"] == "text") + ["data"] * (settings["task"] == "jsonl")
+    shared += ["text_path"] * (settings["task"] == "text") + ["data"]
     shared += ["subset_modules"] * (settings["method"] == "subset")
     given = {name: getattr(config, name) for name in shared if getattr(config, name) is not None}
     return RunConfig(**given, **settings)
