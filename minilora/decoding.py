@@ -152,13 +152,13 @@ def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -
     ordered, sums = np.empty(x.size, np.float32), np.empty(x.size // 32, np.float32)
     order_input(x, ordered, sums)
     for i in range(len(weights)):
-        address, size, rows, rank, group, a_address, b_address = weights[i]
-        blocks = bytes_at(address, rows * sums.size * size)
+        size, rows, rank, group = weights[i, 1], weights[i, 2], weights[i, 3], weights[i, 4]
+        blocks = bytes_at(weights[i, 0], rows * sums.size * size)
         first, last = _share(rows, thread, threads)
         multiply_rows(blocks, size, x if size == 34 else ordered, sums, first, last, out[i])
         if rank:
-            a = bytes_at(a_address, 4 * rank * (x.size // group)).view(np.float32)
-            _add_adapter(a, bytes_at(b_address, 4 * rows * rank).view(np.float32), rank, group, x, first, last, out[i])
+            a, b = bytes_at(weights[i, 5], 4 * rank * (x.size // group)), bytes_at(weights[i, 6], 4 * rows * rank)
+            _add_adapter(a.view(np.float32), b.view(np.float32), rank, group, x, first, last, out[i])
 
 
 @kernel
