@@ -67,23 +67,30 @@ def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache)
     return model.norm.forward(x)[0]
 
 
+WIDE = 256
+"""Hidden size from which sequences are rows of one product, which reads each weight once. In a smaller model, whose weights are
+in the cache anyway, each sequence is a product of its own; the other way would change last bits of the results that we keep."""
+
+
 def decode(model: Transformer, tokens: Array, positions: Array, kv_cache: KVCache) -> Array:
     """One new token (B,) a sequence at its own position (B,): hidden states (B, C)."""
     B = len(tokens)
     rows = np.arange(B)
-    x, _ = model.embedding.forward(tokens[:, None])  # (B, 1, C)
-    rope = model.rope(positions[:, None])  # (B, 1, D/2)
+    lead = (1, B) if model.config.hidden_size >= WIDE else (B, 1)
+    x, _ = model.embedding.forward(tokens.reshape(lead))  # (*lead, C)
+    rope = model.rope(positions.reshape(lead))  # (*lead, D/2)
     filled = int(positions.max()) + 1
     for i, block in enumerate(model.blocks):
         attention = block.attention
-        q, k, v, _ = attention.project(block.input_norm.forward(x)[0], rope)  # (B, 1, H or K, D)
+        q, k, v, _ = attention.project(block.input_norm.forward(x)[0], rope)  # (*lead, H or K, D)
         keys, values = kv_cache.keys[i], kv_cache.values[i]
-        keys[rows, :, positions] = k[:, 0]
-        values[rows, :, positions] = v[:, 0]
+        keys[rows, :, positions] = k.reshape(B, *k.shape[2:])
+        values[rows, :, positions] = v.reshape(B, *v.shape[2:])
+        q = q.reshape(B, 1, *q.shape[2:])
         mixed = cached_attention(q, keys[:, :, :filled], values[:, :, :filled], positions[:, None])  # (B, 1, H, D)
-        x = x + attention.o_proj.forward(mixed.reshape(B, 1, -1))[0]
+        x = x + attention.o_proj.forward(mixed.reshape(*lead, -1))[0]
         x = x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
-    return model.norm.forward(x)[0][:, 0]
+    return model.norm.forward(x)[0].reshape(B, -1)
 
 
 def cached_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:

@@ -80,7 +80,9 @@ def test_decoding_with_the_cache_equals_a_full_forward(config):
             assert_close(hidden[0], expected[t], rtol, f"position {t}")
 
 
-def test_sequences_at_different_positions_decode_together(config):
+@pytest.mark.parametrize("wide", [False, True])
+def test_sequences_at_different_positions_decode_together(config, wide, monkeypatch):
+    monkeypatch.setattr(generation, "WIDE", 1 if wide else 10**9)
     model = make_model(config)
     a, b = np.random.default_rng(1).integers(config.vocab_size, size=(2, 9))
     ids = np.zeros((2, 5), int)
