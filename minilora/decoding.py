@@ -10,6 +10,7 @@ other weights, DoRA, processors without AVX2.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -29,12 +30,15 @@ from minilora.transformer import Transformer
 MOST_THREADS = 4
 """Beyond this many, products of a small model are shorter than the waits between them."""
 
+PERIOD = 100
+"""Tokens until threads together are compared with one again. Results are the same, so that nothing but time depends on it."""
+
 
 class Decoder:
     """The compiled way of a single sequence, for a model that ``Decoder.fits``.
 
     ``keys`` and ``values`` (L, K, S, D) float32 are the sequence's, and are written to. Threads: as many as there are cores,
-    or ``threads``; ``close`` ends them.
+    or ``threads``, and one while that is faster, as where other processes want the cores too; ``close`` ends them.
     """
 
     def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
@@ -48,6 +52,7 @@ class Decoder:
         c = model.config
         self._shared = np.empty((7, max(c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)), np.float32)
         self._sync = np.zeros(2, np.int64)
+        self._steps, self._seconds, self._faster = 0, {True: 0.0, False: 0.0}, True
         self._pool = ThreadPoolExecutor(self.threads - 1, "minilora-decode") if self.threads > 1 else None
 
     @staticmethod
@@ -78,18 +83,31 @@ class Decoder:
         logits = np.empty((1, c.vocab_size), np.float32)
         arguments = (x, self._table, self._head, self._norms, np.float32(c.rms_norm_eps), cos, sin, self.keys, self.values,
                      position, c.num_attention_heads, c.intermediate_size, self._shared, logits)  # fmt: skip
+        start, together = time.perf_counter(), self._together()
+        threads = self.threads if together else 1
         self._sync[:] = 0
         others = []
         try:
-            for thread in range(1, self.threads):
+            for thread in range(1, threads):
                 if self._pool is not None:
-                    others.append(self._pool.submit(decode_token, *arguments, thread, self.threads, self._sync))
-            decode_token(*arguments, 0, self.threads, self._sync)
+                    others.append(self._pool.submit(decode_token, *arguments, thread, threads, self._sync))
+            decode_token(*arguments, 0, threads, self._sync)
         finally:
             self._sync[1] = 1  # should this thread have been interrupted before it began, the others must not wait for it
             for other in others:
                 other.result()
+        self._seconds[together] += time.perf_counter() - start
         return logits[0]
+
+    def _together(self) -> bool:
+        """Whether the threads share this token: of each ``PERIOD``, three shared ones and three of one thread decide the rest."""
+        turn = self._steps % PERIOD
+        self._steps += 1
+        if turn == 0:
+            self._seconds = {True: 0.0, False: 0.0}
+        if turn == 6:
+            self._faster = self._seconds[True] <= self._seconds[False]
+        return turn < 3 if turn < 6 else self._faster
 
     def close(self) -> None:
         """Stop the threads."""

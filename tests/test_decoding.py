@@ -62,7 +62,8 @@ def test_each_token_equals_the_plain_path(name, heads):
 
 
 @pytest.mark.parametrize("threads", [2, 3, 4])
-def test_any_number_of_threads_gives_the_same_bytes(threads):
+def test_any_number_of_threads_gives_the_same_bytes(threads, monkeypatch):
+    monkeypatch.setattr(Decoder, "_together", lambda self: True)
     model = block_model(ROTATIONS["mixed"])
     cache = stored(model, [3, 1, 4])
     one, several = decoder_of(model, cache), decoder_of(model, cache, threads)
@@ -156,6 +157,26 @@ def test_an_interrupted_step_leaves_nobody_waiting(monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         decoder.step(3, 3)
     decoder.close()  # would wait for ever
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_the_faster_way_is_kept_until_it_is_tried_again(slow, monkeypatch):
+    clock = [0.0]
+    crews = []
+
+    def kernel(*arguments):
+        if arguments[-3] == 0:
+            crews.append(arguments[-2])
+            clock[0] += 3 if (arguments[-2] == 2) == slow else 1
+
+    monkeypatch.setattr(decoding, "decode_token", kernel)
+    monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
+    model = block_model()
+    decoder = decoder_of(model, stored(model, [1]), 2)
+    for _ in range(2 * decoding.PERIOD):
+        decoder.step(1, 1)
+    decoder.close()
+    assert crews == 2 * ([2] * 3 + [1] * 3 + [1 if slow else 2] * (decoding.PERIOD - 6))
 
 
 def test_a_missing_thread_is_waited_for(monkeypatch):
