@@ -13,6 +13,7 @@ from typing import Any
 
 import numba
 import numpy as np
+from tqdm.auto import tqdm
 
 import minilora
 from minilora import memory
@@ -139,13 +140,14 @@ def requantize(model: Transformer, quant: QuantConfig, data: Sequence[Any] = ())
 
 
 def measure(
-    model: Transformer, task: Task, split: str, tokenizer: Tokenizer, workers: Workers | None = None, write_all: bool = True
+    model: Transformer, task: Task, split: str, tokenizer: Tokenizer, workers: Workers | None = None, write_all: bool = True,
+    progress: bool = False,
 ) -> dict[str, float]:
     """Loss on a split; on the test split also what the model writes, for tasks that are judged by it."""
-    found = dict(evaluate(model, task.eval_batches(split), workers))
+    found = dict(evaluate(model, task.eval_batches(split), workers, progress))
     for name, ending in (("test", ""), ("test_values", "_values"))[: 1 + write_all]:
         if split == "test" and name in task.splits and (prompts := task.prompts(name)):
-            scores = task.score(name, write(model, prompts, task.max_new_tokens, tokenizer, workers))
+            scores = task.score(name, write(model, prompts, task.max_new_tokens, tokenizer, workers, progress))
             found |= {k + ending: v for k, v in scores.items()}
     return found
 
@@ -155,15 +157,19 @@ PIECE = {True: 100, False: 25}
 
 
 def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tokenizer: Tokenizer,
-          workers: Workers | None = None) -> list[str]:  # fmt: skip
+          workers: Workers | None = None, progress: bool = False) -> list[str]:  # fmt: skip
     """Greedy continuations as text, piece by piece."""
     size = PIECE[model.config.vocab_size < 1000]
     pieces = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
-    def one(piece: list[list[int]]) -> list[list[int]]:
-        return generate(model, piece, max_new_tokens, eos=tokenizer.stop_ids)
+    bar = tqdm(total=len(prompts), desc="write", unit="text", disable=not progress, leave=False)
 
-    with single_blas():
+    def one(piece: list[list[int]]) -> list[list[int]]:
+        texts = generate(model, piece, max_new_tokens, eos=tokenizer.stop_ids)
+        bar.update(len(piece))
+        return texts
+
+    with single_blas(), bar:
         results = [one(piece) for piece in pieces] if workers is None else workers.map(one, pieces)
     return [tokenizer.decode(tokens) for piece in results for tokens in piece]
 
@@ -238,13 +244,13 @@ def run(
                 peft_bytes = save_adapter(model, config.lora(), Path(folder) / ADAPTER)
             elif trainer is not None:
                 save_model(model, Path(folder) / "model.safetensors")
-        row |= measure(model, task, config.split, tokenizer, workers, config.write_all)
+        row |= measure(model, task, config.split, tokenizer, workers, config.write_all, progress)
         if config.method in ADAPTERS:
             deployed = deploy(config, model)
             if config.write_all:
-                found = measure(deployed, task, config.split, tokenizer, workers, write_all=False)
+                found = measure(deployed, task, config.split, tokenizer, workers, False, progress)
             else:
-                found = evaluate(deployed, task.eval_batches(config.split), workers)
+                found = evaluate(deployed, task.eval_batches(config.split), workers, progress)
             row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     row |= ledger(config, model, task, trainer)

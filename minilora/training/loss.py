@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from minilora import functional as F
 from minilora.data.tasks import Batch
@@ -54,12 +55,12 @@ def head_loss(model: Transformer, hidden: Array, rows: Array, targets: Array, no
         if key is not None and index > 0:
             key = (*key[:3], index)  # an adapted head's dropout draws anew for each chunk
         logits, cache_head = model.head.forward(hidden[rows[part]], key)  # (n, V)
-        part_loss, cache_loss = F.cross_entropy_forward(logits, targets[part], normalizer)
+        part_loss, cache_loss = F.cross_entropy_forward(logits, targets[part], normalizer, out=logits)
         loss += part_loss
-        del logits
         if grads is not None and dhidden is not None:
+            dlogits = F.cross_entropy_backward(cache_loss, out=logits)  # logits, probabilities and gradient: one array in turn
             # x = hidden[rows]: the gradient goes back to the places it came from, the others get none
-            dhidden[rows[part]] = model.head.backward(F.cross_entropy_backward(cache_loss), cache_head, grads)
+            dhidden[rows[part]] = model.head.backward(dlogits, cache_head, grads)
     return loss
 
 
@@ -98,7 +99,8 @@ def loss_and_grads(model: Transformer, batches: Batch | Sequence[Batch], workers
 
 
 @single_blas()
-def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | None = None) -> dict[str, float]:
+def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | None = None,
+             progress: bool = False) -> dict[str, float]:  # fmt: skip
     """Mean loss in nats over all counted targets, and the same in bits (bits per byte for a byte-level model)."""
     count = sum(int(batch.mask.sum()) for batch in batches)
     if count == 0:
@@ -106,11 +108,16 @@ def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | No
     own = workers or Workers(1)
     chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * model.embedding.weight.dtype.itemsize))
 
+    bar = tqdm(total=len(batches), desc="evaluate", unit="batch", disable=not progress, leave=False)
+
     def total(batch: Batch) -> float:
-        return shard_loss(model, batch, 1.0, logits_chunk=chunk)
+        loss = shard_loss(model, batch, 1.0, checkpoint=True, logits_chunk=chunk)  # nothing is kept for a backward pass
+        bar.update()
+        return loss
 
     try:
-        loss = sum(own.map(total, batches)) / count
+        with bar:
+            loss = sum(own.map(total, batches)) / count
     finally:
         if workers is None:
             own.close()

@@ -6,6 +6,7 @@ What step t does depends on the configuration, the seed and t alone: the batch i
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -89,6 +90,8 @@ class Trainer:
                 if self.config.eval_every and self.step % self.config.eval_every == 0:
                     found = evaluate(self.model, self.task.eval_batches("validation"), workers)
                     self.history.evaluations.append({"step": self.step, **found})
+                    if progress:
+                        tqdm.write(f"step {self.step}: validation loss {found['loss']:.4f}", file=sys.stderr)
                 if self.folder and self.config.checkpoint_every and self.step % self.config.checkpoint_every == 0:
                     self.save(self.folder / CHECKPOINT)
         self._check_finite()  # no later loss would show what the last step did
