@@ -177,7 +177,7 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
     return Linear(name, weight), a, b
 
 
-def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, int, int]) -> Array:
+def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, ...]) -> Array:
     """Which elements stay: a stream of its own for each (seed, step, shard, layer)."""
     rng = np.random.default_rng([*key, zlib.crc32(layer.name.encode())])
     return rng.random(shape, np.float32) >= layer.dropout
@@ -219,8 +219,8 @@ def inject_lora(
         if not group_size:
             why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
                 f"{linear.name} is stored as {getattr(linear.weight, 'quant_type', type(linear.weight).__name__)}"
-            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize the "
-                              "base to int2, int3, int4 or int8 (GGUF's Q4_1 will do as it is), or leave it out of target_modules")
+            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize "
+                              "the base to int2, int3, int4 or int8 (Q4_1 will do as it is), or leave it out of target_modules")
         return LoraLinear(linear, config, rng, pool=group_size)
 
     return frozen.map_linears(adapt)
