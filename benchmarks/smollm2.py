@@ -93,7 +93,7 @@ def steps(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, sa
 def batch_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and targets (2, 128) from the beginning of a text."""
     windows = ids[: BATCH * (TIME + 1)].reshape(BATCH, TIME + 1)
-    return windows[:, :-1], windows[:, 1:]
+    return windows[:, :-1].copy(), windows[:, 1:].copy()
 
 
 def _row(method: str, found: dict[tuple[str, ...], list[float]], check: dict[str, Any] | None) -> dict[str, Any]:
