@@ -149,7 +149,11 @@ class Linear:
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
         """x (…, in) → y (…, out). The input is kept only if W trains."""
-        return self.weight.matmul(x), (x,) if self.weight.trainable else ()
+        return self.weight.matmul(x), self.keep(x)
+
+    def keep(self, x: Array, key: Key = None) -> Cache:
+        """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when it runs again."""
+        return (x,) if self.weight.trainable else ()
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (…, out) → dx (…, in)."""
@@ -253,15 +257,23 @@ class MLP:
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
         """x (B, T, C) → y (B, T, C), through (B, T, F)."""
+        hidden, cache = self._hidden(x, key)
+        y, cache_down = self.down_proj.forward(hidden, key)
+        return y, (*cache, cache_down)
+
+    def keep(self, x: Array, key: Key = None) -> Cache:
+        """What ``forward`` keeps, without the last product."""
+        hidden, cache = self._hidden(x, key)
+        return (*cache, self.down_proj.keep(hidden, key))
+
+    def _hidden(self, x: Array, key: Key) -> tuple[Array, Cache]:
         up, cache_up = self.up_proj.forward(x, key)
         if self.gate_proj is None:
-            cache_gate: Cache = ()
             hidden, cache_act = F.gelu_forward(up)
-        else:
-            gate, cache_gate = self.gate_proj.forward(x, key)
-            hidden, cache_act = F.swiglu_forward(gate, up)
-        y, cache_down = self.down_proj.forward(hidden, key)
-        return y, (cache_gate, cache_up, cache_act, cache_down)
+            return hidden, ((), cache_up, cache_act)
+        gate, cache_gate = self.gate_proj.forward(x, key)
+        hidden, cache_act = F.swiglu_forward(gate, up)
+        return hidden, (cache_gate, cache_up, cache_act)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (B, T, C) → dx (B, T, C)."""
@@ -300,13 +312,22 @@ class Block:
         self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
     ) -> tuple[Array, Cache]:
         """x (B, T, C) → y (B, T, C)."""
+        mixed, normed, cache = self._mixed(x, rope, key, segments)
+        y, cache_mlp = self.mlp.forward(normed, key)
+        y += mixed
+        return y, (*cache, cache_mlp)
+
+    def keep(self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None) -> Cache:
+        """What ``forward`` keeps: all that a checkpointed block must compute again, and so all but the last product."""
+        _, normed, cache = self._mixed(x, rope, key, segments)
+        return (*cache, self.mlp.keep(normed, key))
+
+    def _mixed(self, x: Array, rope: tuple[Array, Array], key: Key, segments: Array | None) -> tuple[Array, Array, Cache]:
         normed, cache_n1 = self.input_norm.forward(x)
         mixed, cache_attention = self.attention.forward(normed, rope, key, segments)
         mixed += x
         normed, cache_n2 = self.post_norm.forward(mixed)
-        y, cache_mlp = self.mlp.forward(normed, key)
-        y += mixed
-        return y, (cache_n1, cache_attention, cache_n2, cache_mlp)
+        return mixed, normed, (cache_n1, cache_attention, cache_n2)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (B, T, C) → dx (B, T, C)."""

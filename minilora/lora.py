@@ -90,18 +90,25 @@ class LoraLinear:
         DoRA also keeps its result before it is stretched: the price of the lengths.
         """
         y, _ = self.base.forward(x)  # frozen: keeps nothing
+        p, h, mask = self._down(x, key)
+        y += h @ (self.lora_B.data * y.dtype.type(self.scaling)).T
+        if self.magnitude is None:
+            return y, (p, h, mask)
+        n = self.row_norms()  # (out,)
+        return y * (self.magnitude.data / n), (p, h, mask, y, n)
+
+    def keep(self, x: Array, key: Key = None) -> Cache:
+        """What ``forward`` keeps, without the product with the base where it is not needed for that."""
+        return self._down(x, key) if self.magnitude is None else self.forward(x, key)[1]
+
+    def _down(self, x: Array, key: Key) -> tuple[Array, Array, Array | None]:
         p = group_sum(x, self.pool)  # (…, in/g)
         mask = None
         if key is not None and self.dropout > 0:
             keep = _dropout_mask(self, p.shape, key)
             mask = np.packbits(keep)
             p = p * keep * p.dtype.type(1 / (1 - self.dropout))
-        h = p @ self.lora_A.data.T  # (…, r)
-        y += h @ (self.lora_B.data * y.dtype.type(self.scaling)).T
-        if self.magnitude is None:
-            return y, (p, h, mask)
-        n = self.row_norms()  # (out,)
-        return y * (self.magnitude.data / n), (p, h, mask, y, n)
+        return p, p @ self.lora_A.data.T, mask  # h = p Aᵀ (…, r)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""

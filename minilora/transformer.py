@@ -156,7 +156,7 @@ class Transformer:
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
             block_cache = caches.pop()
             if checkpoint:
-                _, block_cache = self.blocks[i].forward(block_cache[0], rope, key, segments)
+                block_cache = self.blocks[i].keep(block_cache[0], rope, key, segments)
             dx = self.blocks[i].backward(dx, block_cache, grads)
             del block_cache  # its memory is free before the next block's is asked for
         if lowest == -1:
