@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,15 +167,23 @@ def generate(command: Generate) -> int:
         shown = [tokenizer.decode(ids) for ids in prompts]
     sampling = {"temperature": command.temperature, "top_k": command.top_k, "top_p": command.top_p,
                 "rng": np.random.default_rng(command.seed)}  # fmt: skip
-    if len(prompts) == 1:
-        print(shown[0], end="", flush=True)
-        for text in write_streaming(opened, prompts[0], command.max_new_tokens, **sampling):
-            print(text, end="", flush=True)
-        print("\n")
+    note = "(compiling kernels, once on this machine, or reading a long prompt …)"
+    late = threading.Timer(3.0, print, [note], {"file": sys.stderr})
+    late.daemon = True
+    late.start()
+    try:
+        if len(prompts) == 1:
+            print(shown[0], end="", flush=True)
+            for text in write_streaming(opened, prompts[0], command.max_new_tokens, **sampling):
+                late.cancel()
+                print(text, end="", flush=True)
+            print("\n")
+            return 0
+        for prompt, text in zip(shown, write_batch(opened, prompts, command.max_new_tokens, **sampling), strict=True):
+            print(prompt + text, end="\n\n")
         return 0
-    for prompt, text in zip(shown, write_batch(opened, prompts, command.max_new_tokens, **sampling), strict=True):
-        print(prompt + text, end="\n\n")
-    return 0
+    finally:
+        late.cancel()
 
 
 def merge(command: Merge) -> int:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
 
 from minilora.config import ConfigError, require
 from minilora.data.tokenizer import Tokenizer
@@ -145,6 +144,8 @@ def _file_errors(model: Transformer, written: Transformer) -> dict[str, MergeErr
 
 
 def _compare(logits: np.ndarray, exact: np.ndarray) -> str:
+    from scipy.special import log_softmax  # a third of a second, which `generate` need not wait for
+
     p, q = (log_softmax(z.astype(np.float64), axis=-1) for z in (exact, logits))
     kl = float((np.exp(p) * (p - q)).sum(axis=-1).mean())
     largest = float(np.abs(logits - exact).max())
