@@ -261,7 +261,7 @@ class TrainConfig:
     to the machine, so that any number of ``threads`` gives the same bytes. ``lora_plus_ratio`` multiplies the learning rate of
     every B (LoRA+, arXiv 2402.12354).
 
-    Less memory for the same step: ``gradient_checkpointing`` keeps each block's input alone and computes the rest again;
+    Less memory for the same step: ``gradient_checkpointing`` keeps a fifth of each block and computes the rest again;
     ``logits_chunk`` takes that many rows of logits at a time (0: all at once), which counts where the vocabulary is large;
     ``gradient_accumulation_steps`` makes a step of that many batches of ``batch_size``, one after another.
 

@@ -104,10 +104,14 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key head h // (H/K).
     ``segments`` (B, T) integers: places with different numbers do not see each other (:func:`attention_mask`).
     """
+    return attention_again(q * q.dtype.type(q.shape[-1] ** -0.5), k, v, segments)  # cheaper here than on the T × T scores
+
+
+def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+    """:func:`attention_forward` from the first three arrays of its cache, whose q is divided by √D already: the same bits."""
     B, T, H, D = q.shape
     K = k.shape[2]
     G = H // K  # query heads that share one key head
-    q = q * q.dtype.type(D**-0.5)  # cheaper here than on the T × T scores
     q5 = q.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4)  # (B, K, G, T, D)
     k5 = k.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     v5 = v.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)

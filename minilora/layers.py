@@ -235,6 +235,14 @@ class Attention:
         y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # heads side by side: (B, T, H·D)
         return y, (rope, cache_qkv, cache_mix, cache_o)
 
+    def restore(
+        self, x: Array, qkv: tuple[Array, Array, Array], rope: tuple[Array, Array], key: Key, segments: Array | None
+    ) -> Cache:
+        """The cache of ``forward(x)`` from its queries, keys and values: no product with a base weight."""
+        cache_qkv = tuple(linear.keep(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj))
+        mixed, cache_mix = F.attention_again(*qkv, segments)
+        return rope, cache_qkv, cache_mix, self.o_proj.keep(mixed.reshape(*x.shape[:2], -1), key)
+
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (B, T, C) → dx (B, T, C)."""
         rope, (cache_q, cache_k, cache_v), cache_mix, cache_o = cache
@@ -312,22 +320,31 @@ class Block:
         self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
     ) -> tuple[Array, Cache]:
         """x (B, T, C) → y (B, T, C)."""
-        mixed, normed, cache = self._mixed(x, rope, key, segments)
-        y, cache_mlp = self.mlp.forward(normed, key)
-        y += mixed
-        return y, (*cache, cache_mlp)
-
-    def keep(self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None) -> Cache:
-        """What ``forward`` keeps: all that a checkpointed block must compute again, and so all but the last product."""
-        _, normed, cache = self._mixed(x, rope, key, segments)
-        return (*cache, self.mlp.keep(normed, key))
-
-    def _mixed(self, x: Array, rope: tuple[Array, Array], key: Key, segments: Array | None) -> tuple[Array, Array, Cache]:
         normed, cache_n1 = self.input_norm.forward(x)
         mixed, cache_attention = self.attention.forward(normed, rope, key, segments)
         mixed += x
         normed, cache_n2 = self.post_norm.forward(mixed)
-        return mixed, normed, (cache_n1, cache_attention, cache_n2)
+        y, cache_mlp = self.mlp.forward(normed, key)
+        y += mixed
+        return y, (cache_n1, cache_attention, cache_n2, cache_mlp)
+
+    @staticmethod
+    def checkpoint(cache: Cache) -> Cache:
+        """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and v.
+
+        That is the fifth of a cache whose recomputation would take four products with base weights; left to compute again are
+        norms, probabilities and the wide part of the MLP (selective recomputation, arXiv 2205.05198).
+        """
+        (x, _), (_, _, (q, k, v, _), _), (mixed, _), _ = cache
+        return x, mixed, (q, k, v)
+
+    def restore(self, kept: Cache, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None) -> Cache:
+        """The cache again, bit by bit, from what ``checkpoint`` kept of it."""
+        x, mixed, qkv = kept
+        normed, cache_n1 = self.input_norm.forward(x)
+        cache_attention = self.attention.restore(normed, qkv, rope, key, segments)
+        normed, cache_n2 = self.post_norm.forward(mixed)
+        return cache_n1, cache_attention, cache_n2, self.mlp.keep(normed, key)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (B, T, C) → dx (B, T, C)."""

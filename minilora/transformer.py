@@ -124,12 +124,13 @@ class Transformer:
         return F.rope_tables(positions, c.head_dim, c.rope_theta, self.embedding.weight.dtype, c.rope_factors)
 
     def forward(
-        self, ids: Array, key: Key = None, checkpoint: bool = False, segments: Array | None = None
+        self, ids: Array, key: Key = None, checkpoint: bool = False, segments: Array | None = None, keep: bool = True
     ) -> tuple[Array, Cache]:
         """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the rows it needs.
 
-        With ``checkpoint`` each block keeps only its input and runs forward again in the backward pass (arXiv 1604.06174).
-        Blocks below the lowest trainable one keep nothing. ``segments`` (B, T) number the examples packed into each row, which
+        With ``checkpoint`` a block keeps what is dear to compute and computes the rest again in the backward pass (arXiv
+        1604.06174; ``Block.checkpoint``). Blocks below the lowest trainable one keep nothing; without ``keep`` none does, and
+        there can be no backward pass. ``segments`` (B, T) number the examples packed into each row, which
         do not see each other. Raises ValueError for ids outside the vocabulary.
         """
         check_ids(ids, self.config)
@@ -141,7 +142,8 @@ class Transformer:
         caches: list[Any] = []
         for i, block in enumerate(self.blocks):
             y, cache = block.forward(x, rope, key, segments)
-            caches.append(() if i < lowest else (x,) if checkpoint else cache)
+            caches.append(() if i < lowest or not keep else block.checkpoint(cache) if checkpoint else cache)
+            del cache
             x = y
         x, cache_norm = self.norm.forward(x)
         return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm, segments)
@@ -156,7 +158,7 @@ class Transformer:
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
             block_cache = caches.pop()
             if checkpoint:
-                block_cache = self.blocks[i].keep(block_cache[0], rope, key, segments)
+                block_cache = self.blocks[i].restore(block_cache, rope, key, segments)
             dx = self.blocks[i].backward(dx, block_cache, grads)
             del block_cache  # its memory is free before the next block's is asked for
         if lowest == -1:

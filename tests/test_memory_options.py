@@ -139,7 +139,7 @@ def test_each_batch_draws_its_own_dropout():
     batch = random_batch(GQA, B=2)
     seen = []
     forward = model.forward
-    model.forward = lambda ids, key=None, *rest: seen.append(key) or forward(ids, key, *rest)
+    model.forward = lambda ids, key=None, *rest, **more: seen.append(key) or forward(ids, key, *rest, **more)
     gradients(model, [batch, batch], stream=(1, 2))
     assert seen == [(1, 2, 0), (1, 2, 1), (1, 2, 2), (1, 2, 3)]
 
@@ -229,21 +229,34 @@ def test_a_checkpoint_from_before_these_options_still_loads(tmp_path):
 # --- checkpointed blocks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"lora_dropout": 0.3}], ids=["lora", "dora", "dropout"])
-def test_a_checkpointed_block_computes_again_what_it_kept_but_not_the_last_product(options):
-    model = fill_adapters(inject_lora(make_model(GQA), LoraConfig(r=2, **options), np.random.default_rng(0)))
-    block = model.blocks[0]
-    x = np.random.default_rng(1).standard_normal((2, 5, 16))
-    rope = model.rope(np.arange(5))
-    _, expected = block.forward(x, rope, (0, 1, 2))
-    products = []
-    weight = block.mlp.down_proj.base.weight
-    matmul, weight.matmul = weight.matmul, lambda z: products.append(z.shape) or matmul(z)
-    found = block.keep(x, rope, (0, 1, 2))
-    through_base = [shape for shape in products if shape == (2, 5, 20)]
-    assert len(through_base) == bool(options.get("use_dora"))  # DoRA keeps its result, and so needs it
+@pytest.mark.parametrize("make", [
+    lambda: adapt_all(), lambda: adapt_all(use_dora=True), lambda: adapt_all(lora_dropout=0.3), lambda: make_model(GQA),
+    lambda: make_model(replace(GQA, hidden_act="gelu_pytorch_tanh", num_key_value_heads=1)),
+], ids=["lora", "dora", "dropout", "full", "gelu"])  # fmt: skip
+def test_a_checkpointed_block_computes_the_same_cache_again(make):
+    block, rope = make().blocks[0], make().rope(np.arange(5))
+    x, segments = np.random.default_rng(1).standard_normal((2, 5, 16)), np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]])
+    _, expected = block.forward(x, rope, (0, 1, 2), segments)
+    found = block.restore(block.checkpoint(expected), rope, (0, 1, 2), segments)
     pairs = list(zip(arrays_in(found), arrays_in(expected), strict=True))
-    assert len(pairs) > 15 and all(np.array_equal(a, b) for a, b in pairs)
+    assert len(pairs) > 12 and all(np.array_equal(a, b) for a, b in pairs)
+
+
+def adapt_all(**options):
+    return fill_adapters(inject_lora(make_model(GQA), LoraConfig(r=2, **options), np.random.default_rng(0)))
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_what_is_computed_again_multiplies_by_gate_and_up_alone(dora):
+    model = adapt_all(use_dora=dora)
+    block, rope, multiplied = model.blocks[0], model.rope(np.arange(5)), []
+    _, cache = block.forward(np.random.default_rng(1).standard_normal((2, 5, 16)), rope)
+    for _, name, linear in block.linears():
+        matmul = linear.base.weight.matmul
+        linear.base.weight.matmul = lambda x, n=name, m=matmul: (multiplied.append(n) if x.ndim == 3 else None) or m(x)
+    block.restore(block.checkpoint(cache), rope)
+    everything = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"]
+    assert multiplied == (everything if dora else ["up_proj", "gate_proj"])  # DoRA keeps its result, and so needs it
 
 
 def test_frozen_and_full_linears_keep_the_same_without_the_product():

@@ -391,7 +391,7 @@ def test_dropout_acts_in_training():
 def test_dropout_draws_from_seed_step_and_shard():
     model, keys = lora_model(), []
     forward = model.forward
-    model.forward = lambda ids, key=None, *rest: keys.append(key) or forward(ids, key, *rest)
+    model.forward = lambda ids, key=None, *rest, **more: keys.append(key) or forward(ids, key, *rest, **more)
     Trainer(model, FakeTask(), replace(QUICK, steps=2, shards=3, seed=7), threads=1).train()
     assert keys == [(7, step, shard) for step in range(2) for shard in range(3)]
 

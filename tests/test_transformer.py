@@ -124,11 +124,21 @@ def test_checkpointing_draws_the_same_dropout_again():
     assert gradients_of(model, batch, key=None)[0] != loss
 
 
-def test_checkpointing_keeps_one_input_a_block():
+def test_checkpointing_keeps_the_halves_inputs_and_q_k_v():
     model = make_model(GQA)
-    plain, checkpointed = model.forward(IDS)[1], model.forward(IDS, checkpoint=True)[1]
-    assert unique_bytes(arrays_in(checkpointed)) < unique_bytes(arrays_in(plain)) / 3
-    assert all(len(cache) == 1 and cache[0].shape == (2, 4, 16) for cache in checkpointed[4])
+    _, plain = model.forward(IDS)
+    _, checkpointed = model.forward(IDS, checkpoint=True)
+    assert unique_bytes(arrays_in(checkpointed)) < unique_bytes(arrays_in(plain)) / 2
+    for cache in checkpointed[4]:
+        x, mixed, (q, k, v) = cache
+        assert x.shape == mixed.shape == (2, 4, 16) and q.shape == (2, 4, 4, 4) and k.shape == v.shape == (2, 4, 2, 4)
+        assert unique_bytes(arrays_in(cache)) == 8 * 2 * 4 * (16 + 16 + 16 + 8 + 8)  # nothing larger behind a view
+
+
+def test_a_forward_pass_without_backward_keeps_no_block():
+    model = make_model(GQA)
+    hidden, cache = model.forward(IDS, keep=False)
+    assert cache[4] == [(), ()] and np.array_equal(hidden, model.forward(IDS)[0])
 
 
 # --- where backward stops ---------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ def shard_loss(model: Transformer, batch: Batch, normalizer: float, grads: Gradi
 
     Targets outside the mask cost no head computation: only the masked rows of the hidden states reach the head.
     """
-    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments)  # (B, T, C)
+    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments, keep=grads is not None)  # (B, T, C)
     rows = np.flatnonzero(batch.mask)
     flat = hidden.reshape(-1, hidden.shape[-1])
     dflat = None if grads is None else np.zeros_like(flat)
@@ -111,7 +111,7 @@ def evaluate(model: Transformer, batches: Sequence[Batch], workers: Workers | No
     bar = tqdm(total=len(batches), desc="evaluate", unit="batch", disable=not progress, leave=False)
 
     def total(batch: Batch) -> float:
-        loss = shard_loss(model, batch, 1.0, checkpoint=True, logits_chunk=chunk)  # nothing is kept for a backward pass
+        loss = shard_loss(model, batch, 1.0, logits_chunk=chunk)
         bar.update()
         return loss
 
