@@ -233,15 +233,15 @@ def main(options: Options, command: str) -> int:
     try:
         path, original = Path(options.model), options.against and Path(options.against)
         changed = changes(path, original) if original else None
-        files = [row for file in ([path, original] if original else [path]) for row in compare(file, options)]
+        rows = [row for file in ([path, original] if original else [path]) for row in compare(file, options)]
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    results = {"command": command, "llama_cpp_python": version("llama-cpp-python"), "changes": changed, "files": files}
+    results = {"command": command, "llama_cpp_python": version("llama-cpp-python"), "changes": changed, "files": rows}
     text = page(results)
-    print(text)
-    for suffix, content in ((".json", json.dumps(results, indent=1) + "\n"), (".md", text)):
-        print(write_file(Path(options.out) / f"{path.stem}{suffix}", content))
+    contents = {".json": json.dumps(results, indent=1) + "\n", ".md": text}
+    files = [write_file(Path(options.out) / f"{path.stem}{suffix}", content) for suffix, content in contents.items()]
+    print("\n".join([text, *map(str, files)]))
     return 0
 
 
