@@ -41,7 +41,7 @@ class OursGGUF(Ours):
         self.model = self.optimizer = None
         base = load_gguf(self.path)
         if method == "lora":
-            base = dequantize_model(base)
+            base = dequantize_model(base, table=False)
         elif method == "qlora":
             base = quantize_model(base, QuantConfig("nf4"))
         if states is not None:

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig, matches, require
 from minilora.layers import Array, Block, Cache, DenseWeight, Embedding, Key, Linear, Parameter
+from minilora.quant.blocks import BlockWeight
 from minilora.quant.gptq import Hessian, gptq
 from minilora.quant.weights import quantize_weight
 from minilora.threads import single_blas
@@ -51,15 +52,23 @@ def quantize_model(
     return model.map_linears(lambda linear: done.get(linear.name, linear))
 
 
-def dequantize_model(model: Transformer) -> Transformer:
-    """A new model with every weight dense in float32: what a file of 4-bit blocks stands for. A tied head stays tied."""
+def dequantize_model(model: Transformer, table: bool = True) -> Transformer:
+    """A new model with every weight dense in float32: what a file of 4-bit blocks stands for. A tied head stays tied.
+
+    Without ``table`` embedding and head keep the blocks they are stored in, which are the same numbers in a quarter of the
+    memory; copied, so that the file need not stay mapped for them.
+    """
     dense: dict[int, Any] = {}
+    tables = (model.embedding.weight, getattr(model.head, "weight", None))
 
     def weight(name: str, stored: Any) -> Any:
         if isinstance(stored, DenseWeight):
             return stored
         if id(stored) not in dense:
-            dense[id(stored)] = DenseWeight(Parameter(f"{name}.weight", stored.dense()).freeze())
+            if not table and isinstance(stored, BlockWeight) and any(stored is other for other in tables):
+                dense[id(stored)] = BlockWeight(stored.blocks.copy(), stored.quant_type, stored.shape)
+            else:
+                dense[id(stored)] = DenseWeight(Parameter(f"{name}.weight", stored.dense()).freeze())
         return dense[id(stored)]
 
     embedding = Embedding(model.embedding.name, weight(model.embedding.name, model.embedding.weight))

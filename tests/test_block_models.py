@@ -48,6 +48,15 @@ def test_dequantized_model_computes_the_same_and_stays_tied():
     np.testing.assert_allclose(dense.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(dense.logits(IDS)).max())
 
 
+def test_the_table_may_stay_in_its_blocks():
+    blocks = block_model()
+    model = dequantize_model(blocks, table=False)
+    assert model.tied and isinstance(model.embedding.weight, BlockWeight)
+    assert not np.shares_memory(model.embedding.weight.blocks, blocks.embedding.weight.blocks)
+    assert isinstance(model.blocks[0].mlp.up_proj.weight, DenseWeight)
+    np.testing.assert_allclose(model.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(blocks.logits(IDS)).max())
+
+
 def test_quantizing_a_block_model_equals_quantizing_its_numbers():
     blocks = block_model()
     for quant in (QuantConfig("nf4"), QuantConfig("int3")):

@@ -58,9 +58,9 @@ def check_memory(config: RunConfig, available: int | None = None) -> int:
                 f".{m}." in f".{module}." for m in expand_modules(config.subset_modules))):
             trainable += math.prod(size)
     longest = min(config.max_length, shape.context_length)
-    few = config.method in WEIGHT_BYTES
+    table = 4.0 if config.method in ("full", "subset") else 1.1
     need = memory.training_bytes(
-        shape, trainable, WEIGHT_BYTES.get(config.method, 4.0), 1.1 if few else 4.0, config.batch_size * min(longest, 128),
+        shape, trainable, WEIGHT_BYTES.get(config.method, 4.0), table, config.batch_size * min(longest, 128),
         longest, checkpoint=config.gradient_checkpointing, logits=config.logits_chunk)  # fmt: skip
     available = memory.available_bytes() if available is None else available
     if available is not None and need > available:

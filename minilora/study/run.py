@@ -62,12 +62,12 @@ def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
     """The base under the adapter, as it is stored.
 
     The weights of a GGUF are numbers already rounded: LoRA stands on them dequantized, QLoRA and other bits round them again, and
-    QA-LoRA takes Q4_1 as it is, which is int4 in groups of 32. The embedding stays as stored but for LoRA.
+    QA-LoRA takes Q4_1 as it is, which is int4 in groups of 32. The embedding, which nobody trains, stays as stored.
     """
     if config.method == "base":
         return base
     if not config.quantized:
-        return dequantize_model(base)
+        return dequantize_model(base, table=False)
     quant = config.base_quant()
     as_stored = quant == QuantConfig("int4", group_size=BLOCK) and all(
         isinstance(linear.weight, BlockWeight) and offset_groups(linear.weight)
