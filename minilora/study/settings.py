@@ -27,8 +27,8 @@ LATER = ("quantizer", "use_dora", "init_lora_weights", "model", "data", "max_len
 TINY = "tiny"
 """The base that ships in the package; any other name is a real model, with a tokenizer (``minilora.pretrained``)."""
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
-PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 1e-3, "qlora": 1e-3, "qalora": 2e-3}
-"""Learning rates of a model that has read a lot already: what is there must not be washed away."""
+PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 2e-3, "qlora": 2e-3, "qalora": 2e-3}
+"""Learning rates of a model that has read a lot already: what is there must not be washed away. Adapters share one."""
 PRETRAINED: dict[str, Any] = {"steps": 80, "batch_size": 8, "n_train": 2000, "n_eval": 100}
 """What the commands take for such a model where nothing is said."""
 
