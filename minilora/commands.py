@@ -67,6 +67,7 @@ SCALARS = ("steps", "batch_size", "n_train", "n_eval", "lora_alpha", "lora_dropo
 def sweep(command: Sweep, named: Collection[str]) -> int:
     """Expand, estimate, run, report."""
     from minilora.study import presets, report
+    from minilora.study.inputs import check_memory
     from minilora.study.results import write_csv
     from minilora.study.run import check_buildable
     from minilora.study.settings import PRETRAINED, TINY
@@ -79,6 +80,7 @@ def sweep(command: Sweep, named: Collection[str]) -> int:
     if "preset" not in named:
         preset = "custom" if axes or config.data else "demo" if config.model == TINY else "pretrained"
     require_in(preset, tuple(WHAT), "preset")
+    axes += ["data"] if config.data else []
     if preset != "custom" and axes:
         flags = ", ".join("--" + axis.replace("_", "-") for axis in axes)
         raise ConfigError(f"preset={preset!r}: has a grid of its own; leave out {flags}, or --preset for a grid of yours")
@@ -94,6 +96,9 @@ def sweep(command: Sweep, named: Collection[str]) -> int:
     first = {"demo": lambda: presets.demo_runs(**settings), "full": lambda: presets.planned_runs(**settings),
              "pretrained": lambda: presets.pretrained_runs(config.model, **settings)}  # fmt: skip
     runs = first.get(preset, lambda: expand(replace(config, preset=preset)))()
+    if config.model != TINY:
+        for run in runs:
+            check_memory(run, processes=n_jobs)
     check_buildable(runs)
     print(WHAT[preset])
     print(outline(runs, n_jobs, _seconds_per_run(runs)))
@@ -154,7 +159,7 @@ def generate(command: Generate) -> int:
     tokenizer = opened.base.tokenizer
     if command.prompt:
         shown: Sequence[str] = command.prompt
-        prompts = [tokenizer.encode(text) for text in command.prompt]
+        prompts = [[*tokenizer.begin, *tokenizer.encode(text, add_special=False)] for text in command.prompt]
     elif command.chat:
         system = [] if command.system is None else [{"role": "system", "content": command.system}]
         shown = [""] if len(command.chat) == 1 else [f"> {text}\n" for text in command.chat]
@@ -167,14 +172,15 @@ def generate(command: Generate) -> int:
         shown = [tokenizer.decode(ids) for ids in prompts]
     sampling = {"temperature": command.temperature, "top_k": command.top_k, "top_p": command.top_p,
                 "rng": np.random.default_rng(command.seed)}  # fmt: skip
-    note = "(compiling kernels, once on this machine, or reading a long prompt …)"
+    note = "(compiling kernels, once on this machine, or reading a long prompt …)" if len(prompts) == 1 else "(writing …)"
     late = threading.Timer(3.0, print, [note], {"file": sys.stderr})
     late.daemon = True
     late.start()
     try:
         if len(prompts) == 1:
+            texts = write_streaming(opened, prompts[0], command.max_new_tokens, **sampling)
             print(shown[0], end="", flush=True)
-            for text in write_streaming(opened, prompts[0], command.max_new_tokens, **sampling):
+            for text in texts:
                 late.cancel()
                 print(text, end="", flush=True)
             print("\n")
@@ -194,16 +200,18 @@ def merge(command: Merge) -> int:
     from minilora.study.merging import compare_merges, format_merges, merge_offsets, quants_to_compare
     from minilora.study.models import export, open_model
     from minilora.study.results import ADAPTERS
-    from minilora.study.run import base_of, calibration, load_run, make_run_task, requantize
+    from minilora.study.run import base_of, calibration, load_run, make_run_task, read_run, requantize
+    from minilora.study.settings import TINY
     from minilora.training.loss import evaluate
 
-    if command.run is None or (command.out or "").endswith(".gguf"):
+    real = command.run is not None and read_run(Path(command.run) / "run.json")[0].model != TINY and not command.compare
+    if command.run is None or real or (command.out or "").endswith(".gguf"):
         require(command.out is not None and (command.run is not None or command.adapter is not None), "out", command.out,
-                "give --run FOLDER, or --model NAME --adapter FOLDER --out X.gguf")
+                "give --run FOLDER or --model NAME --adapter FOLDER, and --out X.gguf or a folder")
         unused = {"how": command.how != "auto", "compare": command.compare, "quantizer": command.quantizer is not None,
                   "offsets": command.offsets is not None}  # fmt: skip
         for name, used in unused.items():
-            require(not used, name, getattr(command, name), "is for --run without a GGUF")
+            require(not used, name, getattr(command, name), "is for --run of the tiny base, without a GGUF")
         opened = open_model(command.model or "tiny", command.adapter, command.run)
         print("\n".join(export(opened, command.out or "", command.quant_type)))
         return 0
@@ -277,6 +285,18 @@ def _quant_configs(command: Quantize) -> list[QuantConfig]:
     return found
 
 
+def _weights_of(name: str | None) -> Any:
+    """A model without the tokenizer that quantizing needs not."""
+    from minilora.formats.checkpoint import load_model
+    from minilora.formats.huggingface import load_huggingface
+    from minilora.formats.llama_gguf import find_model, load_gguf
+    from minilora.pretrained import base_path
+
+    path = base_path() if name is None else find_model(name)
+    read: Any = load_huggingface if path.is_dir() else load_gguf if path.suffix == ".gguf" else load_model
+    return read(path)
+
+
 def quantize(command: Quantize) -> int:
     """Table, figures and perhaps a model of quantized weights."""
     from tqdm import tqdm
@@ -284,8 +304,6 @@ def quantize(command: Quantize) -> int:
     from minilora import memory
     from minilora.data.tasks import make_task
     from minilora.data.tokenizer import VOCAB_SIZE
-    from minilora.formats.checkpoint import load_base, load_model
-    from minilora.formats.huggingface import load_huggingface
     from minilora.quantize import find_linear, input_hessian, quantize_model
     from minilora.study.quantization import weight_configs
     from minilora.study.quantization_plots import write_weight_figures
@@ -293,8 +311,7 @@ def quantize(command: Quantize) -> int:
     from minilora.study.weight_errors import print_weight_table, weight_errors
     from minilora.training.loss import evaluate
 
-    path = None if command.model is None else Path(command.model)
-    model = load_base() if path is None else load_huggingface(path) if path.is_dir() else load_model(path)
+    model = _weights_of(command.model)
     linear = find_linear(model, command.weight)
     configs = _quant_configs(command)
     own_text = model.config.vocab_size == VOCAB_SIZE

@@ -60,6 +60,7 @@ class Decoder:
         """Whether all matrices are GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP is SwiGLU, and the processor has AVX2."""
         return (
             blocks_simd.available()
+            and barrier.available
             and model.embedding.weight.dtype == np.float32
             and all(_fits(linear) for _, linear in model.linears())
             and all(block.mlp.gate_proj is not None for block in model.blocks)
@@ -96,18 +97,19 @@ class Decoder:
             self._sync[1] = 1  # should this thread have been interrupted before it began, the others must not wait for it
             for other in others:
                 other.result()
-        self._seconds[together] += time.perf_counter() - start
+        if (self._steps - 1) % PERIOD:  # the first token does not count: it may also load the compiled code
+            self._seconds[together] += time.perf_counter() - start
         return logits[0]
 
     def _together(self) -> bool:
-        """Whether the threads share this token: of each ``PERIOD``, three shared ones and three of one thread decide the rest."""
+        """Whether the threads share this token: of each ``PERIOD``, three that count and three of one thread decide the rest."""
         turn = self._steps % PERIOD
         self._steps += 1
         if turn == 0:
             self._seconds = {True: 0.0, False: 0.0}
-        if turn == 6:
+        if turn == 7:
             self._faster = self._seconds[True] <= self._seconds[False]
-        return turn < 3 if turn < 6 else self._faster
+        return turn < 4 if turn < 7 else self._faster
 
     def close(self) -> None:
         """Stop the threads."""

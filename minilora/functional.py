@@ -144,20 +144,6 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     return dq, dk, dv
 
 
-def attention_decode(q: Array, k: Array, v: Array, lengths: Array) -> Array:
-    """Attention of one new query a sequence over its stored keys (no gradient: for generation).
-
-    Shapes: q (B, H, D), k and v (B, K, S, D) whose first lengths[b] slots are filled → (B, H, D).
-    """
-    B, H, D = q.shape
-    K = k.shape[1]
-    scores = q.reshape(B, K, H // K, D) @ k.swapaxes(-1, -2)  # (B, K, G, S)
-    scores *= q.dtype.type(D**-0.5)
-    empty = np.arange(k.shape[2]) >= np.asarray(lengths)[:, None]  # (B, S)
-    scores[np.broadcast_to(empty[:, None, None], scores.shape)] = -np.inf
-    return (softmax(scores) @ v).reshape(B, H, D)
-
-
 def sigmoid(z: Array) -> Array:
     """σ(z) = 1 / (1 + exp(−z))."""
     y = np.negative(z)

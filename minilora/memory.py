@@ -139,24 +139,22 @@ def format_bytes(n: float) -> str:
 # --- before anything is loaded -------------------------------------------------------------------------------------------
 
 
-def training_bytes(config: ModelConfig, trainable: int, weight_bytes: float, head_bytes: float, tokens: int, context: int, *,
-                   checkpoint: bool = False, logits: int = 0) -> int:  # fmt: skip
+def training_bytes(config: ModelConfig, held: int, trainable: int, tokens: int, context: int, checkpoint: bool = False,
+                   logits_chunk: int = 0) -> int:  # fmt: skip
     """A rough estimate, from shapes alone, of the memory that training holds at its peak.
 
-        weights     ``weight_bytes`` a number of the blocks, ``head_bytes`` a number of embedding and head
+        weights     ``held`` bytes, as they are stored
         training    5 float32 for each trainable number: itself, Adam's two, and the gradients of two shards
-        activations of each block and token, float32: inputs 2C, q k v and their mix 2·(H + K)·D, SwiGLU 4F, attention H·context;
-                    with ``checkpoint`` C a block, and one block whole
-        logits      3 float32 for each of ``logits`` rows of the vocabulary (default: all tokens)
+        activations of each block and token, float32: inputs 2C, q k v and their mix 2·(H + K)·D, SwiGLU 3F, attention H·context;
+                    with ``checkpoint`` 2C + (H + 2K)·D a block, and one block whole
+        logits      2 float32 for each number of ``logits_chunk`` rows of each of two shards (0: of all ``tokens``)
     """
     C, F, D, L = config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers
     H, K = config.num_attention_heads, config.num_key_value_heads
-    blocks = L * (2 * C * H * D + 2 * C * K * D + (3 if config.hidden_act == "silu" else 2) * C * F)
-    table = config.vocab_size * C * (1 if config.tie_word_embeddings else 2)
-    block = 2 * C + 2 * (H + K) * D + 4 * F + H * context
-    kept = L * C + block if checkpoint else L * block
-    rows = min(logits or tokens, tokens)
-    return int(blocks * weight_bytes + table * head_bytes + 4 * (5 * trainable + tokens * kept + 3 * rows * config.vocab_size))
+    block = 2 * C + 2 * (H + K) * D + 3 * F + H * context
+    kept = L * (2 * C + (H + 2 * K) * D) + block if checkpoint else L * block
+    rows = min(2 * logits_chunk or tokens, tokens)
+    return held + 4 * (5 * trainable + tokens * kept + 2 * rows * config.vocab_size)
 
 
 def available_bytes() -> int | None:

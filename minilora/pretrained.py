@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +17,8 @@ from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface import CONFIG, load_huggingface
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_config, load_gguf
-from minilora.transformer import Transformer
+from minilora.quant.blocks import BLOCK_BYTES
+from minilora.transformer import Transformer, parameter_shapes
 
 TINY = "tiny"
 """The base that ships in the package."""
@@ -63,6 +66,30 @@ def load_pretrained(name: str | Path) -> Pretrained:
         raise FileError(f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}; they do "
                         "not belong together")
     return Pretrained(str(name), path, model, tokenizer)
+
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+                   "chat_template.jinja", "added_tokens.json")  # fmt: skip
+
+
+def save_tokenizer(base: Pretrained, folder: str | Path) -> None:
+    """Put the tokenizer of a base beside its tuned weights in a Hugging Face folder; the tiny base has none."""
+    folder = Path(folder)
+    if base.path.is_dir():
+        for name in TOKENIZER_FILES:
+            if (base.path / name).is_file() and base.path.resolve() != folder.resolve():
+                shutil.copyfile(base.path / name, folder / name)
+    elif isinstance(base.tokenizer, TextTokenizer):
+        base.tokenizer.save(folder)
+
+
+def stored_bytes(name: str | Path) -> int:
+    """Bytes of a model once loaded, from its files: blocks as they are, all else in float32."""
+    path = base_path() if name == TINY else find_model(str(name))
+    if path.suffix == ".gguf":
+        tensors = GGUFFile(path).tensors.values()
+        return sum((info.nbytes or 0) if info.type in BLOCK_BYTES else 4 * math.prod(info.shape) for info in tensors)
+    return 4 * sum(math.prod(size) for size in parameter_shapes(shape_of(name)).values())
 
 
 def shape_of(name: str | Path) -> ModelConfig:

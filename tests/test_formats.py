@@ -541,7 +541,9 @@ Q = "model.layers.0.self_attn.q_proj"
 # what is damaged, in the arrays a or the metadata m of a quantized model, and what must be said of it
 DAMAGED_MODELS = {
     "norm": (lambda a, m: m["minilora_quantized"].update({"model.norm": m["minilora_quantized"][Q]}), "is no projection"),
-    "embedding": (lambda a, m: m["minilora_quantized"].update({"model.embed_tokens": m["minilora_quantized"][Q]}), "is no projection"),
+    "embedding": (
+        lambda a, m: m["minilora_quantized"].update({"model.embed_tokens": m["minilora_quantized"][Q]}), "is no projection"
+    ),
     "infinity": (lambda a, m: m["minilora_quantized"][Q].update(block_size=float("inf")), "block_size=inf, must be a whole"),
     "layers": (lambda a, m: m["minilora_model"].update(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but there"),
     "float codes": (lambda a, m: a.update({f"{Q}.scale.codes": a[f"{Q}.scale.codes"] + 300.5}), "scale.codes: float64, must be"),

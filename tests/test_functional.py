@@ -165,7 +165,6 @@ FUNCTIONS = {
     "rope": lambda x: (F.rope_backward(F.rope_forward(x, *(tables := F.rope_tables(np.arange(4), 6, 100.0, x.dtype))), *tables),),
     "softmax": lambda x: (F.softmax(x),),
     "attention": lambda x: F.attention_backward(x, F.attention_forward(x, x, x)[1]),
-    "attention_decode": lambda x: (F.attention_decode(x[:, 0], x, x, np.array([6, 6])[: len(x)]),),
     "swiglu": lambda x: F.swiglu_backward(x, F.swiglu_forward(x, x)[1]),
     "gelu": lambda x: (F.gelu_backward(x, F.gelu_forward(x)[1]),),
     "cross_entropy": lambda x: (F.cross_entropy_backward(F.cross_entropy_forward(x[0, 0], np.arange(4), 3)[1]),),
@@ -262,18 +261,6 @@ def test_attention_of_equal_keys_is_the_mean_of_the_past():
     q, v = normal(1, 4, 2, 3), normal(1, 4, 2, 3, seed=1)
     y, _ = F.attention_forward(q, np.ones((1, 4, 2, 3)), v)
     assert_close(y, np.cumsum(v, 1) / np.arange(1, 5)[:, None, None], close_rtol(np.float64, 4))
-
-
-@pytest.mark.parametrize("heads, kv", [(4, 4), (4, 2), (3, 1)])
-def test_decoding_equals_the_last_row_and_ignores_empty_slots(heads, kv):
-    q, k, v = normal(2, 5, heads, 3), normal(2, 5, kv, 3, seed=1), normal(2, 5, kv, 3, seed=2)
-    y, _ = F.attention_forward(q, k, v)
-    slots_k, slots_v = np.full((2, kv, 8, 3), 99.0), np.full((2, kv, 8, 3), -99.0)  # garbage where nothing is stored yet
-    slots_k[:, :, :5], slots_v[:, :, :5] = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-    for lengths in ([5, 5], [3, 5], [1, 4]):
-        now = np.array(lengths) - 1
-        found = F.attention_decode(q[[0, 1], now], slots_k, slots_v, np.array(lengths))
-        assert_close(found, y[[0, 1], now], close_rtol(np.float64, 3, 5))
 
 
 @pytest.mark.parametrize("dtype, extreme", [(np.float32, 1e4), (np.float64, 1e6)])

@@ -43,7 +43,7 @@ ALLOWED = {
     "pretrained": MODELS | {"data", "formats"},
     "training": MODELS | {"data", "formats"},
 }
-TOP = {"study", "commands", "cli", "__main__", "pretrain", "labs", ""}  # these may know everything below, but nobody below knows them
+TOP = {"study", "commands", "cli", "__main__", "pretrain", "labs", ""}  # know everything below, and nobody below knows them
 
 
 def runtime_imports(tree: ast.Module, module: str, is_package: bool) -> set[str]:

@@ -17,7 +17,7 @@ from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile, write_gguf
 from minilora.formats.llama_gguf import load_gguf
 from minilora.memory import available_bytes, peak_bytes, training_bytes
-from minilora.pretrained import load_pretrained, shape_of
+from minilora.pretrained import load_pretrained, shape_of, stored_bytes
 from minilora.study.inputs import base_of, check_memory, make_run_task
 from minilora.study.models import open_model, write_batch, write_streaming
 from minilora.study.run import build, frozen_base, load_run, unpadded
@@ -101,6 +101,33 @@ def test_other_adapters_merge_into_the_type_asked_for(gguf, tmp_path, run, metho
     assert {info.type for name, info in GGUFFile(tuned).tensors.items() if "blk" in name and "norm" not in name} == {stored}
 
 
+def test_a_folder_of_merged_weights_has_its_tokenizer(gguf, tmp_path, run):
+    out, folder = tmp_path / "run", tmp_path / "hf"
+    assert run("train", "--model", gguf, "--method", "qalora", "--bits", 2, "--r", 2, *SHORT, "--out", out)[0] == 0
+    code, said, err = run("merge", "--run", out, "--out", folder)
+    assert code == 0, err
+    ask = ("--prompt", "This is", "--max-new-tokens", 6)
+    texts = [run("generate", *of, *ask)[1] for of in (("--run", out), ("--model", folder))]
+    assert texts[0] == texts[1]
+    assert run("generate", "--model", folder, "--chat", "Hi", "--max-new-tokens", 2)[0] == 0
+    code, said, err = run("merge", "--run", out, "--out", tmp_path / "t.gguf")  # two bits are no Q4_1: dense, in F16
+    assert code == 0 and "the file in F16" in said, err
+    assert run("generate", "--model", tmp_path / "t.gguf", "--prompt", "This is", "--max-new-tokens", 2)[0] == 0
+
+
+def test_an_adapter_is_opened_from_its_own_folder(gguf, tmp_path, run, monkeypatch):
+    out = tmp_path / "run"
+    assert run("train", "--model", gguf, "--method", "qlora", "--r", 2, *SHORT, "--out", out)[0] == 0
+    monkeypatch.chdir(out / "adapter")
+    assert type(open_model(str(gguf), ".").model.blocks[0].mlp.up_proj.base.weight).__name__ == "CodebookWeight"
+
+
+def test_lora_computes_on_the_blocks_it_stands_on(gguf, tmp_path, run):
+    out = tmp_path / "run"
+    assert run("train", "--model", gguf, "--method", "lora", "--r", 2, *SHORT, "--out", out)[0] == 0
+    assert type(load_run(out)[1].blocks[0].mlp.up_proj.base.weight).__name__ == "BlockWeight"
+
+
 def test_one_prompt_streams_the_text_that_a_batch_gives(gguf):
     opened = open_model(str(gguf))
     prompts = [opened.base.tokenizer.encode(text) for text in ("This is", "Hello né")]
@@ -174,6 +201,9 @@ def test_bad_input_is_named(gguf, tmp_path, run):
         "long prompt": (("generate", "--model", gguf, "--prompt", "word " * 900), ["context", "320"]),
         "line of a file": (("train", "--model", gguf, "--data", bad, "--out", tmp_path / "y"), ["bad.jsonl", "2", "completion"]),
         "merge without out": (("merge", "--model", gguf, "--adapter", out), ["out=None", "--out X.gguf"]),
+        "merge of a run without out": (("merge", "--run", out), ["out=None", "--out X.gguf"]),
+        "a file without tokenizer": (("merge", "--run", out, "--out", tmp_path / "x.safetensors"), ["holds no tokenizer"]),
+        "data and a preset": (("sweep", "--model", gguf, "--preset", "pretrained", "--data", bad), ["leave out --data"]),
         "merge onto itself": (("merge", "--model", gguf, "--adapter", out, "--out", gguf), ["is the base itself"]),
         "type of an exact merge": (("merge", "--run", out, "--out", tmp_path / "t.gguf", "--quant-type", "F16"),
                                    ["quant_type='F16'", "leave it out"]),
@@ -188,6 +218,20 @@ def test_bad_input_is_named(gguf, tmp_path, run):
         assert len(err.strip().splitlines()) == 1, (name, err)
         for part in parts:
             assert part in err, (name, err)
+
+
+def test_examples_longer_than_the_context_are_cut_to_it(tmp_path, run):
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "p" * n, "completion": "c" * 40}) + "\n" for n in (5, 9, 7, 6, 8, 5, 9, 400)))
+    code, _, err = run("train", "--data", data, "--steps", 2, "--batch-size", 2, "--threads", 1, "--out", tmp_path / "run")
+    assert code == 0, err
+
+
+def test_a_missing_extra_is_one_line(gguf, run, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
+    base_of.cache_clear()
+    code, _, err = run("generate", "--model", gguf, "--prompt", "x")
+    assert code == 2 and "pip install" in err and len(err.strip().splitlines()) == 1
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(gguf, monkeypatch):
@@ -215,9 +259,14 @@ def test_the_estimate_is_of_the_right_size():
     with single_blas(), Workers(1) as one:
         step = peak_bytes(lambda: loss_and_grads(model, batch, one, shards=1))
     held = sum(p.data.nbytes for p in model.parameters()) + 8 * trainable
-    size, rows = batch.ids.size, int(batch.mask.sum())
-    estimate = training_bytes(shape_of("tiny"), trainable, 4, 4, size, batch.ids.shape[1], logits=rows)
+    weights = sum(p.data.nbytes for p in model.parameters() if not p.trainable)
+    estimate = training_bytes(shape_of("tiny"), weights, trainable, batch.ids.size, batch.ids.shape[1])
     assert 0.6 < estimate / (held + step) < 1.4
+    assert stored_bytes("tiny") == weights
+    with single_blas(), Workers(1) as one:
+        less = peak_bytes(lambda: loss_and_grads(model, batch, one, shards=1, checkpoint=True, logits_chunk=64))
+    estimate = training_bytes(shape_of("tiny"), weights, trainable, batch.ids.size, batch.ids.shape[1], True, 64)
+    assert less < 0.6 * step and 0.6 < estimate / (held + less) < 1.4
     assert available_bytes() is None or available_bytes() > 2**20
 
 

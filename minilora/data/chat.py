@@ -14,7 +14,7 @@ from minilora.data.tokenizer import Messages
 INSTALL = "pip install 'minilora[llm]' (in a checkout: pip install -e '.[llm]')"
 MOST_TURNS_OF_LOOPS = 200_000
 LONGEST_TEXT = 16_000_000
-_WIDENING = {"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"}
+_WIDENING = {"batch", "center", "expandtabs", "format", "format_map", "indent", "ljust", "rjust", "slice", "wordwrap", "zfill"}
 
 
 class ChatTemplate:
@@ -22,7 +22,7 @@ class ChatTemplate:
 
     It sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers gives templates
     (`raise_exception`, `strftime_now`, `tojson`); it can reach nothing else, and its loops end. Not allowed: repeating
-    and padding strings.
+    and padding strings. (A string that a loop doubles still fills the memory, as it does in transformers.)
 
     Args:
         source: the template.
@@ -112,6 +112,7 @@ class ChatTemplate:
         environment.filters["tojson"] = to_json
         for name in _WIDENING & environment.filters.keys():
             del environment.filters[name]
+        del environment.globals["lipsum"]
         environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
         try:
             tree: Any = environment.parse(self.source)

@@ -65,9 +65,13 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                examples.append(_example(json.loads(line.decode("utf-8"))))
+                row = json.loads(line.decode("utf-8"))
+                json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+                examples.append(_example(row))
             except ConfigError as error:
                 raise ConfigError(f"{path}, line {number}: {error}") from None
+            except UnicodeEncodeError:
+                raise ConfigError(f"{path}, line {number}: holds half of a surrogate pair, which is no character") from None
             except UnicodeDecodeError as error:
                 raise ConfigError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
             except (ValueError, RecursionError) as error:
@@ -159,6 +163,9 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], l
         ids += [*given, *said]
         targets += [False] * len(given) + [k < end for k in range(len(said))]  # a line break after <|im_end|> is not learnt
         done = after
+    if not any(targets):
+        raise ConfigError("messages: the assistant's turns are empty, and the chat template puts nothing behind them: there is "
+                          "nothing to learn")  # fmt: skip
     length = len(targets) - targets[::-1].index(True)
     return ids[:length], targets[:length]
 
@@ -244,6 +251,7 @@ class SFTTask:
         self.max_new_tokens = max((_last_run(targets) for part, rows in encoded.items()
                                    for example, (_, targets) in zip(parts[part], rows, strict=True)
                                    if example.reference is not None), default=0)  # fmt: skip
+        self.max_new_tokens = min(self.max_new_tokens, max_length)
         kept = {split: _cut(rows, max_length) for split, rows in encoded.items()}
         n_cut = {split: sum(len(ids) > max_length for ids, _ in rows) for split, rows in encoded.items()}
         for split in ("train", *self.splits):
@@ -296,8 +304,10 @@ class SFTTask:
         return {"exact": sum(right) / len(right)} if right else {}
 
     def _with_reference(self, split: str) -> list[Example]:
+        """Examples whose completion can be judged: none of texts, and none whose prompt alone fills ``max_length``."""
         check_split(split, self.splits)
-        return [example for example in self._examples[split] if example.reference is not None]
+        return [example for example in self._examples[split] if example.reference is not None
+                and len(prompt_ids(self._tokenizer, example)) < self.max_length]  # fmt: skip
 
 
 def collate(rows: Sequence[Sequence[tuple[list[int], list[bool]]]], pad_id: int, packed: bool = False) -> Batch:

@@ -75,7 +75,7 @@ def find_model(name: str) -> Path:
 
 
 def load_gguf(path: str | Path | GGUFFile) -> Transformer:
-    """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, F32 a view of it.
+    """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, an F32 matrix a view of it.
 
     F16 and BF16 become dense float32. A tied head is the embedding's own weight. ``path`` may be an open GGUFFile. Raises
     FileError, before a tensor is read, for another architecture, tensor type or version of quantization, for tensors that are
@@ -86,7 +86,7 @@ def load_gguf(path: str | Path | GGUFFile) -> Transformer:
     arrays: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 1:
-            arrays[name] = file.array(gguf_name(name)).astype(np.float32, copy=False)
+            arrays[name] = file.array(gguf_name(name)).astype(np.float32)  # copied: a view would keep the file mapped
             continue
         weight = file.weight(gguf_name(name))
         if isinstance(weight, DenseWeight):

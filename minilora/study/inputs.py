@@ -9,7 +9,7 @@ from minilora import memory
 from minilora.config import ConfigError, expand_modules, matches
 from minilora.data.sft import SFTTask, products_chat, read_jsonl
 from minilora.data.tasks import Task, make_task
-from minilora.pretrained import Pretrained, load_pretrained, shape_of
+from minilora.pretrained import Pretrained, load_pretrained, shape_of, stored_bytes
 from minilora.quant.blocks import BLOCK
 from minilora.study.results import ADAPTERS
 from minilora.study.settings import TINY, RunConfig
@@ -27,7 +27,8 @@ def _task(model: str, name: str, text_path: str | None, data: str | None, n_trai
           packing: bool) -> Task:  # fmt: skip
     if model == TINY and name != "jsonl":
         return make_task(name, text_path=text_path, n_train=n_train, n_eval=n_eval)
-    tokenizer = base_of(model).tokenizer
+    base = base_of(model)
+    tokenizer, max_length = base.tokenizer, min(max_length, base.model.config.context_length)
     if name == "products":
         return products_chat(tokenizer, n_train=n_train, n_eval=n_eval, max_length=max_length, packing=packing)
     if name == "jsonl":
@@ -41,13 +42,16 @@ def make_run_task(config: RunConfig) -> Task:
                  config.packing)
 
 
-WEIGHT_BYTES = {"qlora": 0.52, "qalora": 0.65, "base": 0.65, "quantized_base": 0.65}
-"""Bytes of a block weight by method, 4 for all others; embedding and head have as few as they are stored in, about 1, or 4."""
+NEW_BYTES = {"lora": 4.0, "full": 8.0, "subset": 4.0, "qlora": 0.52}
+"""Bytes that a method adds for each number of the blocks to what is loaded: dense float32 (twice: full trains a copy), NF4."""
 
 
-def check_memory(config: RunConfig, available: int | None = None) -> int:
-    """Refuse a run that will not fit into memory, before anything is loaded; returns the estimate in bytes."""
-    shape = shape_of(config.model)
+def check_memory(config: RunConfig, available: int | None = None, processes: int = 1) -> int:
+    """Refuse a run that will not fit into memory, before anything is loaded; returns the estimate in bytes.
+
+    ``processes`` such runs share what is ``available``, by default what the system says.
+    """
+    shape, sizes = shape_of(config.model), stored_bytes(config.model)
     groups = (config.group_size or BLOCK) if config.method == "qalora" else 1
     trainable = 0
     for name, size in parameter_shapes(shape).items():
@@ -57,14 +61,15 @@ def check_memory(config: RunConfig, available: int | None = None) -> int:
         elif config.method == "full" or (config.method == "subset" and any(
                 f".{m}." in f".{module}." for m in expand_modules(config.subset_modules))):
             trainable += math.prod(size)
+    blocks = sum(math.prod(size) for name, size in parameter_shapes(shape).items() if name.startswith("model.layers."))
     longest = min(config.max_length, shape.context_length)
-    table = 4.0 if config.method in ("full", "subset") else 1.1
-    need = memory.training_bytes(
-        shape, trainable, WEIGHT_BYTES.get(config.method, 4.0), table, config.batch_size * min(longest, 128),
-        longest, checkpoint=config.gradient_checkpointing, logits=config.logits_chunk)  # fmt: skip
+    usual = longest if config.packing or config.task == "jsonl" else min(longest, 128)
+    need = memory.training_bytes(shape, sizes + int(NEW_BYTES.get(config.method, 0.0) * blocks), trainable,
+                                 config.batch_size * usual, usual, config.gradient_checkpointing, config.logits_chunk)
     available = memory.available_bytes() if available is None else available
-    if available is not None and need > available:
+    if available is not None and need * processes > available:
+        many = f" in each of {processes} processes" if processes > 1 else ""
         raise ConfigError(f"model={config.model!r}, method={config.method!r}, batch_size={config.batch_size}: needs about "
-                          f"{memory.format_bytes(need)} of memory, {memory.format_bytes(available)} are free; take qalora, a "
-                          "smaller batch_size and gradient_accumulation_steps, gradient_checkpointing or logits_chunk")
+                          f"{memory.format_bytes(need)} of memory{many}, {memory.format_bytes(available)} are free; take qalora, "
+                          "a smaller batch_size and gradient_accumulation_steps, gradient_checkpointing or logits_chunk")
     return need

@@ -215,7 +215,7 @@ def _adapted(model: Transformer) -> list[LoraLinear]:
 
 def _logits(model: Transformer, batch: Batch) -> Any:
     """Logits (n, V) of the counted targets."""
-    hidden = model.forward(batch.ids)[0]
+    hidden = model.forward(batch.ids, keep=False)[0]
     return model.head.forward(hidden[batch.mask])[0]
 
 

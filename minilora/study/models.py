@@ -14,14 +14,17 @@ from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import save_model
 from minilora.formats.files import FileError, writable_folder
 from minilora.formats.huggingface import save_huggingface
-from minilora.formats.llama_gguf import load_gguf, save_gguf
+from minilora.formats.llama_gguf import WRITTEN, load_gguf, save_gguf
 from minilora.formats.peft import load_adapter
 from minilora.generation import generate, stream
-from minilora.lora import LoraLinear
+from minilora.lora import LoraLinear, offset_groups
 from minilora.memory import format_bytes
-from minilora.merging import MergeError, merge
-from minilora.pretrained import Pretrained
-from minilora.study.run import ADAPTER, base_of, frozen_base, load_run, read_run
+from minilora.merging import MergeError, merge, merge_errors
+from minilora.pretrained import Pretrained, save_tokenizer
+from minilora.quant.blocks import BLOCK
+from minilora.quantize import dequantize_model
+from minilora.study.inputs import base_of
+from minilora.study.run import ADAPTER, load_run, read_run, under_adapter
 from minilora.study.settings import RunConfig
 from minilora.transformer import Transformer
 
@@ -52,26 +55,31 @@ def open_model(name: str = "tiny", adapter: str | Path | None = None, run: str |
     folder = Path(adapter)
     if not (folder / "adapter_config.json").exists() and (folder / ADAPTER).is_dir():
         folder = folder / ADAPTER
-    settings = folder.parent / "run.json"
+    settings = folder.resolve().parent / "run.json"
     known = None
     if settings.is_file():
         known, made_on = read_run(settings)
         if made_on != base.sha256:
             raise FileError(f"{folder}: was trained on model {known.model!r} (SHA-256 {made_on[:12]}), not on {name!r} "
                             f"({base.sha256[:12]}); give --model {known.model}")
-    stands_on = base.model if known is None else frozen_base(known, base.model)
+    stands_on = base.model if known is None else under_adapter(known, base.model)
     return Opened(base, load_adapter(stands_on, folder)[0], known)
 
 
 def write_streaming(opened: Opened, prompt: Sequence[int], max_new_tokens: int, **sampling: Any) -> Iterator[str]:
-    """Continue one prompt and yield its text as it is made, never half a character."""
+    """Continue one prompt and yield its text as it is made, never half a character; bad input is refused at the call."""
     tokenizer: Tokenizer = opened.base.tokenizer
-    pieces = tokenizer.stream()
-    for token in stream(opened.model, prompt, max_new_tokens, eos=tokenizer.stop_ids, **sampling):
-        if text := pieces.push(token):
+    tokens = stream(opened.model, prompt, max_new_tokens, eos=tokenizer.stop_ids, **sampling)
+
+    def texts() -> Iterator[str]:
+        pieces = tokenizer.stream()
+        for token in tokens:
+            if text := pieces.push(token):
+                yield text
+        if text := pieces.flush():
             yield text
-    if text := pieces.flush():
-        yield text
+
+    return texts()
 
 
 def write_batch(opened: Opened, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling: Any) -> list[str]:
@@ -79,9 +87,6 @@ def write_batch(opened: Opened, prompts: Sequence[Sequence[int]], max_new_tokens
     tokenizer: Tokenizer = opened.base.tokenizer
     return [tokenizer.decode(ids) for ids in
             generate(opened.model, prompts, max_new_tokens, eos=tokenizer.stop_ids, **sampling)]
-
-
-GGUF_TYPES = ("F16", "F32", "Q8_0", "Q4_1", "Q4_0")
 
 
 def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> list[str]:
@@ -93,18 +98,28 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
     """
     out, model = Path(out), opened.model
     adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
-    require(bool(adapted), "adapter", None, "there is none to merge; give --adapter FOLDER or --run FOLDER")
-    pooled = all(linear.pool > 1 for linear in adapted)
+    method = "" if opened.run is None else f" (method {opened.run.method!r})"
+    require(bool(adapted), "adapter", None, f"nothing to merge in this model{method}; give --adapter FOLDER or the --run of one")
     writable_folder(out.parent)
     if out.suffix == ".gguf":
-        return _export_gguf(opened, out, quant_type, pooled)
+        return _export_gguf(opened, out, quant_type, all(as_q4_1(linear) for linear in adapted))
     require(quant_type is None, "quant_type", quant_type, "with --model only an X.gguf takes it")
-    merged, errors = merge(model, "offsets" if pooled and out.suffix == ".safetensors" else "dense")
     if out.suffix == ".safetensors":
+        require(opened.base.name == "tiny" or opened.base.path.suffix == ".safetensors", "out", str(out),
+                "holds no tokenizer; write an X.gguf or a Hugging Face folder")
+        merged, errors = merge(model, "offsets" if all(linear.pool > 1 for linear in adapted) else "dense")
         save_model(merged, out)
-    else:
-        save_huggingface(merged, out)
-    return [_worst(errors), f"written to {out}"]
+        return [_worst(errors), f"written to {out}"]
+    merged, errors = merge(model, "dense")
+    save_huggingface(dequantize_model(merged), out)
+    save_tokenizer(opened.base, out)
+    return [_worst(errors), f"written to {out}, dense in float32"]
+
+
+def as_q4_1(linear: LoraLinear) -> bool:
+    """Whether an adapter merges into GGUF's Q4_1: it pools over groups of 32 of 4-bit codes."""
+    weight = linear.base.weight
+    return linear.pool == BLOCK and offset_groups(weight) == BLOCK and weight.bits == 4
 
 
 def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool) -> list[str]:
@@ -115,7 +130,7 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     if out.exists() and out.samefile(like):
         raise ConfigError(f"out={str(out)!r}: is the base itself; give another name")
     if quant_type is not None:
-        require(quant_type in GGUF_TYPES, "quant_type", quant_type, f"a GGUF is written as {', '.join(GGUF_TYPES)}")
+        require(quant_type in WRITTEN, "quant_type", quant_type, f"a GGUF is written as {', '.join(WRITTEN)}")
         require(not pooled, "quant_type", quant_type, "a QA-LoRA adapter goes into the base's Q4_1 as it is; leave it out")
     merged, errors = merge(opened.model, "offsets" if pooled else "dense")
     changes = save_gguf(merged, out, like, quant_type)
@@ -123,9 +138,9 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     said = [_worst(errors)]
     if pooled:
         said.append(f"{len(changes)} tensors Q4_1, every code and scale as it was; minima rounded to float16, which changes a "
-                    f"weight by {max(changes.values()):.1e} at most: {_worst(_file_errors(opened.model, written), 'the file')}")
+                    f"weight by {max(changes.values()):.1e} at most: {_worst(merge_errors(opened.model, written), 'the file')}")
     else:
-        said.append(_worst(_file_errors(opened.model, written), f"the file in {quant_type or 'F16'}"))
+        said.append(_worst(merge_errors(opened.model, written), f"the file in {quant_type or 'F16'}"))
     ids = np.array([opened.base.tokenizer.encode(TEXT)])
     said.append("logits of a text, file beside exact merge: " + _compare(written.logits(ids)[0], merged.logits(ids)[0]))
     return [*said, f"written to {out}, {format_bytes(out.stat().st_size)} ({format_bytes(like.stat().st_size)} before)"]
@@ -134,13 +149,6 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
 TEXT = ("The lighthouse keeper counted 17 ships that morning. Two of them carried oranges, one carried letters, and the others, "
         "as far as anyone could tell, carried nothing but the wind. \"What do they want here?\" asked his daughter.")
 """What a written file is tried on."""
-
-
-def _file_errors(model: Transformer, written: Transformer) -> dict[str, MergeError]:
-    """How far each merged projection in a file is from W + ΔW."""
-    stored = {name: linear.weight for name, linear in written.linears()}
-    return {name: MergeError.of(stored[name], linear.base.weight.dense(), linear.delta())
-            for name, linear in model.linears() if isinstance(linear, LoraLinear)}
 
 
 def _compare(logits: np.ndarray, exact: np.ndarray) -> str:

@@ -75,6 +75,11 @@ def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
     return base if as_stored else quantize_model(base, quant, calibration(config) if quant.quantizer == "gptq" else ())
 
 
+def under_adapter(config: RunConfig, base: Transformer) -> Transformer:
+    """The base of a trained adapter that only computes: LoRA's may stay in its blocks, which are the same numbers."""
+    return base if config.method == "lora" else frozen_base(config, base)
+
+
 def calibration(config: RunConfig) -> list[Any]:
     """Token ids of training examples, drawn by the run's seed: what GPTQ may look at. Never the test or validation split."""
     task = make_run_task(config)
@@ -165,7 +170,7 @@ def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tok
     bar = tqdm(total=len(prompts), desc="write", unit="text", disable=not progress, leave=False)
 
     def one(piece: list[list[int]]) -> list[list[int]]:
-        texts = generate(model, piece, max_new_tokens, eos=tokenizer.stop_ids)
+        texts = generate(model, piece, max_new_tokens, eos=tokenizer.stop_ids, threads=1)  # the pieces are what runs in parallel
         bar.update(len(piece))
         return texts
 
@@ -255,6 +260,8 @@ def run(
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     row |= ledger(config, model, task, trainer)
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
+    if config.model != TINY:  # a token is no byte
+        row = {name: value for name, value in row.items() if name not in ("bpb", "deployed_bpb")}
     return row | environment() | {"seconds": time.perf_counter() - start}
 
 
@@ -301,7 +308,7 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
             adapter = c.method in ADAPTERS  # also measured as deployed
             texts = (c.split == "test") * (2 + adapter if c.write_all else 1)
             looks = loss * (1 + adapter) + text * texts
-            total += looks + step * c.steps * (c.method in DEFAULT_RATES)
+            total += looks + step * c.steps * c.gradient_accumulation_steps * (c.method in DEFAULT_RATES)
     return total / len(configs)
 
 
@@ -336,7 +343,7 @@ def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
             model = build(config, base)
             fill_adapter(model, folder / ADAPTER)
             return config, model
-        return config, load_adapter(frozen_base(config, base), folder / ADAPTER)[0]
+        return config, load_adapter(under_adapter(config, base), folder / ADAPTER)[0]
     return config, load_model(folder / "model.safetensors") if config.method in DEFAULT_RATES else build(config, base)
 
 

@@ -26,6 +26,7 @@ LATER = ("quantizer", "use_dora", "init_lora_weights", "model", "data", "max_len
          "gradient_checkpointing", "logits_chunk")  # fmt: skip
 TINY = "tiny"
 """The base that ships in the package; any other name is a real model, with a tokenizer (``minilora.pretrained``)."""
+SHORT_NAMES = (TINY, "smollm2")
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 2e-3, "qlora": 2e-3, "qalora": 2e-3}
 """Learning rates of a model that has read a lot already: what is there must not be washed away. Adapters share one."""
@@ -96,6 +97,8 @@ class RunConfig:
         require_in(self.method, METHODS, "method")
         if self.data is not None and self.task == RunConfig.task:
             object.__setattr__(self, "task", "jsonl")
+        if self.model not in SHORT_NAMES and Path(self.model).exists():  # a run can be opened from anywhere
+            object.__setattr__(self, "model", str(Path(self.model).resolve()))
         require_in(self.task, ("products", "python", "text", "jsonl"), "task")
         require_in(self.split, ("validation", "test"), "split")
         if self.method in ADAPTERS:
@@ -139,8 +142,8 @@ class RunConfig:
         require(self.max_length >= 8, "max_length", self.max_length, "must be at least 8 tokens")
         require(self.task != "python" or self.model == TINY, "task", self.task,
                 "is made of bytes, for the tiny base; with a real model take products, jsonl or text")
-        require(not self.packing or self.model != TINY, "packing", True,
-                "packs the tokens of a pretrained model; the tiny base's batches are padded")
+        require(not self.packing or self.task == "jsonl" or (self.task == "products" and self.model != TINY), "packing", True,
+                "is for jsonl, and for products with a real model; other batches have no padding, or are the tiny base's")
 
     @property
     def quantized(self) -> bool:
