@@ -122,7 +122,8 @@ def test_no_matrix_but_q_and_k_is_copied_and_the_head_stays_tied(make, tmp_path)
                                                                     else "token_embd.weight").blocks)  # fmt: skip
         assert shared is not name.endswith(("q_proj", "k_proj")), name
     norm = model.blocks[0].input_norm.weight
-    assert not np.shares_memory(norm.data, file.array("blk.0.attn_norm.weight")) and norm.name.endswith("0.input_layernorm.weight")
+    norm_in_file = file.array("blk.0.attn_norm.weight")
+    assert not np.shares_memory(norm.data, norm_in_file) and norm.name.endswith("0.input_layernorm.weight")
     assert model.head.weight is model.embedding.weight and len(model.parameters()) == 2 * CONFIG.num_hidden_layers + 1
     for same in (model.map_parameters(Parameter.freeze), model.map_linears(lambda linear: linear)):
         assert same.tied and same.head.weight is model.embedding.weight

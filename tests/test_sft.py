@@ -68,6 +68,7 @@ def test_line_breaks_of_windows_and_a_mark_at_the_beginning(tmp_path):
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
+        ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ("[1]", r"\[1\] is no JSON object"),
         ({}, r"has none of the fields that are read \(its fields: none\); it needs prompt and completion, messages, or text"),
         ({"question": "a"}, r"its fields: 'question'"),
@@ -160,6 +161,12 @@ def test_a_template_without_end_of_turn_is_learnt_to_its_end():
     plain = chatty(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
                    "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
     assert learnt(plain, Example(messages=(user("Hi"), assistant("Yo")))) == ["Yo\n"]
+
+
+def test_an_empty_answer_without_end_of_turn_teaches_nothing():
+    plain = chatty(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(ConfigError, match="assistant's turns are empty"):
+        encode_example(plain, Example(messages=(user("Hi"), assistant(""))))
 
 
 def test_conversations_need_a_template():
@@ -299,6 +306,13 @@ def test_prompts_references_and_scores():
     with pytest.raises(ValueError, match="indices has 3"):
         task.batch([3])
     assert SFTTask(BYTES, {"train": examples[:1], "test": examples[:1]}).max_new_tokens == 0
+
+
+def test_what_max_length_cannot_hold_is_not_asked_for():
+    examples = [Example("b" * 30, "a"), Example("b", "a" * 9), Example("b", "a" * 8), Example("Text.")]
+    task = SFTTask(BYTES, {"train": examples, "validation": examples}, max_length=10)
+    assert task.prompts("validation") == [[BOS, *b"a"], [BOS, *b"aaaaaaaa"]] and task.max_new_tokens == 10
+    assert task.score("validation", ["b", "b"]) == {"exact": 0.5}
 
 
 # ---- products ----

@@ -292,6 +292,9 @@ def test_templates_trim_blocks_and_break_loops():
         ("{{ '{:9999999999d}'.format(1) }}", "unsafe"),
         ("{{ 'x'.ljust(9999999999) }}", "unsafe"),
         ("{{ 'x' | center(9999999999) }}", "center"),
+        ("{{ 'a\\nb' | indent(9999999999) }}", "indent"),
+        ("{{ [1] | batch(9999999999, 'x') | list }}", "batch"),
+        ("{{ lipsum(n=9999999) }}", "lipsum"),
         ("{% include '/etc/passwd' %}", "loader"),
         ("{% for i in range(300) %}{{ messages[0].content }}{% endfor %}", "more than 16000000 characters"),
     ],
@@ -340,6 +343,14 @@ def test_a_folder_gives_the_same_tokenizer(tmp_path):
     assert (t.bos_id, t.eos_id, t.stop_ids, t.begin) == (1, 2, {0, 2}, ())
     assert t.chat(HI) == tokenizer().chat(HI)
     assert t.sha256 == TextTokenizer.from_folder(tmp_path).sha256 != tokenizer().sha256
+
+
+def test_a_saved_tokenizer_is_the_same_one(tmp_path):
+    tokenizer().save(tmp_path)
+    t, text = TextTokenizer.from_folder(tmp_path), "a  12 hello<|im_end|>\n\n1é"
+    assert t.encode(text) == tokenizer().encode(text) and t.chat(HI) == tokenizer().chat(HI)
+    assert (t.bos_id, t.eos_id, t.pad_id, t.stop_ids, t.begin) == tuple(
+        getattr(tokenizer(), name) for name in ("bos_id", "eos_id", "pad_id", "stop_ids", "begin"))  # fmt: skip
 
 
 def test_what_other_files_of_a_folder_say(tmp_path):
