@@ -41,7 +41,7 @@ class Train:
     config: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
     out: str = "runs/train"  # folder for the adapter (or model), its configuration and the checkpoint
     threads: int | None = None  # changes the speed, never the result; default: all cores
-    checkpoint_every: int = 50  # steps between checkpoints; 0 for none
+    checkpoint_every: int = 50  # steps between checkpoints (a real model: 10); 0 for none
     eval_every: int = 0  # steps between looks at the validation split; 0 for none
 
 
@@ -94,17 +94,17 @@ class Merge:
     adapter: str | None = None  # … and the folder of an adapter over it
     how: Literal["auto", "dense", "requantize", "offsets"] = "auto"  # auto: offsets for QA-LoRA, else dense
     compare: bool = False  # a table of all ways (loss, KL divergence, bytes), also in merges.md; no model is written
-    quant_type: str | None = None  # what to re-quantize to; of a GGUF: F16, F32, Q8_0, Q4_1; default: the run's own, nf4 for LoRA
+    quant_type: str | None = None  # what to re-quantize to (of a GGUF: F16, F32, Q8_0, Q4_1, Q4_0); default: the run's own
     quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare adds gptq to rtn
     offsets: Literal["float32", "float16", "zero"] | None = None  # of the result; default: merged ones float32, else float16
-    out: str | None = None  # X.gguf, X.safetensors (ours) or a Hugging Face folder; default: merged.safetensors in the run's
+    out: str | None = None  # X.gguf, X.safetensors (tiny base) or a folder; default, tiny base: merged.safetensors
 
 
 @dataclass(frozen=True)
 class Quantize:
     """Show what a weight loses in few bits: levels, error by block, error against bits; or quantize a model and save it."""
 
-    model: str | None = None  # a model file of ours or a Hugging Face folder; default: the tiny base
+    model: str | None = None  # smollm2, a .gguf, a model file of ours or a Hugging Face folder; default: the tiny base
     weight: str = "layers.0.mlp.up_proj"  # the weight to look at, by the end of its name
     quant_type: tuple[str, ...] = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
     block_size: tuple[int, ...] = (64,)  # for codebooks
@@ -161,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             Info: commands.info}  # fmt: skip
         return handlers[type(command)](command)
     except KeyboardInterrupt:
-        print("minilora: interrupted; repeat the same command to continue", file=sys.stderr)
+        print("\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row", file=sys.stderr)
         return 130
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from minilora.config import AFFINE_TYPES, ConfigError, QuantConfig, require, require_in
+from minilora.config import AFFINE_TYPES, QUANTIZERS, ConfigError, QuantConfig, require, require_in
 from minilora.formats.files import read_json, writable_folder, write_file
 from minilora.study.settings import RunConfig
 from minilora.study.sweep import SweepConfig
@@ -30,16 +30,20 @@ def train(command: Train, named: Collection[str]) -> int:
     from minilora.study.settings import PRETRAINED, TINY
     from minilora.threads import available_threads
 
-    config = command.config
+    config, checkpoint_every = command.config, command.checkpoint_every
     if config.model != TINY:
         config = replace(config, **{name: value for name, value in PRETRAINED.items() if name not in named})
+        checkpoint_every = checkpoint_every if "checkpoint_every" in named else 10  # such steps take seconds
+    # the parser's default is a complete configuration, of lora on the tiny base: what was not said is the method's own
+    by_method: dict[str, Any] = {"r": None, "lora_alpha": None, "target_modules": None, "learning_rate": None}
+    config = replace(config, **{name: value for name, value in by_method.items() if name not in named})
     writable_folder(Path(command.out))
 
     def built(model: Any) -> None:
         print(memory.trainable_line(model))
         print(" · ".join(f"{kind} {memory.format_bytes(n)}" for kind, n in memory.model_bytes(model).items() if n), flush=True)
 
-    row = run(config, command.out, command.threads or available_threads(), command.checkpoint_every, progress=True, built=built,
+    row = run(config, command.out, command.threads or available_threads(), checkpoint_every, progress=True, built=built,
               eval_every=command.eval_every)
     for name in ("loss", "bpb", "recall", "exact", "recall_values", "deployed_loss", "deployed_recall", "train_loss"):
         if row.get(name) is not None:
@@ -313,8 +317,11 @@ def quantize(command: Quantize) -> int:
 
     model = _weights_of(command.model)
     linear = find_linear(model, command.weight)
-    configs = _quant_configs(command)
     own_text = model.config.vocab_size == VOCAB_SIZE
+    if not own_text and command.quantizer == QUANTIZERS:
+        print("quantizer gptq is left out: it calibrates on byte-level text, and this model has tokens of its own")
+        command = replace(command, quantizer=("rtn", "hqq"))
+    configs = _quant_configs(command)
     if "gptq" in command.quantizer and not own_text:
         raise ConfigError(f"quantizer='gptq': calibrates on byte-level text, and this model has {model.config.vocab_size} tokens "
                           "of its own; choose rtn or hqq")

@@ -227,6 +227,14 @@ def test_examples_longer_than_the_context_are_cut_to_it(tmp_path, run):
     assert code == 0, err
 
 
+@pytest.mark.parametrize("method, rate", [("qalora", 2e-3), ("full", 1e-4)])
+def test_what_is_not_said_is_the_methods_own(gguf, tmp_path, run, method, rate):
+    """The parser's own default is a complete configuration of lora on the tiny base."""
+    assert run("train", "--model", gguf, "--method", method, *SHORT[:-3], "--threads", 1, "--out", tmp_path)[0] == 0
+    settings = read_json(tmp_path / "run.json")["config"]
+    assert settings["learning_rate"] == rate and settings["r"] == (8 if method == "qalora" else None)
+
+
 def test_a_missing_extra_is_one_line(gguf, run, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     base_of.cache_clear()
@@ -237,7 +245,7 @@ def test_a_missing_extra_is_one_line(gguf, run, monkeypatch):
 def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(gguf, monkeypatch):
     config = RunConfig(method="lora", model=str(gguf), batch_size=8)
     need = check_memory(config, available=2**40)
-    with pytest.raises(ConfigError, match=r"method='lora', batch_size=8: needs about .*, 1.0 MiB are free; take qalora"):
+    with pytest.raises(ConfigError, match=r"method='lora', batch_size=8, max_length=320: needs about .* 1.0 MiB are free"):
         check_memory(config, available=2**20)
     assert check_memory(replace(config, gradient_checkpointing=True, logits_chunk=16), available=2**40) < need
     assert check_memory(RunConfig(method="qalora", model=str(gguf), batch_size=8), available=2**40) < need

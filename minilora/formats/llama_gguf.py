@@ -64,7 +64,8 @@ def find_model(name: str) -> Path:
     """
     if name not in PACKAGED:
         if not Path(name).exists():
-            raise FileError(f"{name}: no such file or folder; give a .gguf, a Hugging Face folder, or {', '.join(PACKAGED)}")
+            raise FileError(f"{name}: no such file or folder, and nothing is downloaded; give a .gguf, a Hugging Face folder, or "
+                            f"{', '.join(PACKAGED)}")
         return Path(name)
     module, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)

@@ -100,6 +100,7 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
     adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
     method = "" if opened.run is None else f" (method {opened.run.method!r})"
     require(bool(adapted), "adapter", None, f"nothing to merge in this model{method}; give --adapter FOLDER or the --run of one")
+    require(out.suffix in ("", ".gguf", ".safetensors"), "out", str(out), "give X.gguf, X.safetensors or a folder")
     writable_folder(out.parent)
     if out.suffix == ".gguf":
         return _export_gguf(opened, out, quant_type, all(as_q4_1(linear) for linear in adapted))

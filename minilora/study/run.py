@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 import minilora
 from minilora import memory
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules, require
+from minilora.data.sft import SFTTask
 from minilora.data.tasks import Task
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import load_model, save_model
@@ -226,6 +227,8 @@ def run(
     if config.quantizer == "gptq":
         _check_rows(config.quant(), base)
     task = make_run_task(config)
+    if progress and isinstance(task, SFTTask):
+        print(f"data: {task.report}")
     model = build(config, base)
     if built is not None:
         built(model)
@@ -239,6 +242,8 @@ def run(
             trainer = Trainer(model, task, settings, threads=threads, folder=folder)
             if folder is not None and checkpoint_every and (saved := Path(folder) / CHECKPOINT).is_file():
                 trainer.load(saved)
+                if progress:
+                    print(f"continuing at step {trainer.step} of {config.steps}, from {saved}")
             history = trainer.train(progress)
             last = history.steps[-20:]
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
@@ -339,6 +344,8 @@ def load_run(folder: str | Path) -> tuple[RunConfig, Transformer]:
     if made_on != base_hash:
         raise FileError(f"{folder}: was trained on another base (SHA-256 {made_on[:12]}, here {base_hash[:12]}); train again")
     if config.method in ADAPTERS:
+        if not (folder / ADAPTER).is_dir():
+            raise FileError(f"{folder}: has no adapter yet: its training is not finished; repeat the command that began it")
         if config.init_lora_weights == "loftq":
             model = build(config, base)
             fill_adapter(model, folder / ADAPTER)
