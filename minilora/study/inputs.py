@@ -71,6 +71,6 @@ def check_memory(config: RunConfig, available: int | None = None, processes: int
         many = f" in each of {processes} processes" if processes > 1 else ""
         raise ConfigError(
             f"model={config.model!r}, method={config.method!r}, batch_size={config.batch_size}, max_length={longest}: needs "
-            f"about {memory.format_bytes(need)} of memory{many}, {memory.format_bytes(available)} are free; take qalora, a smaller "
-            "batch_size and gradient_accumulation_steps, a smaller max_length, gradient_checkpointing or logits_chunk")
+            f"about {memory.format_bytes(need)} of memory{many}, {memory.format_bytes(available)} are free; take qalora, a "
+            "smaller batch_size and gradient_accumulation_steps, a smaller max_length, gradient_checkpointing or logits_chunk")
     return need
