@@ -36,13 +36,13 @@ prose, r = {r} on all projections. *Fast*: nothing checkpointed. *Small*: checkp
 is dense float32; qlora NF4 double quantized, with bitsandbytes' own codes; qalora trains on the stored Q4_1 groups, and
 stands beside PEFT + bitsandbytes QLoRA of the same shapes and r, while its gradients were compared with PEFT's LoRA on the
 dequantized weights. For that comparison the peers' loss was taken in float64 (torch's float32 sum over 49,152 tokens errs).
-In ours the tied embedding stays Q8_0 with qlora and qalora. Peers never checkpoint, but in the column that says so. MiB: the
+In ours the tied embedding stays Q8_0. Peers never checkpoint, but in the column that says so. MiB: the
 highest resident memory of a fresh process from its start to the end of three steps, interpreter, libraries and loading
 included (median of three); the peers' without the allocator's settings that make them faster in the other columns."""
 
 WRITING = """64 new tokens after prompts of 32, prefill included; "prompt" is 256 tokens read and one written, counted in
 tokens read. Ours multiplies the stored Q4_1 and Q8_0 by float32 activations; transformers has float32 weights; llama.cpp
-rounds activations to 8 bits, which is why its text parts from ours. Ratios are of speeds, turn by turn. llama.cpp's eight
+rounds activations to 8 bits, so its logits differ by more. Ratios are of speeds, turn by turn. llama.cpp's eight
 sequences were not measured: its Python interface writes one at a time."""
 
 PACKAGES = ("python", "minilora", "numpy", "numba", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python")
