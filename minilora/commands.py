@@ -59,7 +59,8 @@ WHAT = {
     "demo": "A demonstration: short runs, two seeds, no intervals, default learning rates. "
             "The study is `minilora sweep --preset full`.",
     "full": "The study: learning rates are searched on the validation split first, then three seeds on the test split.",
-    "pretrained": "A small sweep over a real model: one seed, default learning rates, no intervals.",
+    "pretrained": "A small sweep over a real model: one seed, one learning rate for all adapters, no intervals. Deployed: "
+                  "rounded to the same bits again (QLoRA) or merged into its offsets (QA-LoRA).",
     "custom": "Your own grid.",
 }
 AXES = ("method", "r", "bits", "group_size", "target_modules", "learning_rate", "task", "seed", "split", "text_path")

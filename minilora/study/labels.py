@@ -141,8 +141,10 @@ def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def weights_name(row: Mapping[str, Any]) -> str:
-    """Return how the frozen weights are stored: ``nf4``, ``int2`` … or ``float32``."""
+    """Return how the frozen weights are stored: ``nf4``, ``int2`` …, ``float32``, or ``as stored`` in a file of few bits."""
     bits = row.get("bits")
+    if row.get("method") == "base" and (row.get("effective_bits") or 32) < 32:
+        return "as stored"
     return str(row.get("quant_type") or f"{bits} bits") if bits in (2, 3, 4, 8) else "float32"
 
 

@@ -62,7 +62,7 @@ def demo_runs(**settings: Any) -> list[RunConfig]:
 def pretrained_runs(model: str, **settings: Any) -> list[RunConfig]:
     """Return the sweep over a real model: three ranks, three bit-widths, and the base in each form, in an hour on 2 cores.
 
-    One seed at each method's default learning rate: a picture with controls, not a study with intervals.
+    One seed at one learning rate: a picture with controls, not a study with intervals.
     """
     short: dict[str, Any] = {"model": model, "steps": 40, "batch_size": 8, "n_eval": 50, "write_all": False}
     shared: dict[str, Any] = {"preset": "pretrained", "stage": "pretrained", "seed": (0,)} | short | settings
