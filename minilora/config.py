@@ -12,6 +12,9 @@ ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
 
+TINY = "tiny"
+"""The name of the base that ships in the package; any other is a real model, with a tokenizer (``minilora.pretrained``)."""
+
 CODEBOOK_TYPES = ("nf2", "nf3", "nf4", "nf8", "fp4")
 AFFINE_TYPES = ("int2", "int3", "int4", "int8")
 QUANTIZERS = ("rtn", "gptq", "hqq")

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import math
-import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from minilora.config import ModelConfig
+from minilora.config import TINY, ModelConfig
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import VOCAB_SIZE, ByteTokenizer, Tokenizer
 from minilora.formats.checkpoint import base_path, load_model, sha256
-from minilora.formats.files import FileError, inside, read_json
+from minilora.formats.files import FileError, inside, read_json, write_file
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface import CONFIG, load_huggingface
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_config, load_gguf
 from minilora.quant.blocks import BLOCK_BYTES
 from minilora.transformer import Transformer, parameter_shapes
-
-TINY = "tiny"
-"""The base that ships in the package."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,9 +74,10 @@ def save_tokenizer(base: Pretrained, folder: str | Path) -> None:
     if base.path.is_dir():
         for name in TOKENIZER_FILES:
             if (base.path / name).is_file() and base.path.resolve() != folder.resolve():
-                shutil.copyfile(base.path / name, folder / name)
+                write_file(folder / name, (base.path / name).read_text(encoding="utf-8"))
     elif isinstance(base.tokenizer, TextTokenizer):
-        base.tokenizer.save(folder)
+        for name, text in base.tokenizer.files().items():
+            write_file(folder / name, text)
 
 
 def stored_bytes(name: str | Path) -> int:

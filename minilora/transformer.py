@@ -166,7 +166,7 @@ class Transformer:
 
     def logits(self, ids: Array) -> Array:
         """Token ids (B, T) → logits (B, T, V)."""
-        return self.head.forward(self.forward(ids)[0])[0]
+        return self.head.forward(self.forward(ids, keep=False)[0])[0]
 
     def __repr__(self) -> str:
         names = sorted({type(linear).__name__ for _, linear in self.linears()})

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -179,16 +178,15 @@ class TextTokenizer:
         return cls(backend, where=str(folder), special=special, add_bos=bool(add_bos), add_eos=bool(add_eos),
                    stops=ends, template=template, sha256=sha256)  # fmt: skip
 
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write `tokenizer.json` and `tokenizer_config.json`, which `from_folder` and transformers read."""
+    def files(self) -> dict[str, str]:
+        """Return the texts of `tokenizer.json` and `tokenizer_config.json`, which `from_folder` and transformers read."""
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
         settings |= {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
         if self.template is not None:
             settings["chat_template"] = self.template.source
-        self.backend.save(str(Path(folder) / "tokenizer.json"))
         text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
-        (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return {"tokenizer.json": self.backend.to_str(pretty=True), "tokenizer_config.json": text}
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
         """Return the ids of a text; special tokens written in it are found.

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.config import ConfigError, require
+from minilora.config import TINY, ConfigError, require
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import save_model
 from minilora.formats.files import FileError, writable_folder
@@ -38,14 +38,14 @@ class Opened:
     run: RunConfig | None = None
 
 
-def open_model(name: str = "tiny", adapter: str | Path | None = None, run: str | Path | None = None) -> Opened:
+def open_model(name: str = TINY, adapter: str | Path | None = None, run: str | Path | None = None) -> Opened:
     """Open a base by name, with an adapter's folder over it, or a folder that ``minilora train`` wrote.
 
     An adapter that lies in a run's folder stands on that run's base (NF4 for QLoRA), any other on the base as it is stored.
     Raises FileError for an adapter that belongs to another model or does not fit this one.
     """
     if run is not None:
-        if adapter is not None or name != "tiny":
+        if adapter is not None or name != TINY:
             raise ConfigError(f"run={str(run)!r}: knows its model and adapter; leave out --model and --adapter")
         config, model = load_run(run)
         return Opened(base_of(config.model), model, config)
@@ -106,7 +106,7 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
         return _export_gguf(opened, out, quant_type, all(as_q4_1(linear) for linear in adapted))
     require(quant_type is None, "quant_type", quant_type, "with --model only an X.gguf takes it")
     if out.suffix == ".safetensors":
-        require(opened.base.name == "tiny" or opened.base.path.suffix == ".safetensors", "out", str(out),
+        require(opened.base.name == TINY or opened.base.path.suffix == ".safetensors", "out", str(out),
                 "holds no tokenizer; write an X.gguf or a Hugging Face folder")
         merged, errors = merge(model, "offsets" if all(linear.pool > 1 for linear in adapted) else "dense")
         save_model(merged, out)

@@ -158,14 +158,10 @@ def measure(
     return found
 
 
-PIECE = {True: 100, False: 25}
-"""Prompts that are continued together, with the tiny base's vocabulary (True) or a large one: bounds caches and logits."""
-
-
 def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tokenizer: Tokenizer,
           workers: Workers | None = None, progress: bool = False) -> list[str]:  # fmt: skip
-    """Greedy continuations as text, piece by piece."""
-    size = PIECE[model.config.vocab_size < 1000]
+    """Greedy continuations as text, in pieces of so many prompts that caches and logits stay small."""
+    size = 100 if model.config.vocab_size < 1000 else 25
     pieces = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     bar = tqdm(total=len(prompts), desc="write", unit="text", disable=not progress, leave=False)

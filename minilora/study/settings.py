@@ -11,6 +11,7 @@ from typing import Any
 from minilora.config import (
     AFFINE_TYPES,
     CODEBOOK_TYPES,
+    TINY,
     LoraConfig,
     QuantConfig,
     TrainConfig,
@@ -24,8 +25,6 @@ NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not c
 # fields that came after the first results: at their defaults they leave a run, and so its fingerprint, what it was
 LATER = ("quantizer", "use_dora", "init_lora_weights", "model", "data", "max_length", "packing", "gradient_accumulation_steps",
          "gradient_checkpointing", "logits_chunk")  # fmt: skip
-TINY = "tiny"
-"""The base that ships in the package; any other name is a real model, with a tokenizer (``minilora.pretrained``)."""
 SHORT_NAMES = (TINY, "smollm2")
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 2e-3, "qlora": 2e-3, "qalora": 2e-3}
