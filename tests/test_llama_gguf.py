@@ -313,7 +313,9 @@ def test_numbers_that_are_not_finite_are_refused(make):
 
 def test_paths_are_found_and_others_refused(tmp_path):
     assert find_model(str(tmp_path)) == tmp_path
-    with pytest.raises(FileError, match="nothing.gguf: no such file or folder; give a .gguf, a Hugging Face folder, or smollm2"):
+    message = ("nothing.gguf: no such file or folder, and nothing is downloaded; "
+               "give a .gguf, a Hugging Face folder, or smollm2")
+    with pytest.raises(FileError, match=message):
         find_model(str(tmp_path / "nothing.gguf"))
 
 
