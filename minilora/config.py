@@ -21,6 +21,8 @@ QUANTIZERS = ("rtn", "gptq", "hqq")
 FITS = ("minmax", "symmetric", "mse", "hqq")
 OFFSET_STORES = ("float16", "float32", "zero")
 
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
+
 SVD_INITS = ("pissa", "loftq")
 INITS = ("normal", "kaiming", "gaussian", *SVD_INITS)
 
@@ -264,6 +266,10 @@ class TrainConfig:
     to the machine, so that any number of ``threads`` gives the same bytes. ``lora_plus_ratio`` multiplies the learning rate of
     every B (LoRA+, arXiv 2402.12354).
 
+    ``optimizer``: ``adamw`` keeps two numbers a parameter, m and v, in its own type · ``adamw_8bit`` in 8 bits, where it has 4096
+    elements or more (arXiv 2110.02861, as bitsandbytes) · ``paged_adamw`` and ``paged_adamw_8bit`` the same, with the same
+    result, in a file that is mapped into memory a piece at a time (QLoRA's paged optimizers) · ``sgd``, with ``momentum``.
+
     Less memory for the same step: ``gradient_checkpointing`` keeps a fifth of each block and computes the rest again;
     ``logits_chunk`` takes that many rows of logits at a time (0: all at once), which counts where the vocabulary is large;
     ``gradient_accumulation_steps`` makes a step of that many batches of ``batch_size``, one after another.
@@ -305,5 +311,6 @@ class TrainConfig:
         for field in ("beta1", "beta2", "momentum"):
             _number(getattr(self, field), field, 0, 1)
             require(getattr(self, field) < 1, field, getattr(self, field), "must be below 1")
-        require_in(self.optimizer, ("adamw", "sgd"), "optimizer")
+        require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"choose one of {', '.join(OPTIMIZERS)} "
+                "(transformers' adamw_torch is adamw here, its paged_adamw_32bit is paged_adamw)")
         require_in(self.schedule, ("cosine", "constant"), "schedule")

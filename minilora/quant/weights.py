@@ -23,24 +23,52 @@ from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, as_matrix, frozen, packed, require_finite
 
-NESTED_BLOCK_SIZE = 256
-"""Block size of double quantization (QLoRA, arXiv 2305.14314, section 3)."""
-
+DYNAMIC_BLOCK_SIZE = NESTED_BLOCK_SIZE = 256
+"""Block size of what the 8-bit dynamic map stores: the scales of double quantization (QLoRA, arXiv 2305.14314, section 3) and
+Adam's moments (``minilora.training.states``)."""
 
 
 @cache
-def _dynamic_table() -> Array:
-    return kernels.lookup_table(codebooks.dynamic_map(), 8)
+def _dynamic_table(signed: bool = True) -> Array:
+    return kernels.lookup_table(codebooks.dynamic_map(signed), 8)
 
 
 @cache
 def thresholds(quant_type: str) -> tuple[Array, Array]:
-    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, or of ``"dynamic"``, made once."""
-    values = codebooks.dynamic_map() if quant_type == "dynamic" else codebooks.code_map(quant_type)
+    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, ``"dynamic"`` or ``"udynamic"`` (the
+    unsigned one), made once."""
+    dynamic = quant_type in ("dynamic", "udynamic")
+    values = codebooks.dynamic_map(quant_type == "dynamic") if dynamic else codebooks.code_map(quant_type)
     midpoints, order = codebooks.thresholds(values)
     padded = np.full(15 if midpoints.size <= 15 else 255, np.inf, np.float32)  # the sizes that the kernel knows
     padded[: midpoints.size] = midpoints
     return frozen(padded, np.float32), frozen(order, np.uint8)
+
+
+def dynamic_encode(values: Array, codes: Array, absmax: Array, signed: bool = True) -> None:
+    """Quantize float32 values (n,), block by block of 256, to the nearest value of the dynamic map times max|x| of the block.
+
+    Written to ``codes`` (n,) uint8 and ``absmax`` (⌈n/256⌉,) float32; a tie takes the lower code. ``signed=False`` is for values
+    from 0 on.
+
+    >>> codes, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
+    >>> dynamic_encode(np.array([0, 1, -4], np.float32), codes, absmax)
+    >>> print(dynamic_decode(codes, absmax).round(2))
+    [ 0.    0.99 -3.97]
+    """
+    flat = values.view()
+    flat.flags.writeable = False
+    midpoints, _ = thresholds("dynamic" if signed else "udynamic")
+    kernels.quantize_codebook(flat, midpoints, DYNAMIC_BLOCK_SIZE, absmax, codes)
+
+
+def dynamic_decode(codes: Array, absmax: Array, signed: bool = True) -> Array:
+    """Return what ``dynamic_encode`` stored, dynamic_map[code]·absmax[block], as a new float32 array (n,)."""
+    out = np.empty(codes.size, np.float32)
+    stored, scales = codes.view(), absmax.view()
+    stored.flags.writeable = scales.flags.writeable = False
+    kernels.dequantize(stored, 8, _dynamic_table(signed), scales, NO_OFFSETS, DYNAMIC_BLOCK_SIZE, 0, out)
+    return out
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,30 @@
-"""AdamW, SGD, the learning-rate schedule and gradient clipping."""
+"""AdamW, SGD, the bytes that they keep, the learning-rate schedule and gradient clipping."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from minilora.config import TrainConfig
+from minilora.config import OPTIMIZERS, TrainConfig, require
 from minilora.layers import Array, Gradients, Parameter
+from minilora.quant.codebooks import dynamic_map
+from minilora.training.states import (
+    CHUNK,
+    MIN_8BIT_SIZE,
+    BlockwiseMoment,
+    FloatMoment,
+    Layout,
+    Moment,
+    blocks_of,
+    piece,
+    pieces,
+    zeros_in_file,
+    zeros_in_memory,
+)
 
 FASTER = ("lora_B.weight", "lora_magnitude_vector")
 """Whose learning rate LoRA+ multiplies: B's, and as in PEFT that of DoRA's lengths."""
@@ -19,38 +35,67 @@ class AdamW:
 
     m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − lr·(m̂ / (√v̂ + eps) + λp),  m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ)
 
-    State: two arrays for each trainable parameter, none for a frozen one.
+    State: two arrays for each trainable parameter, none for a frozen one. ``config.optimizer`` says how they are kept: in 8 bits,
+    rounded after each step (p moves by what they were before); paged, in a file in ``folder``. The step is the same.
     """
 
-    def __init__(self, parameters: Sequence[Parameter], config: TrainConfig):
+    def __init__(self, parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None):
         self.parameters, self.config, self.t = list(parameters), config, 0
-        self.m = [np.zeros_like(p.data) for p in self.parameters]
-        self.v = [np.zeros_like(p.data) for p in self.parameters]
+        layout: Layout = {}
+        for kind in ("m", "v"):
+            for p in self.parameters:
+                in_8bit = _in_8bit(config.optimizer, p.data.size)
+                layout[f"{kind}.{p.name}"] = p.data.shape, np.dtype(np.uint8) if in_8bit else p.data.dtype
+                if in_8bit:
+                    layout[f"{kind}_absmax.{p.name}"] = (blocks_of(p.data.size),), np.dtype(np.float32)
+        self._arrays = zeros_in_file(layout, folder) if config.optimizer.startswith("paged") else zeros_in_memory(layout)
+        self._m, self._v = ([self._moment(kind, p) for p in self.parameters] for kind in ("m", "v"))
+
+    def _moment(self, kind: str, p: Parameter) -> Moment:
+        values, absmax = self._arrays[f"{kind}.{p.name}"], self._arrays.get(f"{kind}_absmax.{p.name}")
+        return FloatMoment(values) if absmax is None else BlockwiseMoment(values, absmax, kind == "m", p.data.dtype)
 
     def state(self) -> dict[str, Array]:
         """Named state arrays, the live ones."""
-        named = {f"m.{p.name}": m for p, m in zip(self.parameters, self.m, strict=True)}
-        return named | {f"v.{p.name}": v for p, v in zip(self.parameters, self.v, strict=True)}
+        return dict(self._arrays)
+
+    def code_maps(self) -> list[Array]:
+        """The maps that 8-bit states are decoded with, if any are: shared by all, and the first by double quantization, too."""
+        quantized = any(a.dtype == np.uint8 for a in self._arrays.values())
+        return [dynamic_map(signed) for signed in (True, False)] if quantized else []
 
     def step(self, grads: Gradients, lr: float) -> None:
         """Update every parameter in place."""
-        c = self.config
         self.t += 1
-        correct_m, correct_v = 1 - c.beta1**self.t, 1 - c.beta2**self.t
-        for p, m, v in zip(self.parameters, self.m, self.v, strict=True):
-            g, one = grads[p], p.data.dtype.type
-            rate = one(lr * (c.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))  # LoRA+
-            m *= one(c.beta1)
-            m += one(1 - c.beta1) * g
-            v *= one(c.beta2)
-            v += one(1 - c.beta2) * g * g
-            update = np.sqrt(v / one(correct_v))
-            update += one(c.eps)
-            np.divide(m, update, out=update)
-            update *= rate / one(correct_m)
-            if c.weight_decay:
-                update += rate * one(c.weight_decay) * p.data
-            p.data -= update
+        for p, m, v in zip(self.parameters, self._m, self._v, strict=True):
+            rate = _rate(p, lr, self.config)
+            scratch = np.empty((2, min(p.data.size, CHUNK)), p.data.dtype)
+            for where in pieces(p.data.size):
+                x, m_piece, v_piece = piece(p.data, where), m.read(where), v.read(where)
+                self._update(x, piece(grads[p], where), m_piece, v_piece, rate, scratch[:, : x.size])
+                m.write(where, m_piece)
+                v.write(where, v_piece)
+                if not p.data.flags.c_contiguous:
+                    p.data.flat[where] = x
+
+    def _update(self, p: Array, g: Array, m: Array, v: Array, rate: Any, scratch: Array) -> None:
+        """Move p, m and v, all (n,), in place; ``scratch`` (2, n) so that nothing is allocated."""
+        c, one, (update, part) = self.config, p.dtype.type, scratch
+        correct_m, correct_v = one(1 - c.beta1**self.t), one(1 - c.beta2**self.t)
+        m *= one(c.beta1)
+        m += np.multiply(one(1 - c.beta1), g, out=part)
+        v *= one(c.beta2)
+        np.multiply(one(1 - c.beta2), g, out=part)
+        part *= g
+        v += part
+        np.divide(v, correct_v, out=update)
+        np.sqrt(update, out=update)
+        update += one(c.eps)
+        np.divide(m, update, out=update)
+        update *= rate / correct_m
+        if c.weight_decay:
+            update += np.multiply(rate * one(c.weight_decay), p, out=part)
+        p -= update
 
 
 class SGD:
@@ -58,32 +103,88 @@ class SGD:
 
     def __init__(self, parameters: Sequence[Parameter], config: TrainConfig):
         self.parameters, self.config, self.t = list(parameters), config, 0
-        self.u = [np.zeros_like(p.data) for p in self.parameters] if config.momentum else []
+        self.u = [np.zeros(p.data.shape, p.data.dtype) for p in self.parameters] if config.momentum else []
 
     def state(self) -> dict[str, Array]:
         """Named state arrays, the live ones."""
         return {f"u.{p.name}": u for p, u in zip(self.parameters, self.u, strict=True)} if self.u else {}
+
+    def code_maps(self) -> list[Array]:
+        """None: nothing is quantized."""
+        return []
 
     def step(self, grads: Gradients, lr: float) -> None:
         """Update every parameter in place."""
         c = self.config
         self.t += 1
         for i, p in enumerate(self.parameters):
-            g, one = grads[p], p.data.dtype.type
-            rate = one(lr * (c.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))
-            if self.u:
-                self.u[i] *= one(c.momentum)
-                self.u[i] += g
-                g = self.u[i]
-            p.data -= rate * (g + one(c.weight_decay) * p.data)
+            one, rate = p.data.dtype.type, _rate(p, lr, c)
+            scratch = np.empty(min(p.data.size, CHUNK), p.data.dtype)
+            for where in pieces(p.data.size):
+                x, g = piece(p.data, where), piece(grads[p], where)
+                if self.u:
+                    u = piece(self.u[i], where)
+                    u *= one(c.momentum)
+                    u += g
+                    g = u
+                update = np.multiply(one(c.weight_decay), x, out=scratch[: x.size])
+                update += g
+                update *= rate
+                x -= update
+                if not p.data.flags.c_contiguous:
+                    p.data.flat[where] = x
 
 
 Optimizer = AdamW | SGD
 
 
-def make_optimizer(parameters: Sequence[Parameter], config: TrainConfig) -> Optimizer:
-    """The optimizer that the configuration names."""
-    return (AdamW if config.optimizer == "adamw" else SGD)(parameters, config)
+def make_optimizer(parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None) -> Optimizer:
+    """The optimizer that the configuration names; a paged one keeps its file in ``folder``, or among the temporary files."""
+    return SGD(parameters, config) if config.optimizer == "sgd" else AdamW(parameters, config, folder)
+
+
+def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentum: bool = False) -> dict[str, int]:
+    """What an optimizer holds for parameters of these numbers of elements, in bytes, without making it.
+
+    AdamW has m and v for every element: 2·itemsize bytes, or in 8 bits 2, and 2·4 for each block of 256: 2.03 instead of 8.
+    ``states`` and ``absmax`` lie in memory, or else ``on_disk``; ``maps`` are the two code maps of 256 float32; ``scratch`` is
+    the most that a step needs besides, for the one piece that it works on. ``momentum`` gives SGD one array.
+
+    >>> state_bytes("adamw", [4096])
+    {'states': 32768, 'absmax': 0, 'maps': 0, 'scratch': 32768, 'on_disk': 0}
+    >>> state_bytes("adamw_8bit", [4096])
+    {'states': 8192, 'absmax': 128, 'maps': 2048, 'scratch': 65536, 'on_disk': 0}
+    >>> state_bytes("adamw_8bit", [4095]) == state_bytes("adamw", [4095])  # too small to be quantized
+    True
+    """
+    require(optimizer in OPTIMIZERS, "optimizer", optimizer, "choose one of " + ", ".join(OPTIMIZERS))
+    found = dict.fromkeys(("states", "absmax", "maps", "scratch", "on_disk"), 0)
+    for size in sizes:
+        chunk = min(size, CHUNK)
+        if optimizer == "sgd":
+            found["states"] += size * itemsize if momentum else 0
+            scratch = chunk * itemsize
+        elif _in_8bit(optimizer, size):
+            found["states"] += 2 * size
+            found["absmax"] += 2 * blocks_of(size) * 4
+            found["maps"] = 2 * 256 * 4
+            scratch = 4 * chunk * itemsize + (chunk * 4 if itemsize != 4 else 0)  # m and v decoded, and twice as much for AdamW
+        else:
+            found["states"] += 2 * size * itemsize
+            scratch = 2 * chunk * itemsize
+        found["scratch"] = max(found["scratch"], scratch)
+    if optimizer.startswith("paged"):
+        found |= {"on_disk": found["states"] + found["absmax"], "states": 0, "absmax": 0}
+    return found
+
+
+def _in_8bit(optimizer: str, size: int) -> bool:
+    return optimizer.endswith("8bit") and size >= MIN_8BIT_SIZE
+
+
+def _rate(p: Parameter, lr: float, config: TrainConfig) -> Any:
+    """The learning rate of one parameter, in its type: LoRA+ multiplies that of some."""
+    return p.data.dtype.type(lr * (config.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

@@ -69,7 +69,7 @@ class Trainer:
             raise ValueError(f"task={task.name!r}: has no training examples")
         self.model, self.task, self.config = model, task, config
         self.callbacks, self.folder = list(callbacks), None if folder is None else Path(folder)
-        self.optimizer = make_optimizer(parameters, config)
+        self.optimizer = make_optimizer(parameters, config, self.folder)
         self.threads, self.step, self.history = threads, 0, History()
 
     def train(self, progress: bool = False) -> History:
