@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +53,16 @@ COLUMNS = {"ours nf4": "nf4", "ours int4": "int4", "peer nf4": "bitsandbytes nf4
 Rows = list[dict[str, Any]]
 
 
-def save(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is there."""
-    data, text = folder / "speed.json", folder / "speed.md"
+def save(results: dict[str, Any], folder: Path, stem: str = "speed",
+         write: Callable[[dict[str, Any]], str] | None = None) -> list[Path]:  # fmt: skip
+    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is there.
+
+    Another ``stem`` has files, and with ``write`` a page, of its own.
+    """
+    data, text = folder / f"{stem}.json", folder / f"{stem}.md"
     merged = (read_json(data) if data.is_file() else {}) | results
     write_file(data, json.dumps(merged, indent=1) + "\n")
-    write_file(text, page(merged))
+    write_file(text, (write or page)(merged))
     return [data, text]
 
 
@@ -66,7 +71,7 @@ def page(results: dict[str, Any]) -> str:
     parts = [INTRO]
     for name, (title, body) in PARTS.items():
         if name in results:
-            parts.append(f"## {title}\n\n{_conditions(results[name])}\n\n{body(results[name]['rows'])}\n")
+            parts.append(f"## {title}\n\n{conditions(results[name])}\n\n{body(results[name]['rows'])}\n")
     return "\n".join(parts)
 
 
@@ -82,7 +87,8 @@ def table(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
 
 
-def _conditions(part: dict[str, Any]) -> str:
+def conditions(part: dict[str, Any]) -> str:
+    """Command, date, machine, load and versions of a part."""
     m = part["machine"]
     versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
     alone = "" if part["peers"] else " Without the extra `peers`: our side alone."

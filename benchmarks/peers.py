@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workload
-from benchmarks.timing import peak_mib, reset_peak, timed
+from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
 
 warnings.simplefilter("ignore")  # the libraries' own; set before they are loaded
 
@@ -55,11 +55,17 @@ class Peers:
         """Largest memory of this process since then."""
         return peak_mib()
 
+    def loaded_mib(self) -> float | None:
+        """Resident memory before the first step, from which the peak then counts; every stored array is read once before."""
+        for tensor in self.model.parameters():
+            tensor.detach().max()  # a mapped file's pages belong to what is loaded
+        reset_peak()
+        return resident_mib()
+
     # ---- training step
 
-    def build(
-        self, name: str, method: str, weights: dict[str, Array] | None = None, adapters: dict[str, Array] | None = None
-    ) -> None:
+    def build(self, name: str, method: str, weights: dict[str, Array] | None = None, adapters: dict[str, Array] | None = None,
+              checkpoint: bool = False) -> None:
         """Make a model of a size ready for ``full``, ``lora`` or ``qlora``; the arrays given replace the size's own."""
         torch.set_num_threads(self.threads)
         self.works.clear()
@@ -68,6 +74,8 @@ class Peers:
         model: Any = llama(size.config, workload.weights(size) | (weights or {}))
         if method == "qlora":
             _quantize(model)
+        if checkpoint:
+            checkpointed(model)
         if method != "full":
             model = adapted(model)
         self._ready(model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
@@ -165,6 +173,11 @@ class Peers:
             return model(ids).logits[:, -1].numpy()
 
         self.works |= {"generate": (self.threads, write), "logits": (self.threads, logits)}
+
+
+def checkpointed(model: Any) -> None:
+    """Have transformers compute each block again in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def adapted(model: Any) -> Any:

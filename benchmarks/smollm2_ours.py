@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from benchmarks import workload
-from benchmarks.ours import Ours, adopt, set_adapters
+from benchmarks.ours import SMALL, Ours, adopt, set_adapters
 from minilora.config import LoraConfig, QuantConfig
 from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import load_gguf
@@ -19,8 +18,6 @@ from minilora.quantize import dequantize_model, quantize_model
 from minilora.threads import keep_memory
 
 Array = np.ndarray
-SMALL = {"checkpoint": True, "logits_chunk": 32}
-"""What saves memory: blocks are computed again in the backward pass, and a shard's logits come 32 rows at a time."""
 
 
 class OursGGUF(Ours):
@@ -54,7 +51,6 @@ class OursGGUF(Ours):
             set_adapters(model, adapters)
         keep_memory()
         self._ready(model, ids, targets)
-        self.works |= {"fast": self._step, "small": partial(self._step, **SMALL)}
 
     def loss_of_small(self) -> float:
         """The loss as the work "small" computes it."""

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
-from benchmarks.peers import Peers, adapted
+from benchmarks.peers import Peers, adapted, checkpointed
 from minilora.threads import keep_memory
 
 Array = np.ndarray
@@ -40,7 +40,7 @@ class PeersFolder(Peers):
                                                                 bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         if checkpoint:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            checkpointed(model)
         if keep:
             keep_memory()
         self._ready(adapted(model), ids, targets, adapters)

@@ -156,20 +156,29 @@ def _memory_gib() -> float:
         return float("nan")
 
 
-def reset_peak() -> None:
-    """Forget this process's largest memory so far (Linux)."""
+def reset_peak(trim: bool = True) -> None:
+    """Forget this process's largest memory so far (Linux); with ``trim``, freed memory is handed back before."""
     gc.collect()
     if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            trim(0)
+        malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+        if trim and malloc_trim is not None:
+            malloc_trim(0)
         with suppress(OSError):  # not in every sandbox: then the peak is that of the whole run
             Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_mib() -> float | None:
     """Largest resident memory of this process since :func:`reset_peak`, interpreter and libraries included (Linux)."""
+    return _status_mib("VmHWM")
+
+
+def resident_mib() -> float | None:
+    """Resident memory of this process now, interpreter and libraries included (Linux)."""
+    return _status_mib("VmRSS")
+
+
+def _status_mib(field: str) -> float | None:
     if not sys.platform.startswith("linux"):
         return None
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks import llama_cpp, page, smollm2, timing, workload
+from benchmarks import llama_cpp, memory, page, smollm2, timing, workload
 from benchmarks.__main__ import Options, run
 from benchmarks.ours import Ours
 from benchmarks.smollm2_ours import OursGGUF
@@ -22,6 +23,7 @@ from minilora.formats.llama_gguf import gguf_name
 from minilora.layers import DenseWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import CodebookWeight
+from minilora.study.sweep import SweepConfig, expand
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
 from minilora.transformer import parameter_shapes
@@ -224,3 +226,93 @@ def test_a_merged_file_is_compared_with_its_original(tmp_path: Path) -> None:
                            "changes": {"identical": 19, "other minima": 1, "other": 0}})
     assert "| b | 2.5 | 5 of 6 texts | 4.0000 | 4.0000 | 0.0e+00 | 1.0e+00 | 50.0 % | 0 of 1 | 1 of 2 |" in text
     assert "19 identical, 1 other minima, 0 other" in text and "llama.cpp (differs from token 1 on): x z" in text
+
+
+# ---- memory
+
+linux = pytest.mark.skipif(timing.resident_mib() is None, reason="memory is read from Linux's /proc")
+
+
+class Ballast(Local):
+    """A side whose loading peaks at 192 MiB, keeps 32 of them, and whose steps take 64 MiB and give them back."""
+
+    def __init__(self) -> None:
+        super().__init__(self)  # type: ignore[arg-type]
+
+    def load(self) -> None:
+        self.kept = np.ones(32 << 20, np.uint8)
+        np.ones(160 << 20, np.uint8)
+
+    def loaded_mib(self) -> float | None:
+        timing.reset_peak()
+        return timing.resident_mib()
+
+    def timed(self, work: str, n: int) -> None:
+        for _ in range(n):
+            np.ones(64 << 20, np.uint8)
+
+    def peak_mib(self) -> float | None:
+        return timing.peak_mib()
+
+    def loss(self) -> tuple[float, list[str]]:
+        return 0.5, []
+
+
+@linux
+def test_the_rise_is_what_steps_take_above_what_is_loaded() -> None:
+    found = memory.once(lambda _: nullcontext(Ballast()), "ours", ("load",), "step")
+    if not found["peak_forgotten"]:
+        pytest.skip("this system does not let a process forget its peak")
+    assert found["rise_mib"] == pytest.approx(64, abs=4)  # the kernel counts pages in batches, for each thread
+    assert found["loaded_mib"] > 32 and found["loss"] == 0.5
+
+
+@linux
+def test_memory_is_measured_in_every_mode_and_written_to_a_page_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def opened(_: str) -> Iterator[Local]:
+        side = Ours(threads=1)
+        try:
+            yield Local(side)  # type: ignore[arg-type]
+        finally:
+            side.close()
+
+    said: list[str] = []
+    _, _, load = memory.own_model("micro", 1, peers=False)
+    rows = memory.rises("micro", ["ours"], opened, load, 2, said.append)
+    assert [r["method"] for r in rows] == ["qlora", "lora", "qalora"] and len(said) == 2 * 3 * 2
+    for row in rows:  # checkpoints and chunks change the memory, not the training
+        assert row["loss"]["fast"] == pytest.approx(row["loss"]["small"], rel=1e-5)
+        assert all(len(values) == 2 and min(values) >= 0 for values in row["rise_mib"].values())
+    runs = expand(SweepConfig(method=("qlora", "base"), steps=1, seed=(0,), n_train=8, n_eval=4, write_all=False))
+    seen = memory.workers(said.append, runs, n_jobs=1)
+    assert [(r["method"], r["process"]) for r in seen] == [("qlora", os.getpid()), ("base", os.getpid())]
+    assert all(0 < r["start_mib"] <= r["peak_mib"] for r in seen) and seen[1]["order"] == seen[0]["order"] + 1
+
+    monkeypatch.setattr(memory, "measure", lambda *_: rows + seen)
+    files = run(Options(("memory",), peers=False, out=str(tmp_path)), "python -m benchmarks --only memory", said.append)
+    assert [f.name for f in files] == ["memory.json", "memory.md"]
+    assert json.loads(files[0].read_text())["memory"]["rows"] == rows + seen
+    assert "### micro" in files[1].read_text() and "`python -m benchmarks --only memory`" in files[1].read_text()
+
+
+def test_the_page_of_memory_says_what_share_and_whether_the_peak_was_forgotten() -> None:
+    modes = ("fast", "small", "peer", "peer small")
+    rise = {"what": "rise", "model": "small", "method": "qlora", "loaded_mib": dict.fromkeys(modes, [100.0] * 3),
+            "rise_mib": {"fast": [50.0, 61.0, 60.0], "small": [20.0, 22.0, 30.0], "peer": [100.0, 100.0, 120.0],
+                         "peer small": [80.0, 80.0, 80.0]},
+            "loss": dict.fromkeys(modes, [2.5] * 3), "peak_forgotten": dict.fromkeys(modes, [True] * 3)}  # fmt: skip
+    worker = {"what": "worker", "method": "qlora", "r": 8, "bits": 4, "process": 7, "order": 1, "start_mib": 100.0,
+              "peak_mib": 250.0}  # fmt: skip
+    results = {"command": "c", "machine": timing.machine(), "threads": 2, "peers": True}
+    text = memory.page({"memory": results | {"rows": [rise, worker]},
+                        "predicted": results | {"rows": [{"what": "codes", "predicted": 1010, "measured": 1000}]}})
+    assert "| qlora | 60.0 (50.0-61.0) | 22.0 (20.0-30.0) | 100.0 (100.0-120.0) | 80.0 (80.0-80.0) | " \
+        "50 % (50-61) | 22 % (20-25) |" in text
+    assert "`5` to `/proc/self/clear_refs`" in text and "peer 2.5000" in text
+    assert "**262 MB** of the\n300 MB" in text and "| qlora | 1 | 105 | 262 |" in text  # 250 and 100 MiB
+    assert "| codes | 1,010 | 1,000 | +1.00 % |" in text
+    refused = rise | {"peak_forgotten": dict.fromkeys(modes, [True, False, True])}
+    assert "upper bounds" in memory.page({"memory": results | {"rows": [refused]}})
