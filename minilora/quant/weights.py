@@ -35,21 +35,28 @@ def _dynamic_table(signed: bool = True) -> Array:
 
 @cache
 def thresholds(quant_type: str) -> tuple[Array, Array]:
-    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, ``"dynamic"`` or ``"udynamic"`` (the
-    unsigned one), made once."""
-    dynamic = quant_type in ("dynamic", "udynamic")
-    values = codebooks.dynamic_map(quant_type == "dynamic") if dynamic else codebooks.code_map(quant_type)
+    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, or of ``"dynamic"``, made once."""
+    values = codebooks.dynamic_map() if quant_type == "dynamic" else codebooks.code_map(quant_type)
     midpoints, order = codebooks.thresholds(values)
     padded = np.full(15 if midpoints.size <= 15 else 255, np.inf, np.float32)  # the sizes that the kernel knows
     padded[: midpoints.size] = midpoints
     return frozen(padded, np.float32), frozen(order, np.uint8)
 
 
+@cache
+def _moment_thresholds(signed: bool) -> tuple[Array, Array]:
+    """Midpoints of a dynamic map and their table; unsigned, all that is above 0 rounds to a value above 0."""
+    midpoints, _ = codebooks.thresholds(codebooks.dynamic_map(signed))
+    if not signed:
+        midpoints[0] = 0
+    return frozen(midpoints, np.float32), kernels.rank_table(midpoints)
+
+
 def dynamic_encode(values: Array, codes: Array, absmax: Array, signed: bool = True) -> None:
     """Quantize float32 values (n,), block by block of 256, to the nearest value of the dynamic map times max|x| of the block.
 
     Written to ``codes`` (n,) uint8 and ``absmax`` (⌈n/256⌉,) float32; a tie takes the lower code. ``signed=False`` is for values
-    from 0 on.
+    from 0 on, of which one above 0 gets a code above 0, even where 0 is nearest: Adam divides by their root.
 
     >>> codes, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
     >>> dynamic_encode(np.array([0, 1, -4], np.float32), codes, absmax)
@@ -58,8 +65,7 @@ def dynamic_encode(values: Array, codes: Array, absmax: Array, signed: bool = Tr
     """
     flat = values.view()
     flat.flags.writeable = False
-    midpoints, _ = thresholds("dynamic" if signed else "udynamic")
-    kernels.quantize_codebook(flat, midpoints, DYNAMIC_BLOCK_SIZE, absmax, codes)
+    kernels.quantize_by_table(flat, *_moment_thresholds(signed), DYNAMIC_BLOCK_SIZE, absmax, codes)
 
 
 def dynamic_decode(codes: Array, absmax: Array, signed: bool = True) -> Array:

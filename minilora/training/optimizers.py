@@ -68,33 +68,32 @@ class AdamW:
         """Update every parameter in place."""
         self.t += 1
         for p, m, v in zip(self.parameters, self._m, self._v, strict=True):
-            rate = _rate(p, lr, self.config)
-            scratch = np.empty((2, min(p.data.size, CHUNK)), p.data.dtype)
+            rate, update, part = _rate(p, lr, self.config), *_scratch(2, p)
             for where in pieces(p.data.size):
-                x, m_piece, v_piece = piece(p.data, where), m.read(where), v.read(where)
-                self._update(x, piece(grads[p], where), m_piece, v_piece, rate, scratch[:, : x.size])
+                x, m_piece, v_piece, n = piece(p.data, where), m.read(where), v.read(where), where.stop - where.start
+                self._update(x, piece(grads[p], where), m_piece, v_piece, rate, update[:n], part[:n])
                 m.write(where, m_piece)
                 v.write(where, v_piece)
                 if not p.data.flags.c_contiguous:
                     p.data.flat[where] = x
 
-    def _update(self, p: Array, g: Array, m: Array, v: Array, rate: Any, scratch: Array) -> None:
-        """Move p, m and v, all (n,), in place; ``scratch`` (2, n) so that nothing is allocated."""
-        c, one, (update, part) = self.config, p.dtype.type, scratch
+    def _update(self, p: Array, g: Array, m: Array, v: Array, rate: Any, update: Array, part: Array) -> None:
+        """Move p, m and v in place; all are (n,), and ``update`` and ``part`` are there so that nothing is allocated."""
+        c, one = self.config, p.dtype.type
         correct_m, correct_v = one(1 - c.beta1**self.t), one(1 - c.beta2**self.t)
         m *= one(c.beta1)
-        m += np.multiply(one(1 - c.beta1), g, out=part)
+        m += np.multiply(one(1 - c.beta1), g, part)
         v *= one(c.beta2)
-        np.multiply(one(1 - c.beta2), g, out=part)
+        np.multiply(one(1 - c.beta2), g, part)
         part *= g
         v += part
-        np.divide(v, correct_v, out=update)
-        np.sqrt(update, out=update)
+        np.divide(v, correct_v, update)
+        np.sqrt(update, update)
         update += one(c.eps)
-        np.divide(m, update, out=update)
+        np.divide(m, update, update)
         update *= rate / correct_m
         if c.weight_decay:
-            update += np.multiply(rate * one(c.weight_decay), p, out=part)
+            update += np.multiply(rate * one(c.weight_decay), p, part)
         p -= update
 
 
@@ -119,7 +118,7 @@ class SGD:
         self.t += 1
         for i, p in enumerate(self.parameters):
             one, rate = p.data.dtype.type, _rate(p, lr, c)
-            scratch = np.empty(min(p.data.size, CHUNK), p.data.dtype)
+            (scratch,) = _scratch(1, p)
             for where in pieces(p.data.size):
                 x, g = piece(p.data, where), piece(grads[p], where)
                 if self.u:
@@ -180,6 +179,10 @@ def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentu
 
 def _in_8bit(optimizer: str, size: int) -> bool:
     return optimizer.endswith("8bit") and size >= MIN_8BIT_SIZE
+
+
+def _scratch(rows: int, p: Parameter) -> Array:
+    return np.empty((rows, min(p.data.size, CHUNK)), p.data.dtype)
 
 
 def _rate(p: Parameter, lr: float, config: TrainConfig) -> Any:

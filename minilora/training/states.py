@@ -53,7 +53,7 @@ class FloatMoment:
     """A moment in the parameter's own type: ``read`` gives the live numbers, so what is done to them is already written."""
 
     def __init__(self, values: Array):
-        self.flat = values.reshape(-1)
+        self.flat, self.mapped = values.reshape(-1), _file_of(values) is not None
 
     def read(self, where: slice) -> Array:
         """Return the piece itself."""
@@ -61,7 +61,8 @@ class FloatMoment:
 
     def write(self, where: slice, values: Array) -> None:
         """Hand back the pages of a mapped file."""
-        hand_back(self.flat[where])
+        if self.mapped:
+            hand_back(self.flat[where])
 
 
 class BlockwiseMoment:
@@ -87,8 +88,6 @@ class BlockwiseMoment:
         """Round the numbers to codes, and hand back the pages of a mapped file."""
         codes, absmax = self.codes[where], self.absmax[_blocks(where)]
         dynamic_encode(values.astype(np.float32, copy=False), codes, absmax, self.signed)
-        if not self.signed:
-            np.maximum(codes, values > 0, out=codes)
         hand_back(codes)
         hand_back(absmax)
 
@@ -155,10 +154,16 @@ def hand_back(array: Array) -> None:
     The system writes pages that were changed to the disk when it wants the room; until then they lie in its cache, which is not
     this process's memory. Systems without ``madvise`` decide by themselves.
     """
+    file = _file_of(array)
+    if file is not None and hasattr(mmap, "MADV_DONTNEED") and array.size:
+        first = array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
+        start = first // mmap.PAGESIZE * mmap.PAGESIZE
+        file.madvise(mmap.MADV_DONTNEED, start, first + array.nbytes - start)
+
+
+def _file_of(array: Array) -> mmap.mmap | None:
+    """Return the mapped file whose bytes an array is a view of, if it is one."""
     owner: Any = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
-    if isinstance(owner, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED") and array.size:
-        first = array.ctypes.data - np.frombuffer(owner, np.uint8).ctypes.data
-        start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        owner.madvise(mmap.MADV_DONTNEED, start, first + array.nbytes - start)
+    return owner if isinstance(owner, mmap.mmap) else None
