@@ -85,17 +85,17 @@ def softmax(x: Array, out: Array | None = None) -> Array:
     return y
 
 
-def attention_mask(T: int, segments: Array | None, dtype: np.dtype[Any]) -> Array:
+def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
     """What is added to the scores: 0 where a query may look, −inf where not; (T, T), or (B, 1, 1, T, T) with segments.
 
     A query sees its own past, and of that only its own segment: examples packed into one row do not see each other. Their
-    positions need no reset, because rotary scores depend on the distance between query and key alone.
+    positions need no reset, because rotary scores depend on the distance between query and key alone. ``like`` gives the dtype.
     """
-    place = np.arange(T)
+    place = np.arange(T, like=like)
     seen = place[:, None] >= place  # (T, T)
     if segments is not None:
         seen = (seen & (segments[:, :, None] == segments[:, None, :]))[:, None, None]  # (B, 1, 1, T, T)
-    return np.where(seen, dtype.type(0), dtype.type(-np.inf))
+    return np.where(seen, like.dtype.type(0), like.dtype.type(-np.inf))
 
 
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
@@ -116,7 +116,7 @@ def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None)
     k5 = k.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     v5 = v.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     scores = q5 @ k5.swapaxes(-1, -2)  # (B, K, G, T, T)
-    scores += attention_mask(T, segments, q.dtype)
+    scores += attention_mask(T, segments, q)
     probs = softmax(scores, out=scores)
     y = (probs @ v5).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
     return y, (q, k, v, probs)
@@ -183,8 +183,16 @@ _GELU = (2 / np.pi) ** 0.5
 def gelu_forward(x: Array) -> tuple[Array, Cache]:
     """GELU in its tanh form, y = x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))) (arXiv 1606.08415, §2)."""
     one = x.dtype.type
-    t = np.tanh(one(_GELU) * (x + one(0.044715) * x * x * x))
-    return one(0.5) * x * (1 + t), (x, t)
+    t = one(0.044715) * x
+    t *= x
+    t *= x
+    t += x
+    t *= one(_GELU)
+    np.tanh(t, out=t)
+    y = 1 + t
+    y *= x
+    y *= one(0.5)
+    return y, (x, t)
 
 
 def gelu_backward(dy: Array, cache: Cache) -> Array:
@@ -192,8 +200,20 @@ def gelu_backward(dy: Array, cache: Cache) -> Array:
     x, t = cache
     one = x.dtype.type
     # y = x/2 (1 + t);  t = tanh(c (x + a x³)), so dt/dx = (1 − t²) c (1 + 3 a x²)
-    dt = (1 - t * t) * one(_GELU) * (1 + one(3 * 0.044715) * x * x)
-    return dy * one(0.5) * (1 + t + x * dt)
+    dt = one(3 * 0.044715) * x
+    dt *= x
+    dt += 1
+    dt *= one(_GELU)
+    slope = t * t
+    np.subtract(1, slope, out=slope)
+    dt *= slope
+    # dy/dx = ½ (1 + t + x dt/dx)
+    dt *= x
+    dt += t
+    dt += 1
+    dt *= dy
+    dt *= one(0.5)
+    return dt
 
 
 def cross_entropy_forward(logits: Array, targets: Array, normalizer: float, out: Array | None = None) -> tuple[float, Cache]:

@@ -18,8 +18,7 @@ from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, 
 from minilora.functional import group_repeat, group_sum
 from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
-from minilora.quant.blocks import BLOCK, BlockWeight
-from minilora.quant.weights import AffineWeight, quantize_weight
+from minilora.quant.weights import quantize_weight
 from minilora.quantize import quantize_model
 from minilora.threads import single_blas
 
@@ -55,7 +54,8 @@ class LoraLinear:
             self.base, a, b = _from_svd(base, config, quant)
         else:
             self.base = base
-            a, b = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype), np.zeros((out, config.r), dtype)
+            a = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype)
+            b = np.zeros_like(a, shape=(out, config.r))
         self.start = (a.copy(), b.copy()) if config.init_lora_weights in SVD_INITS else None
         """The first A and B of PiSSA and LoftQ: with them the adapter is no update of W itself, but of W − s·B₀A₀."""
         self.lora_A = Parameter(f"{base.name}.lora_A.weight", a, trainable=True)  # (r, in/g)
@@ -105,10 +105,16 @@ class LoraLinear:
         p = group_sum(x, self.pool)  # (…, in/g)
         mask = None
         if key is not None and self.dropout > 0:
-            keep = _dropout_mask(self, p.shape, key)
+            keep = self.dropout_mask(p, key)
             mask = np.packbits(keep)
-            p = p * keep * p.dtype.type(1 / (1 - self.dropout))
+            p = p * keep
+            p *= p.dtype.type(1 / (1 - self.dropout))
         return p, p @ self.lora_A.data.T, mask  # h = p Aᵀ (…, r)
+
+    def dropout_mask(self, p: Array, key: tuple[int, ...]) -> Array:
+        """Which elements of p stay: a stream of its own for each (seed, step, shard, layer)."""
+        rng = np.random.default_rng([*key, zlib.crc32(self.name.encode())])
+        return rng.random(p.shape, np.float32) >= self.dropout
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
@@ -121,7 +127,9 @@ class LoraLinear:
         s = dy.dtype.type(self.scaling)
         rows = dy.reshape(-1, dy.shape[-1])  # (N, out)
         # y += h (s B)ᵀ
-        grads.add(self.lora_B, (rows.T @ h.reshape(-1, h.shape[-1])) * s)
+        db = rows.T @ h.reshape(-1, h.shape[-1])
+        db *= s
+        grads.add(self.lora_B, db)
         dh = rows @ (self.lora_B.data * s)  # (N, r)
         # h = p Aᵀ
         grads.add(self.lora_A, dh.T @ p.reshape(-1, p.shape[-1]))
@@ -184,12 +192,6 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
     return Linear(name, weight), a, b
 
 
-def _dropout_mask(layer: LoraLinear, shape: tuple[int, ...], key: tuple[int, ...]) -> Array:
-    """Which elements stay: a stream of its own for each (seed, step, shard, layer)."""
-    rng = np.random.default_rng([*key, zlib.crc32(layer.name.encode())])
-    return rng.random(shape, np.float32) >= layer.dropout
-
-
 # --- which parts of a model train --------------------------------------------------------------------------------------
 
 
@@ -235,9 +237,7 @@ def inject_lora(
 
 def offset_groups(weight: Any) -> int:
     """Inputs that share one float offset, into which QA-LoRA merges; 0 for a weight without offsets."""
-    if isinstance(weight, AffineWeight):
-        return weight.group_size
-    return BLOCK if isinstance(weight, BlockWeight) and weight.offsets is not None else 0
+    return getattr(weight, "offset_group", 0)
 
 
 def full(model: Transformer) -> Transformer:

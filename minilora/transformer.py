@@ -222,7 +222,7 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Any], trainable: bool 
 
     def weight(name: str) -> Any:
         given = arrays[name]
-        return DenseWeight(Parameter(name, given, trainable)) if isinstance(given, np.ndarray) else given
+        return given if hasattr(given, "matmul") else DenseWeight(Parameter(name, given, trainable))
 
     def linear(module: str) -> Any:
         name = f"{module}.weight"

@@ -38,7 +38,7 @@ ALLOWED = {
     "decoding": LAYERS | {"barrier", "lora", "transformer"},
     "generation": {"functional", "layers", "threads", "transformer", "decoding"},
     "data": {"config"},
-    "memory": MODELS,
+    "memory": MODELS | {"data", "formats", "pretrained", "training"},
     "formats": MODELS,
     "pretrained": MODELS | {"data", "formats"},
     "training": MODELS | {"data", "formats"},

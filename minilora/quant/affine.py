@@ -93,6 +93,9 @@ class AffineWeight(CodedWeight):
         """Inputs that share one scale and one offset."""
         return self.block_size
 
+    offset_group = group_size
+    """Inputs that share one offset, into which QA-LoRA merges."""
+
     @property
     def offset(self) -> Array:
         """(out, in/group_size) float16 or float32; for whole zero points −scale·zero, which float32 holds exactly."""

@@ -124,6 +124,11 @@ class BlockWeight(PackedWeight):
         return {"codes": [self.codes], "scales": [self.scales], "offsets": offsets, "code_maps": []}
 
     @property
+    def offset_group(self) -> int:
+        """Inputs that share one offset, into which QA-LoRA merges; 0 if there are none."""
+        return 0 if self.offsets is None else BLOCK
+
+    @property
     def _kernels(self) -> Any:
         """The module whose kernels decode and multiply: the vectors', where the processor has them, or this one."""
         return blocks_simd if blocks_simd.available() else sys.modules[__name__]

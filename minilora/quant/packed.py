@@ -83,7 +83,7 @@ class PackedWeight(ABC):
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
-        y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32))
+        y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
             self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
         else:
@@ -95,7 +95,7 @@ class PackedWeight(ABC):
         """Return dy W: dy (…, out) -> (…, in)."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
-        dx = np.empty((len(dy2), in_features), np.result_type(dy2.dtype, np.float32))
+        dx = np.empty((len(dy2), in_features), np.result_type(dy2.dtype, np.float32), like=dy2)
         part = dx  # the first tile's product is written in place, the others are added
         for first, last in self._tiles(self._tile_size(len(dy2))):
             np.matmul(dy2[:, first:last], self._decode(first, last), out=part)

@@ -1,0 +1,321 @@
+"""Arrays without data: a shape, a dtype and strides, which the model's own code computes with as if they were NumPy arrays.
+
+No number is ever computed, so a step of a 175-billion-parameter model takes a second and no memory; but each result "allocates"
+what NumPy would, and frees it when Python does, and a ``Meter`` writes down every birth and death. What is predicted is then what
+the code does, not what a formula beside it claims. (PyTorch calls this fake or meta tensors.)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.lib.mixins import NDArrayOperatorsMixin
+from numpy.lib.stride_tricks import as_strided
+
+Ghost = np.ndarray
+
+
+class Buffer:
+    """Memory that an array without data would own; ``died`` is infinite while it lives."""
+
+    __slots__ = ("nbytes", "born", "died", "site", "line", "owner", "kind", "reason")
+
+    def __init__(self, nbytes: int, born: int):
+        self.nbytes, self.born, self.died = nbytes, born, float("inf")
+        self.site, self.line, self.owner = "", 0, ""  # function and line that made it, and the layer it ran for
+        self.kind, self.reason = "", ""  # filled in by the ledger
+
+
+class Meter:
+    """Counts live bytes; with ``names`` (id of a layer → its name) it also notes where each buffer was born."""
+
+    def __init__(self, names: dict[int, str] | None = None):
+        self.names, self.clock, self.live, self.peak, self.peak_at = names, 0, 0, 0, 0
+        self.log: list[Buffer] = []
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """Count a new buffer."""
+        self.clock += 1
+        self.live += nbytes
+        buffer = Buffer(nbytes, self.clock)
+        if self.names is not None:
+            self._note(buffer)
+        if self.live > self.peak:
+            self.peak, self.peak_at = self.live, self.clock
+        self.log.append(buffer)
+        return buffer
+
+    def free(self, buffer: Buffer) -> None:
+        """Count its end."""
+        self.clock += 1
+        self.live -= buffer.nbytes
+        buffer.died = self.clock
+
+    def alive(self, moment: int) -> list[Buffer]:
+        """The buffers that existed at a moment."""
+        return [b for b in self.log if b.born <= moment < b.died]
+
+    def _note(self, buffer: Buffer) -> None:
+        """The innermost function of the package that is not a mere wrapper, and the innermost layer around it."""
+        frame: Any = sys._getframe(2)
+        while frame is not None:
+            module = frame.f_globals.get("__name__", "")
+            if module.startswith("minilora.") and not module.startswith("minilora.memory."):
+                code = frame.f_code
+                if not buffer.site:
+                    buffer.site, buffer.line = f"{module.removeprefix('minilora.')}.{code.co_qualname}", frame.f_lineno
+                if code.co_varnames[:1] == ("self",):
+                    name = self.names.get(id(frame.f_locals["self"])) if self.names else None
+                    if name is not None:
+                        buffer.owner = name
+                        return
+            frame = frame.f_back
+
+
+_meter = Meter()
+
+
+@contextmanager
+def metered(meter: Meter) -> Iterator[Meter]:
+    """Count in this meter what is allocated inside; what is freed goes to the meter that counted it."""
+    global _meter
+    before, _meter = _meter, meter
+    try:
+        yield meter
+    finally:
+        _meter = before
+
+
+class _Memory:
+    """Held by an array and its views; when the last is gone, so is the buffer."""
+
+    __slots__ = ("buffer", "meter")
+
+    def __init__(self, nbytes: int):
+        self.meter = _meter
+        self.buffer = _meter.allocate(nbytes)
+
+    def __del__(self) -> None:
+        self.meter.free(self.buffer)
+
+
+class ShapeArray(NDArrayOperatorsMixin):
+    """An array without data. ``ShapeArray.new((2, 3), np.float32)`` counts 24 bytes; views count nothing.
+
+    >>> with metered(Meter()) as meter:
+    ...     x = ShapeArray.new((1000, 1000), np.float32)
+    ...     y = (x @ x.T).sum(axis=0)
+    >>> y.shape, y.dtype.name, meter.live, meter.peak
+    ((1000,), 'float32', 4004000, 8004000)
+    """
+
+    __slots__ = ("ghost", "memory")
+    __array_priority__ = 1000
+
+    def __init__(self, ghost: Ghost, memory: _Memory):
+        self.ghost, self.memory = ghost, memory
+
+    @classmethod
+    def new(cls, shape: tuple[int, ...], dtype: Any, like: tuple[Ghost, ...] = ()) -> ShapeArray:
+        """A fresh array, C-contiguous or with its axes in memory as NumPy's order "K" takes them over from ``like``."""
+        dtype = np.dtype(dtype)
+        ghost = _ghost(shape, dtype, _order(shape, like))
+        return cls(ghost, _Memory(dtype.itemsize * prod(shape)))
+
+    # ---- what it is
+
+    shape = property(lambda self: self.ghost.shape)
+    dtype = property(lambda self: self.ghost.dtype)
+    ndim = property(lambda self: self.ghost.ndim)
+    size = property(lambda self: self.ghost.size)
+    nbytes = property(lambda self: self.ghost.nbytes)
+    flags = property(lambda self: self.ghost.flags)
+
+    @property
+    def buffer(self) -> Buffer:
+        """The memory behind it."""
+        return self.memory.buffer
+
+    def __len__(self) -> int:
+        return len(self.ghost)
+
+    def __float__(self) -> float:
+        return 0.0  # a loss or a norm: nothing depends on it
+
+    def __repr__(self) -> str:
+        return f"ShapeArray({self.shape}, {self.dtype})"
+
+    # ---- views
+
+    def _view(self, ghost: Ghost) -> ShapeArray:
+        return ShapeArray(ghost, self.memory)
+
+    @property
+    def T(self) -> ShapeArray:
+        """All axes reversed."""
+        return self._view(self.ghost.T)
+
+    def transpose(self, *axes: int) -> ShapeArray:
+        """Axes in another order."""
+        return self._view(self.ghost.transpose(*axes))
+
+    def swapaxes(self, a: int, b: int) -> ShapeArray:
+        """Two axes exchanged."""
+        return self._view(self.ghost.swapaxes(a, b))
+
+    def view(self) -> ShapeArray:
+        """The same memory."""
+        return self._view(self.ghost.view())
+
+    def reshape(self, *shape: Any) -> ShapeArray:
+        """A view where NumPy makes one, else a copy."""
+        shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
+        try:
+            return self._view(np.reshape(self.ghost, shape, copy=False))
+        except ValueError:
+            given = prod(n for n in shape if n != -1)
+            return ShapeArray.new(tuple(self.size // given if n == -1 else n for n in shape), self.dtype)
+
+    def __getitem__(self, index: Any) -> ShapeArray:
+        arrays = index if isinstance(index, tuple) else (index,)
+        advanced = [i for i in arrays if isinstance(i, (np.ndarray, ShapeArray))]
+        if not advanced:
+            return self._view(self.ghost[index])
+        if len(advanced) < len(arrays):
+            raise NotImplementedError(f"index {index!r}: slices beside arrays")
+        rows = np.broadcast_shapes(*(a.shape for a in advanced))
+        return ShapeArray.new(rows + self.shape[len(advanced) :], self.dtype)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        return  # writing takes no memory
+
+    # ---- copies and reductions
+
+    def copy(self) -> ShapeArray:
+        """A copy, C-contiguous as ``ndarray.copy`` makes it."""
+        return ShapeArray.new(self.shape, self.dtype)
+
+    def astype(self, dtype: Any) -> ShapeArray:
+        """Another dtype."""
+        return ShapeArray.new(self.shape, dtype, (self.ghost,))
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> ShapeArray:
+        """Fewer axes."""
+        return _reduced(self, axis, keepdims)
+
+    max = mean = sum
+
+    # ---- functions
+
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+        if method == "at":
+            return None
+        if method != "__call__":
+            return NotImplemented
+        if out is not None:
+            return out[0]
+        ghosts = tuple(x.ghost if isinstance(x, ShapeArray) else x for x in inputs)
+        arrays = tuple(g for g in ghosts if isinstance(g, np.ndarray))
+        if ufunc is np.matmul:
+            a, b = arrays
+            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+            return ShapeArray.new((*batch, a.shape[-2], b.shape[-1]), np.result_type(a, b))
+        ones = [np.ones(1, g.dtype) if isinstance(g, np.ndarray) else g for g in ghosts]  # NumPy itself decides on the dtype
+        return ShapeArray.new(np.broadcast_shapes(*(g.shape for g in arrays)), ufunc(*ones).dtype, arrays)
+
+    def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        handler = FUNCTIONS.get(function)
+        return NotImplemented if handler is None else handler(*args, **kwargs)
+
+
+def _ghost(shape: tuple[int, ...], dtype: np.dtype[Any], order: list[int]) -> Ghost:
+    """A NumPy array of this shape over one element: NumPy's own rules of views apply to it, and nothing may read it."""
+    strides, step = [0] * len(shape), dtype.itemsize
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(1, shape[axis])
+    return as_strided(np.zeros(1, dtype), shape, tuple(strides))
+
+
+def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
+    """Axes from the slowest to the fastest, as NumPy's iterator chooses them: C, unless all operands agree on something else."""
+    axes = list(range(len(shape)))
+    if all(g.flags.c_contiguous for g in like):
+        return axes
+    strides = [(0,) * (len(shape) - g.ndim) + tuple(0 if n == 1 else s for n, s in zip(g.shape, g.strides, strict=True))
+               for g in like]  # fmt: skip
+
+    def slower(a: int, b: int) -> bool | None:
+        """Whether axis a should come before b; None if no operand tells."""
+        found = [abs(s[a]) >= abs(s[b]) for s in strides if s[a] and s[b]]
+        return any(found) if found else None
+
+    done: list[int] = []  # from the fastest
+    for axis in reversed(axes):
+        place = len(done)
+        for i in reversed(range(len(done))):
+            before = slower(axis, done[i])
+            if before is False:
+                place = i
+            elif before:
+                break
+        done.insert(place, axis)
+    return done[::-1]
+
+
+def _reduced(x: ShapeArray, axis: Any, keepdims: bool) -> ShapeArray:
+    axes = range(x.ndim) if axis is None else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+    shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
+    return ShapeArray.new(shape, x.dtype)
+
+
+def _like(x: Any, dtype: Any = None, shape: Any = None) -> ShapeArray:
+    if shape is not None:
+        return ShapeArray.new(tuple(shape), dtype or x.dtype)
+    return ShapeArray.new(x.shape, dtype or x.dtype, (x.ghost,))
+
+
+def _empty(shape: Any, dtype: Any = np.float64) -> ShapeArray:
+    return ShapeArray.new(shape if isinstance(shape, tuple) else (shape,), dtype)
+
+
+def _einsum(subscripts: str, *operands: ShapeArray) -> ShapeArray:
+    inputs, output = subscripts.split("->")
+    first = inputs.split(",")[0]
+    if first.startswith("..."):  # "...c,...c->...": every operand has all axes
+        shape = operands[0].shape[: operands[0].ndim - len(first[3:])]
+    else:
+        shape = tuple(operands[0].shape[first.index(letter)] for letter in output)
+    return ShapeArray.new(shape, np.result_type(*(x.dtype for x in operands)))
+
+
+def _concatenate(arrays: Any, axis: int = 0) -> ShapeArray:
+    shape = list(arrays[0].shape)
+    shape[axis] = sum(a.shape[axis] for a in arrays)
+    return ShapeArray.new(tuple(shape), np.result_type(*(a.dtype for a in arrays)))
+
+
+def _where(condition: ShapeArray, a: Any, b: Any) -> ShapeArray:
+    return ShapeArray.new(condition.shape, np.result_type(a, b))
+
+
+def _repeat(x: ShapeArray, repeats: int, axis: int) -> ShapeArray:
+    shape = list(x.shape)
+    shape[axis] *= repeats
+    return ShapeArray.new(tuple(shape), x.dtype)
+
+
+FUNCTIONS: dict[Any, Any] = {
+    np.empty_like: _like, np.zeros_like: _like, np.empty: _empty, np.zeros: _empty, np.einsum: _einsum, np.where: _where,
+    np.concatenate: _concatenate, np.repeat: _repeat,
+    np.arange: lambda stop: ShapeArray.new((stop,), np.int64),
+    np.vdot: lambda a, b: 0.0,
+    np.packbits: lambda x: ShapeArray.new((-(-x.size // 8),), np.uint8),
+    np.unpackbits: lambda x, count: ShapeArray.new((count,), np.uint8),
+}  # fmt: skip
+"""The NumPy functions that a step calls; any other is a TypeError, which a test of the planner would show."""

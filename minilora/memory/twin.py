@@ -1,0 +1,285 @@
+"""A model's twin without data: built from a configuration or from a real model, and run by the same code as the real one.
+
+    twin_of(config, quant=…)     the base of a model that need not exist
+    twin_of(model)               the shapes of one that does
+    run_step(twin, …)            one training step in one worker; returns the meter that watched it
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from math import prod
+from types import MethodType
+from typing import Any
+
+import numpy as np
+
+from minilora.config import ModelConfig, QuantConfig, require
+from minilora.data.tasks import Batch
+from minilora.layers import Array, Cache, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.lora import LoraLinear
+from minilora.memory.counting import arrays_in
+from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.quant import kernels
+from minilora.quant.packed import TILE, PackedWeight
+from minilora.threads import Workers
+from minilora.training.loss import loss_and_grads, split
+from minilora.transformer import Transformer, build_model, parameter_shapes
+
+BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
+"""Bytes of codes and of minima in a block of 32; the scale takes two more."""
+
+
+class ShapeWeight(PackedWeight):
+    """A packed weight without data: its products take tiles, scales and results as the real one's do."""
+
+    def __init__(self, shape: tuple[int, int], arrays: dict[str, list[Any]], *, offset_group: int = 0, block_size: int = 32,
+                 decoded: tuple[int, ...] = (), few: int = 1, bits: int = 4):  # fmt: skip
+        super().__init__(shape)
+        self._arrays, self.offset_group, self.block_size, self.bits = arrays, offset_group, block_size, bits
+        self.decoded, self._rows_of_kernel = decoded, few  # bytes a block of scales (and offsets) that are decoded for a tile
+        self.largest_tile = 0  # numbers
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> ShapeWeight:
+        """The shape of a real weight."""
+        arrays = {kind: [ShapeArray.new(a.shape, a.dtype) for a in group] for kind, group in weight.arrays().items()}
+        return cls(weight.shape, arrays, offset_group=getattr(weight, "offset_group", 0), few=weight._few, bits=weight.bits,
+                   block_size=getattr(weight, "block_size", 32), decoded=_decoded(weight.arrays()))
+
+    @classmethod
+    def quantized(cls, shape: tuple[int, int], config: QuantConfig) -> ShapeWeight:
+        """What ``quantize_weight`` would store.
+
+            codes        ⌈out·in·bits / 8⌉ bytes (3 bits: 3 bytes for 8 codes)
+            int2 … int8  scale and offset, float16 each (or another ``offset_dtype``), for each group of inputs
+            nf2 … fp4    absmax, float32, for each block; with double_quant one byte for each block, and for all blocks one mean
+                         and for each 256 of them one float32
+        """
+        out, in_ = shape
+        size, zero = out * in_, config.offset_dtype == "zero"
+        codes = [ShapeArray.new((kernels.packed_size(size, config.bits),), np.uint8)]
+        if config.affine:
+            require(in_ % config.group_size == 0, "group_size", config.group_size, f"must divide in={in_}")
+            groups = (out, in_ // config.group_size)
+            offset = ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8) if zero \
+                else ShapeArray.new(groups, config.offset_dtype)
+            arrays: dict[str, list[Any]] = {"codes": codes, "scales": [ShapeArray.new(groups, np.float16)],
+                                            "offsets": [offset], "code_maps": []}
+            block = config.group_size
+        else:
+            block, blocks = config.block_size, -(-size // config.block_size)
+            nested = [((blocks,), np.uint8), ((-(-blocks // 256),), np.float32), ((1,), np.float32)]
+            scales = [ShapeArray.new(*n) for n in nested] if config.double_quant else [ShapeArray.new((blocks,), np.float32)]
+            arrays = {"codes": codes, "scales": scales, "offsets": [], "code_maps": _code_maps(config)}
+        return cls(shape, arrays, offset_group=block if config.affine else 0, block_size=block, decoded=_decoded(arrays),
+                   bits=config.bits)
+
+    @classmethod
+    def stored(cls, shape: tuple[int, int], quant_type: str, few: int = 16) -> ShapeWeight:
+        """A matrix in a GGUF's blocks of 32."""
+        rows = (shape[0], shape[1] // 32)
+        codes, minima = BLOCK_FORMATS[quant_type]
+        arrays: dict[str, list[Any]] = {"codes": [ShapeArray.new((*rows, codes), np.uint8)],
+                                        "scales": [ShapeArray.new(rows, np.float16)],
+                                        "offsets": [ShapeArray.new(rows, np.float16)] if minima else [], "code_maps": []}
+        return cls(shape, arrays, offset_group=32 if minima else 0, few=few, bits=int(quant_type[1]))
+
+    def arrays(self) -> dict[str, list[Any]]:
+        """By class, as the real weight's."""
+        return self._arrays
+
+    def dense(self) -> Any:
+        """A fresh float32 array."""
+        return ShapeArray.new(self.shape, np.float32)
+
+    def rows(self, ids: Array) -> Any:
+        """Each distinct row decoded, and then taken; how many are distinct depends on the text: here all that can be."""
+        table = ShapeArray.new((min(ids.size, self.shape[0]), self.shape[1]), np.float32)
+        return table[ids]
+
+    @property
+    def _few(self) -> int:
+        return self._rows_of_kernel
+
+    def _decode(self, first: int, last: int) -> Any:
+        size = (last - first) * self.shape[1]
+        self.largest_tile = max(self.largest_tile, size)
+        blocks = -(-size // self.block_size)
+        scales = [ShapeArray.new((blocks * n,), np.uint8) for n in self.decoded]
+        del scales  # they end with the decoding; the tile lies in the worker's scratch, which outlasts the step
+        with metered(Meter()):
+            return ShapeArray.new((last - first, self.shape[1]), np.float32)
+
+    def _tiles(self, size: int) -> list[tuple[int, int]]:
+        tiles = super()._tiles(size)
+        return [*tiles[:2], tiles[-1]] if len(tiles) > 3 else tiles  # the second adds to the first; the others are alike
+
+    def _decode_into(self, start: int, out: Array) -> None:
+        return
+
+    def _multiply_few(self, x: Array, out: Array) -> None:
+        return
+
+
+def _decoded(arrays: dict[str, list[Any]]) -> tuple[int, ...]:
+    """Bytes for each block that decoding makes anew: float16 and nested scales become float32, plain float32 ones are views."""
+    if not arrays["scales"] or arrays["codes"][0].ndim > 1:  # blocks are read as they lie
+        return ()
+    made = [group[0] for group in (arrays["scales"], arrays["offsets"]) if group and group[0].dtype != np.float32]
+    return tuple(4 for _ in made)
+
+
+_maps: dict[str, ShapeArray] = {}
+
+
+def _code_maps(config: QuantConfig) -> list[Any]:
+    """Shared by all weights, and so the same objects."""
+    names = {config.quant_type: 2**config.bits} | ({"dynamic": 256} if config.double_quant else {})
+    for name, size in names.items():
+        if name not in _maps:
+            _maps[name] = ShapeArray.new((size,), np.float32)
+    return [_maps[name] for name in names]
+
+
+class Draws:
+    """Stands for a random generator whose numbers do not matter."""
+
+    def standard_normal(self, shape: tuple[int, ...]) -> Any:
+        """float64, as NumPy's."""
+        return ShapeArray.new(shape, np.float64)
+
+
+# ---- twins
+
+
+def base_twin(config: ModelConfig, dtype: Any = np.float32, quant: QuantConfig | None = None,
+              stored: Callable[[str, tuple[int, int]], ShapeWeight | None] = lambda name, shape: None) -> Transformer:
+    """A frozen base of this shape; its block projections as ``quant`` says, matrices of a file as ``stored(name, shape)`` does."""
+    arrays: dict[str, Any] = {}
+    for name, shape in parameter_shapes(config).items():
+        found = stored(name, (shape[0], shape[1])) if len(shape) == 2 else None
+        if found is None and quant is not None and len(shape) == 2 and name.startswith("model.layers."):
+            found = ShapeWeight.quantized((shape[0], shape[1]), quant)
+        arrays[name] = ShapeArray.new(shape, dtype) if found is None else found
+    return build_model(config, arrays)
+
+
+def twin_of(model: Transformer) -> Transformer:
+    """The shapes of a real model, adapters and what trains included; arrays that it shares, the twin shares."""
+    parameters: dict[int, Parameter] = {}
+    weights: dict[int, Any] = {}
+
+    def parameter(p: Parameter) -> Parameter:
+        if id(p) not in parameters:
+            parameters[id(p)] = Parameter(p.name, ShapeArray.new(p.data.shape, p.data.dtype), p.trainable)  # type: ignore[arg-type]
+        return parameters[id(p)]
+
+    def weight(w: Any) -> Any:
+        if id(w) not in weights:
+            weights[id(w)] = DenseWeight(parameter(w.param)) if isinstance(w, DenseWeight) else ShapeWeight.of(w)
+        return weights[id(w)]
+
+    def linear(old: Any) -> Any:
+        if not isinstance(old, LoraLinear):
+            return Linear(old.name, weight(old.weight))
+        new = copy.copy(old)
+        new.base = Linear(old.name, weight(old.base.weight))
+        new.lora_A, new.lora_B = parameter(old.lora_A), parameter(old.lora_B)
+        if old.magnitude is not None:
+            new.magnitude = parameter(old.magnitude)
+            new.row_squares = ShapeArray.new(old.row_squares.shape, old.row_squares.dtype)  # type: ignore[assignment]
+        return new
+
+    twin = model.map_linears(linear)
+    twin.embedding = Embedding(model.embedding.name, weight(model.embedding.weight))
+    for block in twin.blocks:
+        block.input_norm = RMSNorm(parameter(block.input_norm.weight), block.input_norm.eps)
+        block.post_norm = RMSNorm(parameter(block.post_norm.weight), block.post_norm.eps)
+    twin.norm = RMSNorm(parameter(model.norm.weight), model.norm.eps)
+    return twin
+
+
+def tile_bytes(model: Transformer) -> int:
+    """Scratch that a worker keeps for decoded tiles, once the twin has run a step."""
+    used = [w.largest_tile for _, linear in model.linears()
+            if isinstance(w := (linear.base if isinstance(linear, LoraLinear) else linear).weight, ShapeWeight) and w.largest_tile]
+    return 4 * max(TILE, *used, 0) if used else 0
+
+
+def layer_names(model: Transformer) -> dict[int, str]:
+    """id of a layer → its name, for everything that computes."""
+    names: dict[int, str] = {id(model): "model", id(model.embedding): "embed_tokens", id(model.norm): "norm"}
+    for i, block in enumerate(model.blocks):
+        parts = {"": block, ".self_attn": block.attention, ".mlp": block.mlp, ".input_layernorm": block.input_norm,
+                 ".post_attention_layernorm": block.post_norm}  # fmt: skip
+        names |= {id(part): f"layers.{i}{name}" for name, part in parts.items()}
+    names |= {id(linear): linear.name.removeprefix("model.") for _, linear in model.linears()}
+    return names
+
+
+def run_step(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: int = 1, checkpoint: bool = False,
+             logits_chunk: int = 0, dropout: bool = True, watch: Callable[[str, Any], None] | None = None) -> Meter:
+    """Forward and backward pass in one worker; ``watch`` sees the caches and the logits, to name what they keep."""
+    meter = Meter(layer_names(twin))
+    model = copy.copy(twin)
+    model.blocks = [copy.copy(block) for block in twin.blocks]
+    for old, block in zip(twin.blocks, model.blocks, strict=True):
+        meter.names[id(block)] = meter.names[id(old)]  # type: ignore[index]
+    model.rope = MethodType(_rope, model)  # type: ignore[method-assign]
+    for _, linear in model.linears():
+        if isinstance(linear, LoraLinear):
+            linear.dropout_mask = MethodType(_dropout_mask, linear)  # type: ignore[method-assign]
+    if watch is not None:
+        _watch(model, watch)
+    with metered(meter), Workers(1) as one:
+        loss_and_grads(model, [batch] * accumulation, one, shards=shards, stream=(0, 0) if dropout else None,
+                       checkpoint=checkpoint, logits_chunk=logits_chunk)
+    return meter
+
+
+def _rope(self: Transformer, positions: Array) -> tuple[Any, Any]:
+    shape, dtype = (len(positions), self.config.head_dim // 2), self.embedding.weight.dtype
+    return ShapeArray.new(shape, dtype), ShapeArray.new(shape, dtype)
+
+
+def _dropout_mask(self: LoraLinear, p: Any, key: Any) -> Any:
+    return ShapeArray.new(p.shape, np.float32) >= np.float32(self.dropout)
+
+
+def _watch(model: Transformer, watch: Callable[[str, Any], None]) -> None:
+    """Show ``watch`` the whole cache, each restored one, and the logits, as they come."""
+
+    def forward(*args: Any, **kwargs: Any) -> tuple[Any, Cache]:
+        hidden, cache = Transformer.forward(model, *args, **kwargs)
+        watch("cache", cache)
+        watch("hidden", hidden)
+        return hidden, cache
+
+    model.forward = forward  # type: ignore[method-assign]
+    for i, block in enumerate(model.blocks):
+
+        def restore(*args: Any, restore: Any = block.restore, i: int = i, **kwargs: Any) -> Cache:
+            cache = restore(*args, **kwargs)
+            watch(f"restored {i}", cache)
+            return cache
+
+        block.restore = restore  # type: ignore[method-assign]
+    head = copy.copy(model.head)
+
+    def logits(x: Any, key: Any = None) -> tuple[Any, Cache]:
+        y, cache = type(head).forward(head, x, key)
+        watch("logits", y)
+        return y, cache
+
+    head.forward = logits  # type: ignore[method-assign]
+    model.head = head
+
+
+def shape_batch(config: ModelConfig, batch_size: int, tokens: int, targets: int | None = None) -> Batch:
+    """Ids that need not mean anything, ``targets`` of each row counting (all, by default)."""
+    ids = np.zeros((batch_size, tokens), np.int64)
+    mask = np.zeros(ids.shape, bool)
+    mask[:, tokens - (tokens if targets is None else targets) :] = True
+    return Batch(ids, ids, mask)
