@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,14 +41,9 @@ class AdamW:
 
     def __init__(self, parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None):
         self.parameters, self.config, self.t = list(parameters), config, 0
-        layout: Layout = {}
-        for kind in ("m", "v"):
-            for p in self.parameters:
-                in_8bit = _in_8bit(config.optimizer, p.data.size)
-                layout[f"{kind}.{p.name}"] = p.data.shape, np.dtype(np.uint8) if in_8bit else p.data.dtype
-                if in_8bit:
-                    layout[f"{kind}_absmax.{p.name}"] = (blocks_of(p.data.size),), np.dtype(np.float32)
+        layout = state_layout(self.parameters, config.optimizer)
         self._arrays = zeros_in_file(layout, folder) if config.optimizer.startswith("paged") else zeros_in_memory(layout)
+        self._cuts = [pieces(p.data.size) for p in self.parameters]
         self._m, self._v = ([self._moment(kind, p) for p in self.parameters] for kind in ("m", "v"))
 
     def _moment(self, kind: str, p: Parameter) -> Moment:
@@ -67,34 +62,63 @@ class AdamW:
     def step(self, grads: Gradients, lr: float) -> None:
         """Update every parameter in place."""
         self.t += 1
-        for p, m, v in zip(self.parameters, self._m, self._v, strict=True):
-            rate, update, part = _rate(p, lr, self.config), *_scratch(2, p)
-            for where in pieces(p.data.size):
-                x, m_piece, v_piece, n = piece(p.data, where), m.read(where), v.read(where), where.stop - where.start
-                self._update(x, piece(grads[p], where), m_piece, v_piece, rate, update[:n], part[:n])
-                m.write(where, m_piece)
-                v.write(where, v_piece)
-                if not p.data.flags.c_contiguous:
-                    p.data.flat[where] = x
+        numbers: dict[Any, _Numbers] = {}  # once a step for each type and rate, not once a parameter
+        largest = min(CHUNK, max((p.data.size for p in self.parameters), default=0))
+        scratch = {dtype: tuple(np.empty((2, largest), dtype)) for dtype in {p.data.dtype for p in self.parameters}}
+        for p, m, v, cuts in zip(self.parameters, self._m, self._v, self._cuts, strict=True):
+            key = p.data.dtype, _rate(p, lr, self.config)
+            if key not in numbers:
+                numbers[key] = _Numbers.at(self.t, self.config, *key)
+            for where in cuts:
+                _step_piece(where, p.data, grads[p], m, v, numbers[key], scratch[p.data.dtype])
 
-    def _update(self, p: Array, g: Array, m: Array, v: Array, rate: Any, update: Array, part: Array) -> None:
-        """Move p, m and v in place; all are (n,), and ``update`` and ``part`` are there so that nothing is allocated."""
-        c, one = self.config, p.dtype.type
-        correct_m, correct_v = one(1 - c.beta1**self.t), one(1 - c.beta2**self.t)
-        m *= one(c.beta1)
-        m += np.multiply(one(1 - c.beta1), g, part)
-        v *= one(c.beta2)
-        np.multiply(one(1 - c.beta2), g, part)
-        part *= g
-        v += part
-        np.divide(v, correct_v, update)
-        np.sqrt(update, update)
-        update += one(c.eps)
-        np.divide(m, update, update)
-        update *= rate / correct_m
-        if c.weight_decay:
-            update += np.multiply(rate * one(c.weight_decay), p, part)
-        p -= update
+
+class _Numbers(NamedTuple):
+    """What a step of AdamW multiplies by, in the parameters' type: a float64 would make float64 of them."""
+
+    beta1: Any
+    rest1: Any
+    beta2: Any
+    rest2: Any
+    correct_v: Any
+    eps: Any
+    rate: Any
+    decay: Any
+
+    @classmethod
+    def at(cls, t: int, c: TrainConfig, dtype: Any, lr: float) -> _Numbers:
+        one, rate = dtype.type, dtype.type(lr)
+        return cls(one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2), one(1 - c.beta2**t), one(c.eps),
+                   rate / one(1 - c.beta1**t), rate * one(c.weight_decay))
+
+
+def _step_piece(where: slice, data: Array, grad: Array, m: Moment, v: Moment, n: _Numbers, scratch: tuple[Array, ...]) -> None:
+    """Decode, update, encode; what it decoded is gone before the next piece."""
+    size = where.stop - where.start
+    p, m_piece, v_piece = piece(data, where), m.read(where), v.read(where)
+    _adamw(p, piece(grad, where), m_piece, v_piece, n, scratch[0][:size], scratch[1][:size])
+    m.write(where, m_piece)
+    v.write(where, v_piece)
+    if p.base is None:  # a copy
+        data.flat[where] = p
+
+
+def _adamw(p: Array, g: Array, m: Array, v: Array, n: _Numbers, update: Array, part: Array) -> None:
+    """Move p, m and v in place; all are (n,), and ``update`` and ``part`` are there so that nothing is allocated."""
+    m *= n.beta1
+    m += np.multiply(n.rest1, g, part)
+    v *= n.beta2
+    np.multiply(n.rest2, g, part)
+    part *= g
+    v += part
+    np.divide(v, n.correct_v, update)
+    np.sqrt(update, update)
+    update += n.eps
+    np.divide(m, update, update)
+    update *= n.rate
+    if n.decay:
+        update += np.multiply(n.decay, p, part)
+    p -= update
 
 
 class SGD:
@@ -117,8 +141,8 @@ class SGD:
         c = self.config
         self.t += 1
         for i, p in enumerate(self.parameters):
-            one, rate = p.data.dtype.type, _rate(p, lr, c)
-            (scratch,) = _scratch(1, p)
+            one, scratch = p.data.dtype.type, np.empty(min(p.data.size, CHUNK), p.data.dtype)
+            rate = one(_rate(p, lr, c))
             for where in pieces(p.data.size):
                 x, g = piece(p.data, where), piece(grads[p], where)
                 if self.u:
@@ -130,7 +154,7 @@ class SGD:
                 update += g
                 update *= rate
                 x -= update
-                if not p.data.flags.c_contiguous:
+                if x.base is None:  # a copy
                     p.data.flat[where] = x
 
 
@@ -140,6 +164,18 @@ Optimizer = AdamW | SGD
 def make_optimizer(parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None) -> Optimizer:
     """The optimizer that the configuration names; a paged one keeps its file in ``folder``, or among the temporary files."""
     return SGD(parameters, config) if config.optimizer == "sgd" else AdamW(parameters, config, folder)
+
+
+def state_layout(parameters: Sequence[Parameter], optimizer: str, momentum: bool = False) -> Layout:
+    """Shape and dtype of each state array, by its name in ``state()``."""
+    layout: Layout = {}
+    for kind in ("u",) * momentum if optimizer == "sgd" else ("m", "v"):
+        for p in parameters:
+            in_8bit = _in_8bit(optimizer, p.data.size)
+            layout[f"{kind}.{p.name}"] = p.data.shape, np.dtype(np.uint8) if in_8bit else p.data.dtype
+            if in_8bit:
+                layout[f"{kind}_absmax.{p.name}"] = (blocks_of(p.data.size),), np.dtype(np.float32)
+    return layout
 
 
 def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentum: bool = False) -> dict[str, int]:
@@ -181,13 +217,9 @@ def _in_8bit(optimizer: str, size: int) -> bool:
     return optimizer.endswith("8bit") and size >= MIN_8BIT_SIZE
 
 
-def _scratch(rows: int, p: Parameter) -> Array:
-    return np.empty((rows, min(p.data.size, CHUNK)), p.data.dtype)
-
-
-def _rate(p: Parameter, lr: float, config: TrainConfig) -> Any:
-    """The learning rate of one parameter, in its type: LoRA+ multiplies that of some."""
-    return p.data.dtype.type(lr * (config.lora_plus_ratio if p.name.endswith(FASTER) else 1.0))
+def _rate(p: Parameter, lr: float, config: TrainConfig) -> float:
+    """The learning rate of one parameter: LoRA+ multiplies that of some."""
+    return lr * (config.lora_plus_ratio if p.name.endswith(FASTER) else 1.0)
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

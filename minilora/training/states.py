@@ -10,7 +10,6 @@ from __future__ import annotations
 import mmap
 import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +31,13 @@ Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 # ---- pieces
 
 
-def pieces(size: int) -> Iterator[slice]:
+def pieces(size: int) -> list[slice]:
     """Cut ``size`` elements into slices of at most CHUNK.
 
     >>> [(where.start, where.stop) for where in pieces(CHUNK + 1)]
     [(0, 65536), (65536, 65537)]
     """
-    return (slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK))
+    return [slice(start, min(start + CHUNK, size)) for start in range(0, size, CHUNK)]
 
 
 def piece(array: Array, where: slice) -> Array:

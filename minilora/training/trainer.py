@@ -22,6 +22,7 @@ from minilora.formats.files import FileError, read_tensors, writable_folder, wri
 from minilora.threads import Workers, keep_memory, single_blas
 from minilora.training.loss import evaluate, find_nonfinite, loss_and_grads
 from minilora.training.optimizers import clip_, learning_rate, make_optimizer
+from minilora.training.states import hand_back, piece, pieces
 from minilora.transformer import Transformer
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -129,7 +130,9 @@ class Trainer:
 
     def _check_finite(self) -> None:
         for name, array in self._arrays().items():
-            if not np.isfinite(array).all():
+            finite = all(np.isfinite(piece(array, where)).all() for where in pieces(array.size))
+            hand_back(array)
+            if not finite:
                 what = f"parameter {name.removeprefix('param.')}" if name.startswith("param.") else f"optimizer state {name}"
                 raise NonFiniteError(f"after {self.step} steps: {what} is not finite; {self._advice()}")
 
