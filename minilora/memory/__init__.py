@@ -1,17 +1,27 @@
-"""Where the bytes are: counted, measured, predicted."""
+"""Where the bytes are: counted, measured (``measure``) and predicted (``plan``)."""
 
+from minilora.memory.architectures import ARCHITECTURES
 from minilora.memory.counting import (
-    activation_bytes as activation_bytes,
-    arrays_in as arrays_in,
-    available_bytes as available_bytes,
-    count_parameters as count_parameters,
-    effective_bits as effective_bits,
-    format_bytes as format_bytes,
-    model_bytes as model_bytes,
-    packed_weights as packed_weights,
-    peak_bytes as peak_bytes,
-    projection_bytes as projection_bytes,
-    trainable_line as trainable_line,
-    training_bytes as training_bytes,
-    unique_bytes as unique_bytes,
+    activation_bytes,
+    arrays_in,
+    available_bytes,
+    count_parameters,
+    effective_bits,
+    format_bytes,
+    model_bytes,
+    packed_weights,
+    peak_bytes,
+    projection_bytes,
+    trainable_line,
+    training_bytes,
+    unique_bytes,
 )
+from minilora.memory.ledger import Entry, Ledger
+from minilora.memory.measure import measure, resident_bytes
+from minilora.memory.planner import PlanConfig, plan
+
+__all__ = [
+    "ARCHITECTURES", "Entry", "Ledger", "PlanConfig", "activation_bytes", "arrays_in", "available_bytes", "count_parameters",
+    "effective_bits", "format_bytes", "measure", "model_bytes", "packed_weights", "peak_bytes", "plan", "projection_bytes",
+    "resident_bytes", "trainable_line", "training_bytes", "unique_bytes",
+]  # fmt: skip

@@ -15,6 +15,7 @@ import numpy as np
 from minilora.config import ModelConfig
 from minilora.layers import DenseWeight, Key
 from minilora.lora import LoraLinear
+from minilora.memory.shapes import ShapeArray
 from minilora.transformer import Transformer
 
 Array = np.ndarray
@@ -29,19 +30,22 @@ def unique_bytes(arrays: Iterable[Array]) -> int:
     >>> unique_bytes([a, a, a[1:], a.T])
     64
     """
-    buffers = {id(buffer): buffer.nbytes for buffer in map(_buffer, arrays)}
+    buffers = {id(buffer): buffer.nbytes for buffer in map(buffer_of, arrays)}
     return sum(buffers.values())
 
 
-def _buffer(array: Array) -> Array:
+def buffer_of(array: Any) -> Any:
+    """What owns the memory of an array, real or without data; it has ``nbytes``."""
+    if not isinstance(array, np.ndarray):
+        return array.buffer
     while isinstance(array.base, np.ndarray):
         array = array.base
     return array
 
 
-def arrays_in(value: Any) -> Iterator[Array]:
-    """All arrays inside nested tuples and lists: what a backward cache keeps."""
-    if isinstance(value, np.ndarray):
+def arrays_in(value: Any) -> Iterator[Any]:
+    """All arrays, real or without data, inside nested tuples and lists: what a backward cache keeps."""
+    if isinstance(value, (np.ndarray, ShapeArray)):
         yield value
     elif isinstance(value, (tuple, list)):
         for item in value:
@@ -104,8 +108,8 @@ def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, k
     With a ``key``, as in training, dropout is on and keeps its masks and masked inputs.
     """
     _, cache = model.forward(ids, key, checkpoint)
-    weights = {id(_buffer(p.data)) for p in model.parameters()}
-    return unique_bytes(a for a in arrays_in(cache) if id(_buffer(a)) not in weights)
+    weights = {id(buffer_of(p.data)) for p in model.parameters()}
+    return unique_bytes(a for a in arrays_in(cache) if id(buffer_of(a)) not in weights)
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:

@@ -37,6 +37,7 @@ class Meter:
     def __init__(self, names: dict[int, str] | None = None):
         self.names, self.clock, self.live, self.peak, self.peak_at = names, 0, 0, 0, 0
         self.log: list[Buffer] = []
+        self.marks: list[tuple[int, str]] = []
 
     def allocate(self, nbytes: int) -> Buffer:
         """Count a new buffer."""
@@ -55,6 +56,19 @@ class Meter:
         self.clock += 1
         self.live -= buffer.nbytes
         buffer.died = self.clock
+
+    def mark(self, what: str) -> None:
+        """Say what begins now."""
+        self.marks.append((self.clock, what))
+
+    def curve(self) -> Ghost:
+        """Live bytes after each birth and death, int64."""
+        change = np.zeros(self.clock + 1, np.int64)
+        for b in self.log:
+            change[b.born] += b.nbytes
+            if b.died <= self.clock:
+                change[int(b.died)] -= b.nbytes
+        return change.cumsum()
 
     def alive(self, moment: int) -> list[Buffer]:
         """The buffers that existed at a moment."""

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from types import MethodType
 from typing import Any
@@ -17,14 +17,13 @@ import numpy as np
 
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.layers import Array, Cache, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear
-from minilora.memory.counting import arrays_in
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.quant import kernels
 from minilora.quant.packed import TILE, PackedWeight
 from minilora.threads import Workers
-from minilora.training.loss import loss_and_grads, split
+from minilora.training.loss import loss_and_grads
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
@@ -156,7 +155,7 @@ class Draws:
 
 def base_twin(config: ModelConfig, dtype: Any = np.float32, quant: QuantConfig | None = None,
               stored: Callable[[str, tuple[int, int]], ShapeWeight | None] = lambda name, shape: None) -> Transformer:
-    """A frozen base of this shape; its block projections as ``quant`` says, matrices of a file as ``stored(name, shape)`` does."""
+    """A frozen base of this shape; its block projections as ``quant`` says, matrices of a file as ``stored(name, shape)``."""
     arrays: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():
         found = stored(name, (shape[0], shape[1])) if len(shape) == 2 else None
@@ -189,7 +188,7 @@ def twin_of(model: Transformer) -> Transformer:
         new.lora_A, new.lora_B = parameter(old.lora_A), parameter(old.lora_B)
         if old.magnitude is not None:
             new.magnitude = parameter(old.magnitude)
-            new.row_squares = ShapeArray.new(old.row_squares.shape, old.row_squares.dtype)  # type: ignore[assignment]
+            new.row_squares = ShapeArray.new(old.row_squares.shape, old.row_squares.dtype)
         return new
 
     twin = model.map_linears(linear)
@@ -203,9 +202,9 @@ def twin_of(model: Transformer) -> Transformer:
 
 def tile_bytes(model: Transformer) -> int:
     """Scratch that a worker keeps for decoded tiles, once the twin has run a step."""
-    used = [w.largest_tile for _, linear in model.linears()
-            if isinstance(w := (linear.base if isinstance(linear, LoraLinear) else linear).weight, ShapeWeight) and w.largest_tile]
-    return 4 * max(TILE, *used, 0) if used else 0
+    weights = [getattr(linear, "base", linear).weight for _, linear in model.linears()]
+    largest = max((w.largest_tile for w in weights if isinstance(w, ShapeWeight)), default=0)
+    return 4 * max(TILE, largest) if largest else 0
 
 
 def layer_names(model: Transformer) -> dict[int, str]:
@@ -220,22 +219,22 @@ def layer_names(model: Transformer) -> dict[int, str]:
 
 
 def run_step(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: int = 1, checkpoint: bool = False,
-             logits_chunk: int = 0, dropout: bool = True, watch: Callable[[str, Any], None] | None = None) -> Meter:
-    """Forward and backward pass in one worker; ``watch`` sees the caches and the logits, to name what they keep."""
-    meter = Meter(layer_names(twin))
+             logits_chunk: int = 0, watch: Callable[[str, Any], None] | None = None) -> Meter:  # fmt: skip
+    """Forward and backward pass in one worker, by the code that trains; ``watch`` sees caches and logits, to name what they keep.
+
+    The meter's ``marks`` say when each block, and the head, began.
+    """
     model = copy.copy(twin)
     model.blocks = [copy.copy(block) for block in twin.blocks]
-    for old, block in zip(twin.blocks, model.blocks, strict=True):
-        meter.names[id(block)] = meter.names[id(old)]  # type: ignore[index]
+    meter = Meter(layer_names(twin) | {id(block): f"layers.{i}" for i, block in enumerate(model.blocks)})
     model.rope = MethodType(_rope, model)  # type: ignore[method-assign]
     for _, linear in model.linears():
         if isinstance(linear, LoraLinear):
             linear.dropout_mask = MethodType(_dropout_mask, linear)  # type: ignore[method-assign]
-    if watch is not None:
-        _watch(model, watch)
+    _observe(model, meter, watch or (lambda what, value: None))
     with metered(meter), Workers(1) as one:
-        loss_and_grads(model, [batch] * accumulation, one, shards=shards, stream=(0, 0) if dropout else None,
-                       checkpoint=checkpoint, logits_chunk=logits_chunk)
+        loss_and_grads(model, [batch] * accumulation, one, shards=shards, stream=(0, 0), checkpoint=checkpoint,
+                       logits_chunk=logits_chunk)
     return meter
 
 
@@ -248,38 +247,31 @@ def _dropout_mask(self: LoraLinear, p: Any, key: Any) -> Any:
     return ShapeArray.new(p.shape, np.float32) >= np.float32(self.dropout)
 
 
-def _watch(model: Transformer, watch: Callable[[str, Any], None]) -> None:
-    """Show ``watch`` the whole cache, each restored one, and the logits, as they come."""
+def _observe(model: Transformer, meter: Meter, watch: Callable[[str, Any], None]) -> None:
+    """Mark in the meter what begins, and show ``watch`` the whole cache, each restored one, and the logits, as they come."""
 
-    def forward(*args: Any, **kwargs: Any) -> tuple[Any, Cache]:
-        hidden, cache = Transformer.forward(model, *args, **kwargs)
-        watch("cache", cache)
-        watch("hidden", hidden)
-        return hidden, cache
+    def before(owner: Any, method: str, mark: str, show: str = "") -> None:
+        original = getattr(owner, method)
 
-    model.forward = forward  # type: ignore[method-assign]
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            meter.mark(mark)
+            result = original(*args, **kwargs)
+            if show:
+                watch(show, result)
+            return result
+
+        setattr(owner, method, observed)
+
+    before(model, "forward", "embedding", "forward")
     for i, block in enumerate(model.blocks):
-
-        def restore(*args: Any, restore: Any = block.restore, i: int = i, **kwargs: Any) -> Cache:
-            cache = restore(*args, **kwargs)
-            watch(f"restored {i}", cache)
-            return cache
-
-        block.restore = restore  # type: ignore[method-assign]
-    head = copy.copy(model.head)
-
-    def logits(x: Any, key: Any = None) -> tuple[Any, Cache]:
-        y, cache = type(head).forward(head, x, key)
-        watch("logits", y)
-        return y, cache
-
-    head.forward = logits  # type: ignore[method-assign]
-    model.head = head
+        before(block, "forward", f"forward pass of layers.{i}")
+        before(block, "restore", f"backward pass of layers.{i}", f"restored {i}")
+        before(block, "backward", f"backward pass of layers.{i}")
+    model.head = copy.copy(model.head)
+    before(model.head, "forward", "head and loss", "head")
 
 
-def shape_batch(config: ModelConfig, batch_size: int, tokens: int, targets: int | None = None) -> Batch:
-    """Ids that need not mean anything, ``targets`` of each row counting (all, by default)."""
+def shape_batch(config: ModelConfig, batch_size: int, tokens: int) -> Batch:
+    """Ids that need not mean anything; all targets count."""
     ids = np.zeros((batch_size, tokens), np.int64)
-    mask = np.zeros(ids.shape, bool)
-    mask[:, tokens - (tokens if targets is None else targets) :] = True
-    return Batch(ids, ids, mask)
+    return Batch(ids, ids, np.ones(ids.shape, bool))

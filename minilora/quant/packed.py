@@ -51,6 +51,12 @@ def _tile(size: int) -> Array:
     return buffer[:size]
 
 
+def reserve_tile(size: int) -> None:
+    """Make this thread's scratch now, so that no later step of the thread does."""
+    if size:
+        _tile(size)
+
+
 @cache
 def table_of(quant_type: str) -> Array:
     """Return the kernels' lookup table of a codebook or integer type, made once."""

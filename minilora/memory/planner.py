@@ -1,0 +1,270 @@
+"""The planner: the ledger of a training run from its configuration alone; nothing is loaded, and nothing of size allocated.
+
+The model's own code runs over arrays without data (``shapes``), so what is predicted is what the code does. Blocks that are all
+alike are run four deep and counted as many as there are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilora.config import (
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    OPTIMIZERS,
+    LoraConfig,
+    ModelConfig,
+    QuantConfig,
+    TrainConfig,
+    expand_modules,
+    require,
+    require_in,
+)
+from minilora.formats.files import read_json
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.huggingface_config import read_config
+from minilora.formats.llama_gguf import find_model, gguf_name
+from minilora.layers import Parameter
+from minilora.lora import full, inject_lora, subset
+from minilora.memory.architectures import ARCHITECTURES, architecture
+from minilora.memory.counting import count_parameters, effective_bits
+from minilora.memory.ledger import Entry, Ledger, deepen, held_entries
+from minilora.memory.profile import profile
+from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.memory.twin import BLOCK_FORMATS, Draws, ShapeWeight, base_twin, shape_batch, tile_bytes
+from minilora.pretrained import shape_of
+from minilora.training.optimizers import state_bytes, state_layout
+from minilora.transformer import Transformer, parameter_shapes
+
+Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
+METHODS = ("full", "subset", "lora", "qlora", "qalora")
+DTYPES = ("float32", "float64", "float16")
+DEPTH = 4
+"""Blocks that are run where all are alike: the first, the last, one that stands for those in the middle, and its neighbour."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What decides the memory of a training run. Example: ``minilora memory --model llama-7b --method lora --r 64``
+
+    ``model``: a built-in architecture, ``smollm2``, a ``.gguf`` file, a Hugging Face folder or its ``config.json``. ``context``
+    is the length of each of ``batch_size`` sequences. ``quant_type`` is nf4 for qlora and int4 for qalora unless it, or ``bits``,
+    is given. ``dtype`` is of dense weights and of all that is computed: float32 is what minilora trains in; float16 stands for
+    the half precision of papers that train on GPUs.
+
+    >>> PlanConfig(model="llama-7b", method="qlora", bits=3).quant_type
+    'nf3'
+    """
+
+    model: str = "tiny"
+    method: str = "lora"
+    r: int = 8
+    target_modules: str = "all-linear"
+    subset_modules: str | None = None  # default: the last block
+    bits: int | None = None
+    quant_type: str | None = None
+    group_size: int = 32
+    block_size: int = 64
+    double_quant: bool = True
+    use_dora: bool = False
+    lora_dropout: float = 0.0
+    optimizer: str = "adamw"
+    batch_size: int = 1
+    context: int | None = None  # default: 512, or all that the model has
+    shards: int = 2
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    logits_chunk: int = 0
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        require_in(self.method, METHODS, "method")
+        require_in(self.optimizer, OPTIMIZERS, "optimizer")
+        require_in(self.dtype, DTYPES, "dtype")
+        for name in ("batch_size", "context", "shards"):
+            value = getattr(self, name)
+            require((value is None and name == "context") or (isinstance(value, int) and value >= 1), name, value,
+                    "must be a whole number, at least 1")
+        TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
+                    gradient_accumulation_steps=self.gradient_accumulation_steps)
+        if self.quantized:
+            allowed = CODEBOOK_TYPES if self.method == "qlora" else AFFINE_TYPES
+            kind = self.quant_type or f"{'nf' if self.method == 'qlora' else 'int'}{self.bits or 4}"
+            require(kind in allowed, "bits" if self.quant_type is None else "quant_type", self.quant_type or self.bits,
+                    f"method {self.method!r} stores {', '.join(allowed)}")
+            require(self.bits in (None, int(kind[-1])), "bits", self.bits, f"quant_type={kind!r} has {kind[-1]}")
+            object.__setattr__(self, "quant_type", kind)
+            object.__setattr__(self, "bits", int(kind[-1]))
+        else:
+            for name in ("bits", "quant_type"):
+                value = getattr(self, name)
+                require(value in (None, 32) if name == "bits" else value is None, name, value,
+                        f"method {self.method!r} stands on dense weights; qlora and qalora quantize")
+        require(self.subset_modules is None or self.method == "subset", "subset_modules", self.subset_modules,
+                "is for method 'subset'")
+        require(not self.use_dora or self.method in ("lora", "qlora"), "use_dora", True,
+                "needs an adapter whose merge may change rows: method lora or qlora")
+        self.lora()
+        if self.quantized:
+            self.quant()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen base is stored in few bits."""
+        return self.method in ("qlora", "qalora")
+
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        return LoraConfig(self.r, target_modules=expand_modules(self.target_modules), lora_dropout=self.lora_dropout,
+                          use_dora=self.use_dora, use_qalora=self.method == "qalora")
+
+    def quant(self) -> QuantConfig:
+        """The storage of the base."""
+        return QuantConfig(self.quant_type or "nf4", self.block_size, self.double_quant, self.group_size)
+
+    @property
+    def title(self) -> str:
+        """One line."""
+        parts = [self.model, self.method]
+        if self.method in ("lora", "qlora", "qalora"):
+            parts.append(f"r = {self.r} on {self.target_modules}" + (", DoRA" if self.use_dora else ""))
+        if self.quantized and self.quant().affine:
+            parts.append(f"{self.quant_type}, groups of {self.group_size}")
+        elif self.quantized:
+            parts.append(f"{self.quant_type}, blocks of {self.block_size}" + ", double quantized" * self.double_quant)
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += [f"batch {self.batch_size} × {self.context or 512} tokens", self.optimizer]
+        parts += ["blocks checkpointed"] if self.gradient_checkpointing else []
+        parts += [f"logits by {self.logits_chunk} rows"] if self.logits_chunk else []
+        return " · ".join(parts)
+
+
+def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
+    """The ledger of a run that need not exist: every class of bytes, by layer, at the peak of a step.
+
+    Give a PlanConfig, or a model's name and fields of one. Raises ConfigError for what cannot be.
+
+    >>> plan("llama-7b", method="lora", r=64).trainable
+    159907840
+    """
+    c = replace(config, **changes) if isinstance(config, PlanConfig) else PlanConfig(config, **changes)
+    shape, stored = model_shape(c.model)
+    tokens = c.context or min(512, shape.context_length)
+    c = replace(c, context=tokens)
+    require(tokens <= shape.context_length, "context", tokens, f"{c.model} has positions for {shape.context_length} tokens")
+    alike = c.method != "subset" and stored is None and shape.num_hidden_layers > DEPTH
+    layers = shape.num_hidden_layers if alike else None
+    with metered(Meter()):
+        twin = planned_twin(c, replace(shape, num_hidden_layers=DEPTH) if alike else shape, stored)
+        trainable_parameters = twin.trainable()
+        states = planned_states(trainable_parameters, c.optimizer)
+        held = held_entries(twin, {} if c.optimizer.startswith("paged") else states)
+    found = profile(twin, shape_batch(shape, c.batch_size, tokens), shards=c.shards, checkpoint=c.gradient_checkpointing,
+                    accumulation=c.gradient_accumulation_steps, logits_chunk=c.logits_chunk, layers=layers)  # fmt: skip
+    trainable, parameters = _counts(twin, layers)
+    gradients = sum(p.data.nbytes for p in trainable_parameters)
+    on_disk = sum(a.nbytes for a in states.values()) if c.optimizer.startswith("paged") else 0
+    if layers is not None:
+        held = deepen(held, DEPTH, layers)
+        per_block = sum(p.data.nbytes for p in twin.blocks[1].parameters() if p.trainable)
+        per_state = sum(a.nbytes for name, a in states.items() if ".layers.1." in name)
+        gradients += (layers - DEPTH) * per_block
+        on_disk += (layers - DEPTH) * per_state * bool(on_disk)
+    if tile := tile_bytes(twin):
+        held.append(Entry("tiles", "worker", "decoded weights", tile))
+    held += _maps_of_states(c.optimizer, trainable_parameters)
+    entries, moment = with_update(found.entries, found.moment, gradients, c.optimizer, trainable_parameters)
+    return Ledger(c.title, (*held, *entries), tuple(found.kept), moment, trainable, parameters, effective_bits(twin),
+                  min(c.shards, c.batch_size), found.shard, gradients, gradients * (c.gradient_accumulation_steps > 1), on_disk)
+
+
+def planned_twin(c: PlanConfig, shape: ModelConfig, stored: Stored | None = None) -> Transformer:
+    """The model of a plan, ready to train, without data."""
+    as_stored = stored is not None and c.method == "qalora" and c.quant() == QuantConfig("int4", group_size=32) and all(
+        stored(name, (1, 32)) is not None and stored(name, (1, 32)).offset_group  # type: ignore[union-attr]
+        for name in _projections(shape))
+    if stored is None:
+        base = base_twin(shape, np.dtype(c.dtype), c.quant() if c.quantized else None)
+    elif as_stored:
+        base = base_twin(shape, stored=stored)
+    else:  # the projections are dequantized, and perhaps quantized anew; the table stays as it is unless it trains
+        table = c.method in ("full", "subset")
+        base = base_twin(shape, quant=c.quant() if c.quantized else None,
+                         stored=lambda name, size: None if table or name.startswith("model.layers.") else stored(name, size))
+    if c.method == "full":
+        return full(base)
+    if c.method == "subset":
+        return subset(base, expand_modules(c.subset_modules or f"layers.{shape.num_hidden_layers - 1}"))
+    return inject_lora(base, c.lora(), Draws())  # type: ignore[arg-type]
+
+
+def planned_states(parameters: list[Parameter], optimizer: str) -> dict[str, Any]:
+    """The optimizer's state arrays, without data."""
+    return {name: ShapeArray.new(shape, dtype) for name, (shape, dtype) in state_layout(parameters, optimizer).items()}
+
+
+def with_update(entries: list[Entry], moment: str, gradients: int, optimizer: str,
+                parameters: list[Parameter]) -> tuple[list[Entry], str]:  # fmt: skip
+    """The peak of the whole step: that of both passes, or of the update that follows, where all gradients and a scratch live."""
+    scratch = state_bytes(optimizer, [p.data.size for p in parameters], parameters[0].data.dtype.itemsize)["scratch"]
+    if gradients + scratch <= sum(e.nbytes for e in entries):
+        return entries, moment
+    return [Entry("gradients", "", "of all that trains", gradients),
+            Entry("temporaries", "optimizer", "scratch of the update", scratch)], "the optimizer's update"  # fmt: skip
+
+
+def _maps_of_states(optimizer: str, parameters: list[Parameter]) -> list[Entry]:
+    maps = state_bytes(optimizer, [p.data.size for p in parameters])["maps"]
+    return [Entry("code maps", "shared", "of 8-bit states", maps)] if maps else []
+
+
+def _counts(twin: Transformer, layers: int | None) -> tuple[int, int]:
+    """(trainable, all) parameters of the model that the twin stands for."""
+    trainable, parameters = count_parameters(twin)
+    if layers is None:
+        return trainable, parameters
+    block = twin.blocks[1]
+    more = layers - len(twin.blocks)
+    of_block = [p.data.size for p in block.parameters()]
+    of_block += [math.prod(w.shape) for _, _, x in block.linears() if isinstance(w := getattr(x, "base", x).weight, ShapeWeight)]
+    return trainable + more * sum(p.data.size for p in block.parameters() if p.trainable), parameters + more * sum(of_block)
+
+
+# ---- models by name
+
+
+def model_shape(name: str) -> tuple[ModelConfig, Stored | None]:
+    """(configuration, for a GGUF how its matrices are stored) of a built-in architecture or of a file's head."""
+    path = Path(name)
+    if name.lower() in ARCHITECTURES:
+        return architecture(name), None
+    if path.name.endswith(".json"):
+        return read_config(read_json(path), path), None
+    if name != "smollm2" and not path.exists():
+        return architecture(name), None  # which refuses it, and says what there is
+    return _file_shape(name)
+
+
+@lru_cache(maxsize=8)
+def _file_shape(name: str) -> tuple[ModelConfig, Stored | None]:
+    path, shape = find_model(name), shape_of(name)
+    if path.suffix != ".gguf":
+        return shape, None
+    types = {stored: info.type for stored, info in GGUFFile(path).tensors.items()}
+
+    def stored(name: str, size: tuple[int, int]) -> ShapeWeight | None:
+        kind = types.get(gguf_name(name))
+        return ShapeWeight.stored(size, kind) if kind in BLOCK_FORMATS else None
+
+    return shape, stored
+
+
+def _projections(shape: ModelConfig) -> list[str]:
+    return [name for name in parameter_shapes(shape) if "_proj" in name]
