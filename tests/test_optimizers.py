@@ -245,6 +245,24 @@ def test_a_v_above_zero_never_becomes_zero():
     assert nearest == 0  # the plain rule would make it zero, and the next step m/eps
 
 
+def test_a_rare_small_gradient_makes_no_giant_step():
+    """As a token's row in an embedding: seen once, faintly, then not. v/max|v| is 1e-8, which the nearest code would make 0."""
+    steps = {}
+    for name in ("adamw", "adamw_8bit"):
+        p = Parameter("w", np.zeros(4096, np.float32), True)
+        optimizer, grads = AdamW([p], TrainConfig(optimizer=name)), Gradients([p])
+        grads[p][...] = 1
+        grads[p][::256] = 1e-4
+        optimizer.step(grads, 0.01)
+        before = p.data[::256].copy()
+        grads[p][::256] = 0
+        optimizer.step(grads, 0.01)
+        steps[name] = np.abs(p.data[::256] - before).max() / 0.01
+    assert 0.5 < steps["adamw"] < 1
+    assert 0 < steps["adamw_8bit"] < 1  # as 0, v would make it m̂/eps = 0.9e-5/0.19/1e-8, 4700 times the learning rate
+    assert optimizer.state()["v.w"][::256].tolist() == [1] * 16
+
+
 def test_an_8_bit_step_equals_a_loop():
     """Decode, update in double precision, encode: one number at a time, each step from the states that ours had before it."""
     c = TrainConfig(optimizer="adamw_8bit", weight_decay=0.1)
@@ -286,7 +304,7 @@ def losses(optimizer="adamw", folder=None, **changed):
 
 
 def test_training_in_8_bits_ends_where_it_ends_in_32():
-    """The bound: 8 bits change the loss by less than a tenth of the learning rate does, whose choice is never that sharp.
+    """The bound: 8 bits change the losses less than 1 % of the learning rate does, and nobody chooses that so sharply.
 
     Why that much at most: a step is lr·m/√v; m errs by up to half a gap, 0.7 % of its block's largest, v by 0.35 %, and half of
     that counts under the root. So most steps are right to a few per cent, with errors of either sign, that do not add up.
@@ -295,9 +313,9 @@ def test_training_in_8_bits_ends_where_it_ends_in_32():
     assert exact[-5:].mean() < 0.6 * exact[:5].mean()  # it did learn
     difference = np.abs(rounded - exact)
     assert difference[0] == 0 and difference.max() > 0  # before any rounding the same, and the option does something
-    control = np.abs(losses(learning_rate=0.9 * TRAIN.learning_rate) - exact)
+    control = np.abs(losses(learning_rate=0.99 * TRAIN.learning_rate) - exact)
     assert difference.mean() < control.mean(), (difference.mean(), control.mean())
-    assert difference.max() < 0.02 * exact[0], difference.max()
+    assert difference.max() < control.max()
 
 
 # --- paged -------------------------------------------------------------------------------------------------------------
