@@ -19,7 +19,7 @@ from minilora.study.settings import RunConfig
 from minilora.study.sweep import SweepConfig
 
 if TYPE_CHECKING:
-    from minilora.cli import Generate, Info, Merge, Plot, Quantize, Sweep, Train
+    from minilora.cli import Generate, Info, Memory, Merge, Plot, Quantize, Sweep, Train
     from minilora.training.pretrain import PretrainConfig
 
 
@@ -40,16 +40,13 @@ def train(command: Train, named: Collection[str]) -> int:
     writable_folder(Path(command.out))
 
     def built(model: Any) -> None:
-        print(memory.trainable_line(model))
-        print(" · ".join(f"{kind} {memory.format_bytes(n)}" for kind, n in memory.model_bytes(model).items() if n), flush=True)
+        print(memory.trainable_line(model), flush=True)
 
     row = run(config, command.out, command.threads or available_threads(), checkpoint_every, progress=True, built=built,
               eval_every=command.eval_every)
     for name in ("loss", "bpb", "recall", "exact", "recall_values", "deployed_loss", "deployed_recall", "train_loss"):
         if row.get(name) is not None:
             print(f"{name:>16} {row[name]:.4f}")
-    held = {k.removeprefix("bytes_"): v for k, v in row.items() if k.startswith("bytes_") and v}
-    print("bytes: " + " · ".join(f"{kind} {memory.format_bytes(n)}" for kind, n in held.items()))
     where = f"{command.out}/{ADAPTER}" if row["bytes_adapter_file"] else command.out
     print(f"saved in {where}; {row['seconds']:.1f} s")
     return 0
@@ -66,7 +63,7 @@ WHAT = {
 AXES = ("method", "r", "bits", "group_size", "target_modules", "learning_rate", "task", "seed", "split", "text_path")
 SCALARS = ("steps", "batch_size", "n_train", "n_eval", "lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio", "use_dora",
            "quantizer", "subset_modules", "block_size", "double_quant", "write_all", "max_length", "packing",
-           "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk")
+           "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk", "optimizer")
 
 
 def sweep(command: Sweep, named: Collection[str]) -> int:
@@ -351,6 +348,48 @@ def quantize(command: Quantize) -> int:
             batches = task.eval_batches("test")
             print(f"loss {evaluate(model, batches)['loss']:.5f} before, {evaluate(quantized, batches)['loss']:.5f} quantized")
         print(f"{memory.effective_bits(quantized):.3f} bits a weight, " + _save(quantized, Path(command.save)))
+    return 0
+
+
+def memory(command: Memory, named: Collection[str]) -> int:
+    """Print a plan, or several side by side, or what fits, or what was published."""
+    from minilora.memory.compare import asked, check_taken, compare
+    from minilora.memory.fit import FIT_METHODS, fit
+    from minilora.memory.planner import plan
+    from minilora.memory.published import published
+
+    c = command.config
+    settings = asked(c, named)
+    modes = {"compare": bool(command.compare) or "compare" in named, "fit": command.fit is not None, "published": command.published}
+    if sum(modes.values()) > 1 or (command.plot and (command.fit or command.published)):
+        raise ConfigError("memory: --compare, --fit and --published are three commands, and --plot goes with none or --compare")
+    found: Any
+    if command.published:
+        others = sorted(settings.keys() | ({"model", "method"} & set(named)))
+        require(not others, "published", True, f"has settings of its own; leave out {', '.join(others)}")
+        found = published()
+    elif modes["compare"]:
+        require("method" not in named, "method", c.method, "is what --compare names; leave it out")
+        found = compare(c.model, command.compare, **settings)
+    elif command.fit is not None:
+        methods = (c.method,) if "method" in named else FIT_METHODS
+        ranks = (settings.pop("r"),) if "r" in settings else None
+        found = fit(command.fit, c.model, methods, ranks, progress=True, **settings)
+    else:
+        check_taken(settings, (c.method,))
+        found = plan(c.model, method=c.method, **settings)
+    figures = []
+    if command.plot is not None:
+        from minilora.study.memory_plots import save_memory_figures
+
+        methods = command.compare or None
+        figures = save_memory_figures(c.model, command.plot, c.method, methods, progress=not command.json, **settings)
+    if command.json:
+        print(json.dumps(found.to_dict() | ({"figures": [str(path) for path in figures]} if figures else {}), indent=1))
+        return 0
+    print(found)
+    if figures:
+        print(f"figures ({', '.join(path.name for path in figures if path.suffix == '.png')}) in {command.plot}")
     return 0
 
 

@@ -1,6 +1,7 @@
 """Where the bytes are: counted, measured (``measure``) and predicted (``plan``)."""
 
 from minilora.memory.architectures import ARCHITECTURES
+from minilora.memory.compare import Comparison, compare
 from minilora.memory.counting import (
     activation_bytes,
     arrays_in,
@@ -13,15 +14,16 @@ from minilora.memory.counting import (
     peak_bytes,
     projection_bytes,
     trainable_line,
-    training_bytes,
     unique_bytes,
 )
+from minilora.memory.fit import Fit, fit, parse_size
 from minilora.memory.ledger import Entry, Ledger
-from minilora.memory.measure import measure, resident_bytes
-from minilora.memory.planner import PlanConfig, plan
+from minilora.memory.measure import measure, resident_bytes, resident_line
+from minilora.memory.planner import PlanConfig, model_shape, plan
 
 __all__ = [
-    "ARCHITECTURES", "Entry", "Ledger", "PlanConfig", "activation_bytes", "arrays_in", "available_bytes", "count_parameters",
-    "effective_bits", "format_bytes", "measure", "model_bytes", "packed_weights", "peak_bytes", "plan", "projection_bytes",
-    "resident_bytes", "trainable_line", "training_bytes", "unique_bytes",
+    "ARCHITECTURES", "Comparison", "Entry", "Fit", "Ledger", "PlanConfig", "activation_bytes", "arrays_in", "available_bytes",
+    "compare", "count_parameters", "effective_bits", "fit", "format_bytes", "measure", "model_bytes", "model_shape",
+    "packed_weights", "parse_size", "peak_bytes", "plan", "projection_bytes", "resident_bytes", "resident_line",
+    "trainable_line", "unique_bytes",
 ]  # fmt: skip

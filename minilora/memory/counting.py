@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from minilora.config import ModelConfig
 from minilora.layers import DenseWeight, Key
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import ShapeArray
@@ -138,27 +137,6 @@ def format_bytes(n: float) -> str:
             return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1024
     return f"{n:.2f} GiB"
-
-
-# --- before anything is loaded -------------------------------------------------------------------------------------------
-
-
-def training_bytes(config: ModelConfig, held: int, trainable: int, tokens: int, context: int, checkpoint: bool = False,
-                   logits_chunk: int = 0) -> int:  # fmt: skip
-    """A rough estimate, from shapes alone, of the memory that training holds at its peak.
-
-        weights     ``held`` bytes, as they are stored
-        training    5 float32 for each trainable number: itself, Adam's two, and the gradients of two shards
-        activations of each block and token, float32: inputs 2C, q k v and their mix 2·(H + K)·D, SwiGLU 3F, attention H·context;
-                    with ``checkpoint`` 2C + (H + 2K)·D a block, and one block whole
-        logits      2 float32 for each number of ``logits_chunk`` rows of each of two shards (0: of all ``tokens``)
-    """
-    C, F, D, L = config.hidden_size, config.intermediate_size, config.head_dim, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    block = 2 * C + 2 * (H + K) * D + 3 * F + H * context
-    kept = L * (2 * C + (H + 2 * K) * D) + block if checkpoint else L * block
-    rows = min(2 * logits_chunk or tokens, tokens)
-    return held + 4 * (5 * trainable + tokens * kept + 2 * rows * config.vocab_size)
 
 
 def available_bytes() -> int | None:

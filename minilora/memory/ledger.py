@@ -183,8 +183,8 @@ class Ledger:
 # ---- entries
 
 
-def held_entries(model: Transformer, states: dict[str, Any] | None = None) -> list[Entry]:
-    """What a model, real or without data, and its optimizer's ``states`` hold: each buffer once, by class and layer."""
+def held_entries(model: Transformer, states: dict[str, Any] | None = None, maps: Sequence[Any] = ()) -> list[Entry]:
+    """What a model, real or without data, and its optimizer's ``states`` and code ``maps`` hold: each buffer once."""
     seen: set[int] = set()
     entries: list[Entry] = []
 
@@ -215,6 +215,8 @@ def held_entries(model: Transformer, states: dict[str, Any] | None = None) -> li
             add("weights", layer, str(p.data.dtype), p.data)
     for linear in (x for _, x in model.linears() if isinstance(x, LoraLinear) and x.magnitude is not None):
         add("adapters", linear.name, "squared length of each row of W, for DoRA", linear.row_squares)
+    for array in maps:
+        add("code maps", "shared", "of 8-bit states", array)
     for name, array in (states or {}).items():
         layer = name.split(".", 1)[1].removesuffix(".weight").partition(".lora_")[0]
         add("optimizer", layer, name.split(".", 1)[0], array)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
-from minilora.memory.counting import buffer_of, count_parameters, effective_bits, peak_bytes
+from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
 from minilora.memory.planner import with_update
 from minilora.memory.profile import profile
@@ -37,9 +37,7 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
                     checkpoint=config.gradient_checkpointing, logits_chunk=config.logits_chunk)
     parameters, paged = model.trainable(), config.optimizer.startswith("paged")
     own = make_optimizer(twin.trainable(), config) if optimizer is None else optimizer  # zeros, made when they are touched
-    held = held_entries(model, {} if paged else own.state())
-    if maps := own.code_maps():
-        held.append(Entry("code maps", "shared", "of 8-bit states", sum(m.nbytes for m in maps)))
+    held = held_entries(model, {} if paged else own.state(), own.code_maps())
     tile = tile_bytes(twin)
     if tile:
         held.append(Entry("tiles", "worker", "decoded weights", tile))
@@ -74,6 +72,13 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
         _, cache = model.forward(piece.ids, (config.seed, 0, 0), config.gradient_checkpointing, piece.segments)
     weights = {id(buffer_of(p.data)) for p in model.parameters()} | {id(buffer_of(piece.ids))}
     return kept_entries(kept_by_model(model, cache), weights)
+
+
+def resident_line() -> str:
+    """The process's memory in words."""
+    now, highest = resident_bytes()
+    parts = [f"{format_bytes(n)} {what}" for n, what in ((now, "now"), (highest, "at most")) if n is not None]
+    return "the process, Python and libraries included: " + (", ".join(parts) or "the system does not tell")
 
 
 def resident_bytes() -> tuple[int | None, int | None]:

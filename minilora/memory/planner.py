@@ -38,7 +38,7 @@ from minilora.memory.counting import count_parameters, effective_bits
 from minilora.memory.ledger import Entry, Ledger, deepen, held_entries
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, ShapeArray, metered
-from minilora.memory.twin import BLOCK_FORMATS, Draws, ShapeWeight, base_twin, shape_batch, tile_bytes
+from minilora.memory.twin import BLOCK_FORMATS, Draws, ShapeWeight, base_twin, code_maps, shape_batch, tile_bytes
 from minilora.pretrained import shape_of
 from minilora.training.optimizers import state_bytes, state_layout
 from minilora.transformer import Transformer, parameter_shapes
@@ -159,13 +159,14 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     tokens = c.context or min(512, shape.context_length)
     c = replace(c, context=tokens)
     require(tokens <= shape.context_length, "context", tokens, f"{c.model} has positions for {shape.context_length} tokens")
-    alike = c.method != "subset" and stored is None and shape.num_hidden_layers > DEPTH
+    alike = c.method != "subset" and shape.num_hidden_layers > DEPTH and (stored is None or _stored_alike(shape, stored))
     layers = shape.num_hidden_layers if alike else None
     with metered(Meter()):
         twin = planned_twin(c, replace(shape, num_hidden_layers=DEPTH) if alike else shape, stored)
         trainable_parameters = twin.trainable()
         states = planned_states(trainable_parameters, c.optimizer)
-        held = held_entries(twin, {} if c.optimizer.startswith("paged") else states)
+        maps = code_maps("dynamic", "dynamic, unsigned") if any(a.dtype == np.uint8 for a in states.values()) else []
+        held = held_entries(twin, {} if c.optimizer.startswith("paged") else states, maps)
     found = profile(twin, shape_batch(shape, c.batch_size, tokens), shards=c.shards, checkpoint=c.gradient_checkpointing,
                     accumulation=c.gradient_accumulation_steps, logits_chunk=c.logits_chunk, layers=layers)  # fmt: skip
     trainable, parameters = _counts(twin, layers)
@@ -179,7 +180,6 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
         on_disk += (layers - DEPTH) * per_state * bool(on_disk)
     if tile := tile_bytes(twin):
         held.append(Entry("tiles", "worker", "decoded weights", tile))
-    held += _maps_of_states(c.optimizer, trainable_parameters)
     entries, moment = with_update(found.entries, found.moment, gradients, c.optimizer, trainable_parameters)
     return Ledger(c.title, (*held, *entries), tuple(found.kept), moment, trainable, parameters, effective_bits(twin),
                   min(c.shards, c.batch_size), found.shard, gradients, gradients * (c.gradient_accumulation_steps > 1), on_disk)
@@ -218,11 +218,6 @@ def with_update(entries: list[Entry], moment: str, gradients: int, optimizer: st
         return entries, moment
     return [Entry("gradients", "", "of all that trains", gradients),
             Entry("temporaries", "optimizer", "scratch of the update", scratch)], "the optimizer's update"  # fmt: skip
-
-
-def _maps_of_states(optimizer: str, parameters: list[Parameter]) -> list[Entry]:
-    maps = state_bytes(optimizer, [p.data.size for p in parameters])["maps"]
-    return [Entry("code maps", "shared", "of 8-bit states", maps)] if maps else []
 
 
 def _counts(twin: Transformer, layers: int | None) -> tuple[int, int]:
@@ -264,6 +259,15 @@ def _file_shape(name: str) -> tuple[ModelConfig, Stored | None]:
         return ShapeWeight.stored(size, kind) if kind in BLOCK_FORMATS else None
 
     return shape, stored
+
+
+def _stored_alike(shape: ModelConfig, stored: Stored) -> bool:
+    """Whether a file stores all blocks in the same formats."""
+    kinds: dict[str, set[tuple[int, int]]] = {}
+    for name in _projections(shape):
+        weight = stored(name, (1, 32))
+        kinds.setdefault(name.split(".", 3)[-1], set()).add((0, 0) if weight is None else (weight.bits, weight.offset_group))
+    return all(len(found) == 1 for found in kinds.values())
 
 
 def _projections(shape: ModelConfig) -> list[str]:

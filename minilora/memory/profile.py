@@ -12,7 +12,7 @@ from minilora.data.tasks import Batch
 from minilora.layers import Array
 from minilora.memory.ledger import Entry, deepen, kept_entries, name_gradients, passing_entries
 from minilora.memory.reasons import kept_by_block, kept_by_model
-from minilora.memory.shapes import Meter
+from minilora.memory.shapes import Meter, ShapeArray
 from minilora.memory.twin import run_step
 from minilora.transformer import Transformer
 
@@ -46,9 +46,9 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
 
     def watch(what: str, value: Any) -> None:
         if what == "forward":
-            kept = list(kept_by_model(twin, value[1]))
+            kept = [k for k in kept_by_model(twin, value[1]) if not isinstance(k[0], np.ndarray)]  # token ids are the batch's own
             if not first_kept:
-                first_kept.extend(kept_entries(kept, set()))
+                first_kept.extend(kept_entries((k for k in kept if isinstance(k[0], ShapeArray)), set()))  # not the batch's ids
             _name(kept, "activations")
         elif what.startswith("restored"):
             i = int(what.split()[1])
@@ -84,8 +84,8 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
 
 def _name(kept: Any, kind: str) -> None:
     for array, layer, reason in kept:
-        buffer = array.buffer if not isinstance(array, np.ndarray) else None  # token ids are real
-        if buffer is not None and not buffer.kind:
+        buffer = array.buffer
+        if not buffer.kind:
             buffer.kind, buffer.owner, buffer.reason = kind, layer, reason
 
 

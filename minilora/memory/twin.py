@@ -34,18 +34,19 @@ class ShapeWeight(PackedWeight):
     """A packed weight without data: its products take tiles, scales and results as the real one's do."""
 
     def __init__(self, shape: tuple[int, int], arrays: dict[str, list[Any]], *, offset_group: int = 0, block_size: int = 32,
-                 decoded: tuple[int, ...] = (), few: int = 1, bits: int = 4):  # fmt: skip
+                 decoded: tuple[int, ...] = (), few: int = 1, bits: int = 4, quant_type: str = ""):  # fmt: skip
         super().__init__(shape)
         self._arrays, self.offset_group, self.block_size, self.bits = arrays, offset_group, block_size, bits
         self.decoded, self._rows_of_kernel = decoded, few  # bytes a block of scales (and offsets) that are decoded for a tile
-        self.largest_tile = 0  # numbers
+        self.quant_type, self.largest_tile = quant_type, 0  # numbers
 
     @classmethod
     def of(cls, weight: PackedWeight) -> ShapeWeight:
         """The shape of a real weight."""
         arrays = {kind: [ShapeArray.new(a.shape, a.dtype) for a in group] for kind, group in weight.arrays().items()}
         return cls(weight.shape, arrays, offset_group=getattr(weight, "offset_group", 0), few=weight._few, bits=weight.bits,
-                   block_size=getattr(weight, "block_size", 32), decoded=_decoded(weight.arrays()))
+                   block_size=getattr(weight, "block_size", 32), decoded=_decoded(weight.arrays()),
+                   quant_type=getattr(weight, "quant_type", ""))
 
     @classmethod
     def quantized(cls, shape: tuple[int, int], config: QuantConfig) -> ShapeWeight:
@@ -70,10 +71,11 @@ class ShapeWeight(PackedWeight):
         else:
             block, blocks = config.block_size, -(-size // config.block_size)
             nested = [((blocks,), np.uint8), ((-(-blocks // 256),), np.float32), ((1,), np.float32)]
+            names = [config.quant_type, "dynamic"] if config.double_quant else [config.quant_type]
             scales = [ShapeArray.new(*n) for n in nested] if config.double_quant else [ShapeArray.new((blocks,), np.float32)]
-            arrays = {"codes": codes, "scales": scales, "offsets": [], "code_maps": _code_maps(config)}
+            arrays = {"codes": codes, "scales": scales, "offsets": [], "code_maps": code_maps(*names)}
         return cls(shape, arrays, offset_group=block if config.affine else 0, block_size=block, decoded=_decoded(arrays),
-                   bits=config.bits)
+                   bits=config.bits, quant_type=config.quant_type)
 
     @classmethod
     def stored(cls, shape: tuple[int, int], quant_type: str, few: int = 16) -> ShapeWeight:
@@ -83,7 +85,7 @@ class ShapeWeight(PackedWeight):
         arrays: dict[str, list[Any]] = {"codes": [ShapeArray.new((*rows, codes), np.uint8)],
                                         "scales": [ShapeArray.new(rows, np.float16)],
                                         "offsets": [ShapeArray.new(rows, np.float16)] if minima else [], "code_maps": []}
-        return cls(shape, arrays, offset_group=32 if minima else 0, few=few, bits=int(quant_type[1]))
+        return cls(shape, arrays, offset_group=32 if minima else 0, few=few, bits=int(quant_type[1]), quant_type=quant_type)
 
     def arrays(self) -> dict[str, list[Any]]:
         """By class, as the real weight's."""
@@ -133,12 +135,11 @@ def _decoded(arrays: dict[str, list[Any]]) -> tuple[int, ...]:
 _maps: dict[str, ShapeArray] = {}
 
 
-def _code_maps(config: QuantConfig) -> list[Any]:
-    """Shared by all weights, and so the same objects."""
-    names = {config.quant_type: 2**config.bits} | ({"dynamic": 256} if config.double_quant else {})
-    for name, size in names.items():
+def code_maps(*names: str) -> list[Any]:
+    """Tables by name (nf4, …, dynamic), shared by all that decode with them, and so the same objects."""
+    for name in names:
         if name not in _maps:
-            _maps[name] = ShapeArray.new((size,), np.float32)
+            _maps[name] = ShapeArray.new((256 if name.startswith("dynamic") else 2 ** int(name[-1]),), np.float32)
     return [_maps[name] for name in names]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 from minilora import memory
-from minilora.config import ConfigError, expand_modules, matches
+from minilora.config import ConfigError
 from minilora.data.sft import SFTTask, products_chat, read_jsonl
 from minilora.data.tasks import Task, make_task
 from minilora.pretrained import Pretrained, load_pretrained, shape_of, stored_bytes
 from minilora.quant.blocks import BLOCK
-from minilora.study.results import ADAPTERS
+from minilora.study.results import CONTROLS
 from minilora.study.settings import TINY, RunConfig
-from minilora.transformer import parameter_shapes
 
 
 @lru_cache(maxsize=2)
@@ -42,33 +40,44 @@ def make_run_task(config: RunConfig) -> Task:
                  config.packing)
 
 
-NEW_BYTES = {"lora": 4.0, "full": 8.0, "subset": 4.0, "qlora": 0.52}
-"""Bytes that a method adds for each number of the blocks to what is loaded: dense float32 (twice: full trains a copy), NF4."""
+def planned(config: RunConfig) -> memory.Ledger:
+    """The planner's ledger of a run on its longest usual batch; nothing is loaded."""
+    longest = min(config.max_length, shape_of(config.model).context_length)
+    usual = longest if config.packing or config.task == "jsonl" else min(longest, 128)
+    return _plan(memory.PlanConfig(
+        model=config.model, method=config.method, r=config.r or 8, target_modules=config.target_modules or "all-linear",
+        subset_modules=config.subset_modules if config.method == "subset" else None, quant_type=config.quant_type,
+        group_size=config.group_size or BLOCK, block_size=config.block_size or 64, double_quant=config.double_quant is not False,
+        use_dora=config.use_dora, lora_dropout=config.lora_dropout, optimizer=config.optimizer, batch_size=config.batch_size,
+        context=usual, gradient_accumulation_steps=config.gradient_accumulation_steps,
+        gradient_checkpointing=config.gradient_checkpointing, logits_chunk=config.logits_chunk))
+
+
+_plan = lru_cache(maxsize=64)(memory.plan)
+
+
+def _shares_base(config: RunConfig, ledger: memory.Ledger) -> bool:
+    """Whether the run trains over the very arrays that were loaded, as LoRA does over dense ones and QA-LoRA over Q4_1."""
+    if config.method == "qalora":
+        return any(e.what == "Q4_1" and e.layer.startswith("layers.") for e in ledger.entries)
+    _, stored = memory.model_shape(config.model)
+    return config.method == "lora" and (stored is None or stored("model.layers.0.self_attn.q_proj.weight", (1, BLOCK)) is None)
 
 
 def check_memory(config: RunConfig, available: int | None = None, processes: int = 1) -> int:
     """Refuse a run that will not fit into memory, before anything is loaded; returns the estimate in bytes.
 
-    ``processes`` such runs share what is ``available``, by default what the system says.
+    ``processes`` such runs share what is ``available``, by default what the system says. What is counted is the planner's bound,
+    all shards at work at once, and the base as it was loaded, which stays beside weights that are made from it.
     """
-    shape, sizes = shape_of(config.model), stored_bytes(config.model)
-    groups = (config.group_size or BLOCK) if config.method == "qalora" else 1
-    trainable = 0
-    for name, size in parameter_shapes(shape).items():
-        module = name.removesuffix(".weight")
-        if config.method in ADAPTERS and len(size) == 2 and any(matches(module, t) for t in config.lora().target_modules):
-            trainable += config.lora().r * (size[0] + size[1] // groups)
-        elif config.method == "full" or (config.method == "subset" and any(
-                f".{m}." in f".{module}." for m in expand_modules(config.subset_modules))):
-            trainable += math.prod(size)
-    blocks = sum(math.prod(size) for name, size in parameter_shapes(shape).items() if name.startswith("model.layers."))
-    longest = min(config.max_length, shape.context_length)
-    usual = longest if config.packing or config.task == "jsonl" else min(longest, 128)
-    need = memory.training_bytes(shape, sizes + int(NEW_BYTES.get(config.method, 0.0) * blocks), trainable,
-                                 config.batch_size * usual, usual, config.gradient_checkpointing, config.logits_chunk)
+    need = stored_bytes(config.model)
+    if config.method not in CONTROLS:
+        ledger = planned(config)
+        need = ledger.bound(ledger.shards) + (0 if _shares_base(config, ledger) else need)
     available = memory.available_bytes() if available is None else available
     if available is not None and need * processes > available:
         many = f" in each of {processes} processes" if processes > 1 else ""
+        longest = min(config.max_length, shape_of(config.model).context_length)
         raise ConfigError(
             f"model={config.model!r}, method={config.method!r}, batch_size={config.batch_size}, max_length={longest}: needs "
             f"about {memory.format_bytes(need)} of memory{many}, {memory.format_bytes(available)} are free; take qalora, a "

@@ -42,7 +42,8 @@ MEMORY_CLASSES = {  # column: label, in the order in which they are stacked and 
 ROW_KEYS = (
     *CONFIG_KEYS, "status", "error", *METRIC_KEYS,
     "trainable_params", "all_params", "effective_bits", "deployed_effective_bits",
-    *MEMORY_CLASSES, "bytes_peak", "bytes_adapter_file", "seconds", "step_seconds",
+    *MEMORY_CLASSES, "bytes_logits", "bytes_tiles", "bytes_temporaries", "bytes_on_disk", "bytes_peak", "bytes_peak_predicted",
+    "bytes_adapter_file", "seconds", "step_seconds",
     "corpus_sha256", "base_sha256", "python_version", "numpy_version", "numba_version", "minilora_version", "machine",
 )  # fmt: skip
 

@@ -19,7 +19,7 @@ import minilora
 from minilora import memory
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules, require
 from minilora.data.sft import SFTTask
-from minilora.data.tasks import Task
+from minilora.data.tasks import Batch, Task
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError, read_json, write_file
@@ -177,7 +177,7 @@ def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tok
 
 
 def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer | None) -> dict[str, Any]:
-    """Bytes by class, parameter counts and effective bits; the peak is measured on one more forward and backward pass.
+    """Bytes by class, parameter counts and effective bits, from the ledger of one more forward and backward pass.
 
     Activations and peak are those of the whole batch at once, as when every shard has a thread.
     """
@@ -186,17 +186,17 @@ def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer |
     row |= {f"bytes_{kind}": n for kind, n in memory.model_bytes(model).items()}
     row |= {"bytes_gradients": 0, "bytes_optimizer": 0, "bytes_activations": 0}
     if trainer is not None:
-        batch = task.batch(batch_indices(task.n_train, config.batch_size, 0, config.seed))
-        row["bytes_gradients"] = sum(p.data.nbytes for p in model.trainable())
-        row["bytes_optimizer"] = memory.unique_bytes(trainer.optimizer.state().values())
-        row["bytes_activations"] = memory.activation_bytes(model, batch.ids, config.gradient_checkpointing, (config.seed, 0, 0))
-        with single_blas(), Workers(1) as one:
-            step = memory.peak_bytes(lambda: loss_and_grads(
-                model, batch, one, shards=1, stream=(config.seed, 0), checkpoint=config.gradient_checkpointing,
-                logits_chunk=config.logits_chunk))
-        held = sum(row[f"bytes_{kind}"] for kind in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
-        row["bytes_peak"] = held + step
+        found = memory.measure(model, first_batch(config, task), replace(trainer.config, shards=1), trainer.optimizer)
+        kinds = found.by_kind()
+        row |= {f"bytes_{kind}": kinds.get(kind, 0) for kind in ("gradients", "optimizer", "logits", "tiles", "temporaries")}
+        row["bytes_activations"] = sum(entry.nbytes for entry in found.kept)
+        row |= {"bytes_on_disk": found.on_disk, "bytes_peak": found.measured, "bytes_peak_predicted": found.peak}
     return row
+
+
+def first_batch(config: RunConfig, task: Task) -> Batch:
+    """The batch of the first step."""
+    return task.batch(batch_indices(task.n_train, config.batch_size, 0, config.seed))
 
 
 def run(
@@ -240,6 +240,9 @@ def run(
                 trainer.load(saved)
                 if progress:
                     print(f"continuing at step {trainer.step} of {config.steps}, from {saved}")
+            if progress:
+                predicted = memory.measure(model, first_batch(config, task), settings, trainer.optimizer, run=False)
+                print(f"predicted: {predicted.short()}", flush=True)
             history = trainer.train(progress)
             last = history.steps[-20:]
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
@@ -260,6 +263,9 @@ def run(
             row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     row |= ledger(config, model, task, trainer)
+    if progress and trainer is not None:
+        print(f"measured: the whole batch at once {memory.format_bytes(row['bytes_peak'])} (tracemalloc), "
+              f"{memory.format_bytes(row['bytes_peak_predicted'])} explained; {memory.resident_line()}")
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     if config.model != TINY:  # a token is no byte
         row = {name: value for name, value in row.items() if name not in ("bpb", "deployed_bpb")}

@@ -24,7 +24,7 @@ from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
 # fields that came after the first results: at their defaults they leave a run, and so its fingerprint, what it was
 LATER = ("quantizer", "use_dora", "init_lora_weights", "model", "data", "max_length", "packing", "gradient_accumulation_steps",
-         "gradient_checkpointing", "logits_chunk")  # fmt: skip
+         "gradient_checkpointing", "logits_chunk", "optimizer")  # fmt: skip
 SHORT_NAMES = (TINY, "smollm2")
 DEFAULT_RATES = {"full": 2e-3, "subset": 3e-3, "lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
 PRETRAINED_RATES = {"full": 1e-4, "subset": 2e-4, "lora": 2e-3, "qlora": 2e-3, "qalora": 2e-3}
@@ -41,9 +41,9 @@ class RunConfig:
     ``method="subset"`` trains. ``write_all=False`` leaves out two of three texts that are judged, those for held-out values and
     those of the deployed weights, whose loss is still measured. ``model`` is ``tiny``, ``smollm2``, a GGUF file or a Hugging Face
     folder; ``data``, a JSONL file, makes the task ``jsonl``; ``max_length`` is the longest example in tokens of such a model, and
-    ``packing`` puts several into one row of that length. ``gradient_accumulation_steps``, ``gradient_checkpointing`` and
-    ``logits_chunk`` (less memory) are TrainConfig's. ``quantizer`` finds the codes of a QA-LoRA or quantized base and,
-    for QLoRA, those of the merged weights (its base is rounded to nearest, as bitsandbytes does). ``use_dora`` and
+    ``packing`` puts several into one row of that length. ``gradient_accumulation_steps``, ``gradient_checkpointing``,
+    ``logits_chunk`` and ``optimizer`` (less memory) are TrainConfig's. ``quantizer`` finds the codes of a QA-LoRA or quantized
+    base and, for QLoRA, those of the merged weights (its base is rounded to nearest, as bitsandbytes does). ``use_dora`` and
     ``init_lora_weights`` are LoraConfig's.
 
     >>> RunConfig(method="lora", bits=4)
@@ -87,6 +87,7 @@ class RunConfig:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     logits_chunk: int = 0
+    optimizer: str = "adamw"
 
     def __post_init__(self) -> None:
         def default(field: str, value: Any) -> None:
@@ -171,7 +172,8 @@ class RunConfig:
                            learning_rate=1e-3 if self.learning_rate is None else self.learning_rate,
                            warmup_steps=min(self.warmup_steps, self.steps),
                            gradient_accumulation_steps=self.gradient_accumulation_steps,
-                           gradient_checkpointing=self.gradient_checkpointing, logits_chunk=self.logits_chunk)
+                           gradient_checkpointing=self.gradient_checkpointing, logits_chunk=self.logits_chunk,
+                           optimizer=self.optimizer)
 
     def key(self) -> str:
         """16 hex digits that change with anything that may change the result, not with the preset's or stage's name."""

@@ -84,6 +84,7 @@ class SweepConfig:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     logits_chunk: int = 0
+    optimizer: str = "adamw"
     preset: str = "custom"
     stage: str = "study"
     name: str = "sweep"
@@ -165,7 +166,8 @@ def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
     from minilora.study.settings import RunConfig
 
     shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
-    shared += ["model", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk"]
+    shared += ["model", "max_length", "packing", "gradient_accumulation_steps", "gradient_checkpointing", "logits_chunk",
+               "optimizer"]
     shared += ["text_path"] * (settings["task"] == "text") + ["data"]
     shared += ["subset_modules"] * (settings["method"] == "subset")
     given = {name: getattr(config, name) for name in shared if getattr(config, name) is not None}
