@@ -1,4 +1,4 @@
-"""The command line: train · sweep · plot · generate · merge · quantize · pretrain · info."""
+"""The command line: train · sweep · plot · generate · merge · quantize · memory · pretrain · info."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minilora.config import ConfigError
+from minilora.memory.planner import PlanConfig
 from minilora.study.settings import RunConfig
 from minilora.study.sweep import SweepConfig
 from minilora.training.pretrain import PretrainConfig
@@ -24,6 +25,7 @@ EXAMPLES = {
     "generate": "minilora generate --prompt 'lamp card. style is modern. trim is teal.' --max-new-tokens 60",
     "merge": "minilora train --method qalora --steps 20 --n-eval 20 --out runs/qa && minilora merge --run runs/qa",
     "quantize": "minilora quantize --quant-type nf4 int4 int2 --quantizer rtn gptq",
+    "memory": "minilora memory --model llama-7b --method qlora --r 64 --gradient-checkpointing",
     "pretrain": "minilora pretrain --steps 20 --out runs/base",
     "info": "minilora info",
 }
@@ -118,6 +120,30 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Asked(PlanConfig):
+    """The settings of a plan, checked once it is known for which methods they are."""
+
+    def __post_init__(self) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Say where every byte of a training run would be, by class, layer and reason; nothing is loaded or downloaded.
+
+    --model: tiny, smollm2-135m, smollm2-360m, smollm2-1.7b, tinyllama-1.1b, llama-7b, llama-13b, llama-33b, llama-65b,
+    llama-3-8b, llama-3-70b, gpt3-175b, smollm2 (the installed package), a .gguf file, a Hugging Face folder or its config.json.
+    """
+
+    config: tyro.conf.OmitArgPrefixes[Asked] = field(default_factory=Asked)
+    compare: tuple[str, ...] = ()  # instead of --method: several side by side, such as full lora qlora qalora
+    fit: str | None = None  # a size such as 8GB or 8GiB: which methods, bits, ranks and batch sizes train in it
+    plot: str | None = None  # folder for figures: by method, against rank, bits, context and batch, and through a step
+    published: bool = False  # published figures beside ours
+    json: bool = False  # print one JSON document instead of tables
+
+
+@dataclass(frozen=True)
 class Info:
     """Print versions, BLAS, threads, Numba's threading layer and the folder of compiled kernels."""
 
@@ -129,6 +155,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Quantize, tyro.conf.subcommand("quantize")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[PretrainConfig, tyro.conf.subcommand("pretrain")]
     | Annotated[Info, tyro.conf.subcommand("info")]
 )
@@ -158,7 +185,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         handlers: dict[type, Callable[[Any], int]] = {
             Train: partial(commands.train, named=named), Sweep: partial(commands.sweep, named=named), Plot: commands.plot,
             Generate: commands.generate, Merge: commands.merge, Quantize: commands.quantize, PretrainConfig: commands.pretrain,
-            Info: commands.info}  # fmt: skip
+            Memory: partial(commands.memory, named=named), Info: commands.info}  # fmt: skip
         return handlers[type(command)](command)
     except KeyboardInterrupt:
         print("\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row", file=sys.stderr)

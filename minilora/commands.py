@@ -360,15 +360,15 @@ def memory(command: Memory, named: Collection[str]) -> int:
 
     c = command.config
     settings = asked(c, named)
-    modes = {"compare": bool(command.compare) or "compare" in named, "fit": command.fit is not None, "published": command.published}
-    if sum(modes.values()) > 1 or (command.plot and (command.fit or command.published)):
-        raise ConfigError("memory: --compare, --fit and --published are three commands, and --plot goes with none or --compare")
+    several = bool(command.compare) or "compare" in named
+    if several + (command.fit is not None) + command.published + (command.plot is not None and not several) > 1:
+        raise ConfigError("memory: choose one of --compare, --fit, --published and --plot; only --compare and --plot go together")
     found: Any
     if command.published:
         others = sorted(settings.keys() | ({"model", "method"} & set(named)))
         require(not others, "published", True, f"has settings of its own; leave out {', '.join(others)}")
         found = published()
-    elif modes["compare"]:
+    elif several:
         require("method" not in named, "method", c.method, "is what --compare names; leave it out")
         found = compare(c.model, command.compare, **settings)
     elif command.fit is not None:
@@ -382,8 +382,7 @@ def memory(command: Memory, named: Collection[str]) -> int:
     if command.plot is not None:
         from minilora.study.memory_plots import save_memory_figures
 
-        methods = command.compare or None
-        figures = save_memory_figures(c.model, command.plot, c.method, methods, progress=not command.json, **settings)
+        figures = save_memory_figures(c.model, command.plot, c.method, command.compare, progress=True, **settings)
     if command.json:
         print(json.dumps(found.to_dict() | ({"figures": [str(path) for path in figures]} if figures else {}), indent=1))
         return 0
