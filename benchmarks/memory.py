@@ -30,10 +30,11 @@ high-water mark `VmHWM`), of the whole process, interpreter and libraries includ
 """
 
 RISES = """How far the high-water mark rises, in {steps} training steps (forward, backward, clipping, AdamW), above what is
-resident once everything is loaded; optimizer states, and code that is loaded or compiled at its first use, count. A fresh
-process each, the sides in turn; median of {repeats} (least-largest). Before the first step both sides read every stored array
-once (what a file's mapping brings in belongs to loading), hand freed memory back (`malloc_trim`), and forget the high-water
-mark of loading, which is higher ({reset}). r = {r} on all linear layers; qlora: NF4, double quantized, float32. *Fast*: nothing
+resident once everything is loaded; optimizer states count, and code that is loaded at its first use (for qalora on a GGUF that
+is LLVM, about 50 MiB; where weights were quantized before, it is there already). Kernels were compiled before. A fresh process
+each, the sides in turn; median of {repeats} (least-largest). Before the first step both sides read every stored array once
+(what a file's mapping brings in belongs to loading), hand freed memory back (`malloc_trim`), and forget the high-water mark of
+loading, which is higher ({reset}). r = {r} on all linear layers; qlora: NF4, double quantized, float32. *Fast*: nothing
 checkpointed. *Small*: checkpointed blocks, logits 32 rows at a time. Peers: PEFT + bitsandbytes' QLoRA, with the allocator as
 its users have it; ours keeps freed memory, as the Trainer does. Shares: ours in per cent of the peers' without checkpoints,
 turn by turn; for lora and qalora, which are there for information, of the same QLoRA step. Loss after the steps, from the same
@@ -103,6 +104,8 @@ def rises(model: str, sides: list[str], opened: Open, load: Load, repeats: int, 
             name = "peer" if mode == "fast" else "peer small"
             jobs["qlora", name] = partial(once, opened, "peer", load("peer", "qlora", mode == "small"), "step")
     found: dict[tuple[str, str], list[Measurement]] = {job: [] for job in jobs}
+    for method in METHODS:  # compile what this machine has not compiled yet: a compiler's memory is not a step's
+        jobs[method, "fast"]()
     for turn in range(repeats):
         for job in list(jobs)[:: -1 if turn % 2 else 1]:
             last = jobs[job]()
