@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 from math import prod
 from typing import Any
 
@@ -84,7 +85,10 @@ class Meter:
                 if not buffer.site:
                     buffer.site, buffer.line = f"{module.removeprefix('minilora.')}.{code.co_qualname}", frame.f_lineno
                 if code.co_varnames[:1] == ("self",):
-                    name = self.names.get(id(frame.f_locals["self"])) if self.names else None
+                    found = frame.f_locals
+                    name = self.names.get(id(found["self"])) if self.names else None
+                    if isinstance(found, dict):  # up to Python 3.12 a copy that stays with the frame: its arrays would live on
+                        found.clear()
                     if name is not None:
                         buffer.owner = name
                         return
@@ -231,16 +235,23 @@ class ShapeArray(NDArrayOperatorsMixin):
             return None
         if method != "__call__":
             return NotImplemented
-        if out is not None:
-            return out[0]
-        ghosts = tuple(x.ghost if isinstance(x, ShapeArray) else x for x in inputs)
+        ghosts = [x.ghost if isinstance(x, ShapeArray) else x for x in inputs]
         arrays = tuple(g for g in ghosts if isinstance(g, np.ndarray))
-        if ufunc is np.matmul:
+        kinds = [type(g) if type(g) in (int, float) else g.dtype for g in ghosts]
+        loop = ufunc.resolve_dtypes((*kinds, out[0].dtype if out else None))
+        product = ufunc is np.matmul
+        if product:
             a, b = arrays
-            batch = np.broadcast_shapes(a.shape[:-2], b.shape[:-2])
-            return ShapeArray.new((*batch, a.shape[-2], b.shape[-1]), np.result_type(a, b))
-        ones = [np.ones(1, g.dtype) if isinstance(g, np.ndarray) else g for g in ghosts]  # NumPy itself decides on the dtype
-        return ShapeArray.new(np.broadcast_shapes(*(g.shape for g in arrays)), ufunc(*ones).dtype, arrays)
+            shape: tuple[int, ...] = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+        else:
+            shape = np.broadcast_shapes(*(g.shape for g in arrays))
+        result = out[0] if out else ShapeArray.new(shape, loop[-1], () if product else arrays)
+        # what has another type is converted on the way: for a product as a whole, else a buffer at a time
+        scratch = [_Memory(to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to)))
+                   for g, to in zip((*ghosts, result.ghost), loop, strict=True)
+                   if isinstance(g, np.ndarray) and (g.dtype != to or not product)]  # fmt: skip
+        del scratch
+        return result
 
     def __array_function__(self, function: Any, types: Any, args: Any, kwargs: Any) -> Any:
         handler = FUNCTIONS.get(function)
@@ -280,6 +291,15 @@ def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
                 break
         done.insert(place, axis)
     return done[::-1]
+
+
+def _buffered(x: Ghost, shape: tuple[int, ...], converted: bool) -> int:
+    """Elements of the buffer through which NumPy's iterator takes an operand: if its type is converted, or if it is repeated
+    along some axes and the stretch from the last axis on that can be read in one go is shorter than a buffer."""
+    size = min(prod(shape), np.getbufsize())
+    axes = [(n, m == 1) for n, m in zip(shape[::-1], (*x.shape[::-1], *(1,) * (len(shape) - x.ndim)), strict=True) if n > 1]
+    stretch = prod(n for n, _ in takewhile(lambda axis: axis[1] == axes[0][1], axes))
+    return size if converted or stretch < size else 0
 
 
 def _reduced(x: ShapeArray, axis: Any, keepdims: bool) -> ShapeArray:
