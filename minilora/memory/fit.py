@@ -132,8 +132,8 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     require("batch_size" not in settings, "batch_size", settings.get("batch_size"), "is what fit looks for; leave it out")
     check_taken(settings, methods)
     own = resident_bytes()[0] or 0 if own is None else own
-    most_r = _most_r(model, settings)
-    configs = list(_grid(model, methods, ranks or [r for r in RANKS if r <= most_r] or [most_r], settings))
+    highest_r = most_r(model, settings)
+    configs = list(_grid(model, methods, ranks or [r for r in RANKS if r <= highest_r] or [highest_r], settings))
     needs = _Needs(own)
     rows, slopes = [], dict[tuple[str, int], int]()
     for c in tqdm(configs, desc="looking for what fits", unit="setting", disable=None if progress else True):
@@ -144,7 +144,7 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     highest: dict[str, int] = {}
     fitting = {c.method: c for c, row in zip(reversed(configs), reversed(rows), strict=True) if row.batch and row.r}
     for c in reversed(fitting.values()) if ranks is None else ():
-        highest[f"{c.method} {c.quant_type or c.dtype}"] = _largest(partial(_of_rank, c, needs), size, most_r, c.r)
+        highest[f"{c.method} {c.quant_type or c.dtype}"] = _largest(partial(_of_rank, c, needs), size, highest_r, c.r)
     return _result(model, size, own, configs[0], rows, highest, {})
 
 
@@ -217,7 +217,7 @@ def _of_rank(c: PlanConfig, needs: _Needs, r: int) -> int:
     return needs(replace(c, r=r))
 
 
-def _most_r(model: str, settings: dict[str, Any]) -> int:
+def most_r(model: str, settings: dict[str, Any]) -> int:
     """The largest rank that all targets take: the smaller side of the smallest."""
     targets = expand_modules(settings.get("target_modules", "all-linear"))
     sides = [min(size) for name, size in parameter_shapes(model_shape(model)[0]).items()
