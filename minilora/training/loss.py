@@ -61,6 +61,8 @@ def head_loss(model: Transformer, hidden: Array, rows: Array, targets: Array, no
             dlogits = F.cross_entropy_backward(cache_loss, out=logits)  # logits, probabilities and gradient: one array in turn
             # x = hidden[rows]: the gradient goes back to the places it came from, the others get none
             dhidden[rows[part]] = model.head.backward(dlogits, cache_head, grads)
+            del dlogits
+        del logits, cache_head, cache_loss  # before the next chunk's are made
     return loss
 
 
