@@ -108,7 +108,7 @@ def against(config: PlanConfig) -> dict[str, dict[str, PlanConfig]]:
         f"rank r ({METHOD_NAMES[adapter.method]})": {str(r): replace(adapter, r=r) for r in _powers(1, min(128, largest))},
         "weights of LoRA, QLoRA and QA-LoRA": {kind: of(method, kind) for method, those in kinds.items() for kind in those},
         f"context: tokens of a sequence ({METHOD_NAMES[config.method]})":
-            {str(n): replace(config, context=n) for n in _powers(min(128, longest), longest)[:6]},
+            {str(n): replace(config, context=n) for n in _powers(max(1, min(128, longest // 16)), longest)[:6]},
         f"batch: sequences ({METHOD_NAMES[config.method]})": {str(n): replace(config, batch_size=n) for n in _powers(1, 32)},
     }  # fmt: skip
 
