@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
+from minilora.layers import Gradients
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
 from minilora.memory.planner import with_update
@@ -29,8 +31,9 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
     """The ledger of a training step on a batch (with accumulation: on that batch each time).
 
     What outlasts a step is the sum of the arrays' own ``nbytes``; what the forward pass keeps, that of the buffers in a real
-    cache. With ``run`` one forward and backward pass, which changes nothing, is measured in one worker; without it only shapes
-    are used, and nothing of size is computed. ``optimizer``: the one that trains; without it its states are those it would have.
+    cache. With ``run`` a step is measured in one worker, which changes nothing, since it updates a copy of the largest parameter
+    only; without it only shapes are used, and nothing of size is computed. ``optimizer``: the one that trains; without it its
+    states are those it would have.
     """
     twin = twin_of(model)
     found = profile(twin, batch, shards=config.shards, accumulation=config.gradient_accumulation_steps,
@@ -48,6 +51,10 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
     if run:
         kept = _kept(model, batch, config)
         reserve_tile(tile // 4)
+        largest = max(parameters, key=lambda p: p.data.size)
+        copied = largest.thaw()
+        update = make_optimizer([copied], replace(config, optimizer=config.optimizer.removeprefix("paged_")))
+        update.step(Gradients([copied]), 0.0)  # what is compiled or looked up once is there afterwards
         with single_blas(), Workers(1) as one:
             batches = [batch] * config.gradient_accumulation_steps
 
@@ -55,6 +62,9 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
                 _, grads = loss_and_grads(model, batches, one, shards=config.shards, stream=(config.seed, 0),
                                           checkpoint=config.gradient_checkpointing, logits_chunk=config.logits_chunk)
                 clip_(grads, config.max_grad_norm)
+                of_copy = Gradients(())
+                of_copy[copied] = grads[largest]
+                update.step(of_copy, 0.0)
 
             measured = sum(e.nbytes for e in held) + peak_bytes(step)
     trainable, total = count_parameters(model)

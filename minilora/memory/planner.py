@@ -159,7 +159,9 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     tokens = c.context or min(512, shape.context_length)
     c = replace(c, context=tokens)
     require(tokens <= shape.context_length, "context", tokens, f"{c.model} has positions for {shape.context_length} tokens")
-    alike = c.method != "subset" and shape.num_hidden_layers > DEPTH and (stored is None or _stored_alike(shape, stored))
+    named = any(part.isdigit() for target in c.lora().target_modules for part in target.split("."))  # layers.3.…: one block's own
+    alike = c.method != "subset" and not named and shape.num_hidden_layers > DEPTH
+    alike = alike and (stored is None or _stored_alike(shape, stored))
     layers = shape.num_hidden_layers if alike else None
     with metered(Meter()):
         twin = planned_twin(c, replace(shape, num_hidden_layers=DEPTH) if alike else shape, stored)
