@@ -1,0 +1,161 @@
+"""A grid of fine-tuning runs, each planned from its configuration alone and built and measured for real, side by side."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from minilora.config import ModelConfig, TrainConfig, expand_modules
+from minilora.data.tasks import Batch
+from minilora.lora import full, inject_lora, subset
+from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan
+from minilora.memory.ledger import HELD
+from minilora.quantize import quantize_model
+from minilora.transformer import Transformer, init_model
+
+CASES = 112
+LEAST, SHARE = 64 * 1024, 0.02  # what may remain unexplained of the rise: the larger of these bytes and this share
+
+_shape = ModelConfig(vocab_size=259, hidden_size=64, intermediate_size=192, num_hidden_layers=2, context_length=256)
+SHAPES = {
+    "grid-small": _shape,
+    "grid-grouped": replace(_shape, vocab_size=300, hidden_size=128, num_hidden_layers=5,
+                            num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False),
+    "grid-gelu": replace(_shape, hidden_act="gelu_pytorch_tanh", num_hidden_layers=4, num_attention_heads=2,
+                         num_key_value_heads=1),
+    "grid-vocabulary": replace(_shape, vocab_size=4000, num_hidden_layers=3, tie_word_embeddings=False),
+    "grid-deep": replace(_shape, num_hidden_layers=7, num_key_value_heads=2),
+    "grid-wide": replace(_shape, hidden_size=256, intermediate_size=704, num_key_value_heads=1),
+}  # fmt: skip
+"""Blocks below, at and above the depth at which the planner runs four for all."""
+
+AXES: dict[str, tuple[Any, ...]] = {
+    "model": tuple(SHAPES),
+    "method": ("full", "subset", "lora", "qlora", "qalora"),
+    "r": (1, 4, 16),
+    "target_modules": ("all-linear", "attention", "mlp", "q_proj,v_proj", "layers.1.mlp.down_proj", "lm_head,k_proj"),
+    "subset_modules": (None, "q_proj,v_proj", "layers.0", "embed_tokens", "model.norm"),
+    "bits": (2, 3, 4, 8),
+    "quant_type": (None, "fp4"),
+    "group_size": (16, 32, 64),
+    "block_size": (32, 64, 256),
+    "double_quant": (False, True),
+    "use_dora": (False, True),
+    "lora_dropout": (0.0, 0.1),
+    "optimizer": ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"),
+    "batch": ((1, 2), (1, 64), (2, 32), (3, 48), (4, 128), (8, 40)),
+    "gradient_checkpointing": (False, True),
+    "logits_chunk": (0, 16, 100),
+    "shards": (1, 2, 3),
+    "gradient_accumulation_steps": (1, 2, 3),
+    "dtype": ("float32", "float64"),
+}
+
+
+def cases(count: int = CASES, seed: int = 0) -> list[PlanConfig]:
+    """The same ``count`` runs every time, each the one of a few random ones that has most pairs of values not seen before."""
+    draw = random.Random(seed)
+    seen: set[Any] = set()
+    found: list[PlanConfig] = []
+    while len(found) < count:
+        drawn = [applicable({axis: draw.choice(values) for axis, values in AXES.items()}) for _ in range(12)]
+        best = max(drawn, key=lambda chosen: len(_pairs(chosen) - seen))
+        seen |= _pairs(best)
+        batch_size, context = best.pop("batch")
+        found.append(PlanConfig(**best, batch_size=batch_size, context=context))
+    return found
+
+
+def applicable(chosen: dict[str, Any]) -> dict[str, Any]:
+    """Only what means something for the method chosen."""
+    method = chosen["method"]
+    codebook, adapted = method == "qlora", method in ("lora", "qlora", "qalora")
+    if not adapted:
+        chosen = {k: v for k, v in chosen.items() if k not in ("r", "target_modules", "use_dora", "lora_dropout")}
+    if method != "subset":
+        chosen = {k: v for k, v in chosen.items() if k != "subset_modules"}
+    if not codebook:
+        chosen = {k: v for k, v in chosen.items() if k not in ("quant_type", "block_size", "double_quant")}
+    if method != "qalora":
+        chosen = {k: v for k, v in chosen.items() if k != "group_size"}
+    if method not in ("qlora", "qalora"):
+        chosen = {k: v for k, v in chosen.items() if k != "bits"}
+    if method == "qalora":
+        chosen = {k: v for k, v in chosen.items() if k != "use_dora"}
+        if "lm_head" in chosen["target_modules"]:  # dense, there is no offset to merge into
+            chosen["target_modules"] = "k_proj"
+    if chosen["model"] == "grid-gelu" and chosen.get("target_modules") == "mlp":
+        chosen["target_modules"] = "up_proj,down_proj"
+    if chosen.get("quant_type") == "fp4":
+        chosen["bits"] = 4
+    return chosen
+
+
+def _pairs(chosen: dict[str, Any]) -> set[Any]:
+    return set(combinations(sorted(chosen.items()), 2))
+
+
+@contextmanager
+def shapes() -> Iterator[None]:
+    """The planner knows the grid's shapes by name inside."""
+    ARCHITECTURES.update(SHAPES)
+    try:
+        yield
+    finally:
+        for name in SHAPES:
+            del ARCHITECTURES[name]
+
+
+def built(c: PlanConfig, seed: int = 0) -> tuple[Transformer, Batch, TrainConfig]:
+    """What a plan describes, for real: a model that is ready to train, a batch in which every target counts, and the settings."""
+    shape = ARCHITECTURES[c.model]
+    rng = np.random.default_rng(seed)
+    model = init_model(shape, rng, np.dtype(c.dtype), trainable=False)
+    if c.quantized:
+        model = quantize_model(model, c.quant())
+    if c.method == "full":
+        model = full(model)
+    elif c.method == "subset":
+        model = subset(model, expand_modules(c.subset_modules or f"layers.{shape.num_hidden_layers - 1}"))
+    else:
+        model = inject_lora(model, c.lora(), rng)
+    ids = rng.integers(shape.vocab_size, size=(c.batch_size, c.context or 1))
+    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(PlanConfig)}
+    return model, Batch(ids, ids, np.ones(ids.shape, bool)), TrainConfig(**{name: getattr(c, name) for name in shared})
+
+
+def held_by_layer(ledger: Ledger) -> dict[tuple[str, str], int]:
+    """(class, layer) → bytes that outlast a step."""
+    found: dict[tuple[str, str], int] = {}
+    for e in ledger.entries:
+        if e.kind in HELD:
+            found[e.kind, e.layer] = found.get((e.kind, e.layer), 0) + e.nbytes
+    return found
+
+
+def row_of(c: PlanConfig) -> dict[str, Any]:
+    """A case planned and measured: what a step adds at its peak, and whether all that outlasts it is equal to the byte."""
+    planned, found = plan(c), measure(*built(c))
+    measured = (found.measured or 0) - found.held
+    return {"what": planned.title, "predicted": planned.rise, "measured": measured, "difference": measured - planned.rise,
+            "share": (measured - planned.rise) / measured, "persistent": held_by_layer(planned) == held_by_layer(found)}
+
+
+def table(rows: list[dict[str, Any]], worst: int = 10) -> str:
+    """The worst cases, in markdown: the largest differences in share of the rise first."""
+    ordered = sorted(rows, key=lambda r: -abs(r["share"]))[:worst]
+    lines = ["| run | predicted rise | measured rise | difference | share | persistent equal |", "|:--|--:|--:|--:|--:|:--|"]
+    lines += [f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
+              f"{'yes' if r['persistent'] else 'NO'} |" for r in ordered]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    with shapes():
+        print(table([row_of(c) for c in cases()], worst=CASES))
