@@ -145,6 +145,18 @@ def test_sixty_five_billion_parameters_take_seconds_and_no_memory():
     assert seconds < 30  # 5 on an idle core without tracing
 
 
+COUNTS = {  # as the models' own pages and files have them
+    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384, "tinyllama-1.1b": 1_100_048_384,
+    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
+    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
+}  # fmt: skip
+
+
+def test_built_in_architectures_have_the_counts_that_are_known():
+    adapted = {name: plan(name, method="lora", r=1, target_modules="o_proj", context=4) for name in COUNTS}
+    assert {name: found.parameters - found.trainable for name, found in adapted.items()} == COUNTS
+
+
 PUBLISHED = {
     "LLaMA-7B, LoRA (QA-LoRA, table 2)": (("llama-7b", "lora", 64), 159_907_840),
     "LLaMA-7B, QA-LoRA (the same)": (("llama-7b", "qalora", 64), 89_309_184),
