@@ -154,11 +154,12 @@ def _llama65() -> list[Row]:
 
 
 def _llama7() -> list[Row]:
-    plain = plan("llama-7b", method="qlora", r=64, dtype="float16")
-    checkpointed = plan("llama-7b", method="qlora", r=64, dtype="float16", gradient_checkpointing=True)
+    plain = plan("llama-7b", method="qlora", r=64)
+    checkpointed = plan("llama-7b", method="qlora", r=64, gradient_checkpointing=True)
     inputs = sum(e.nbytes for e in plain.kept if "kept for dA" in e.what) // 2
     left = sum(e.nbytes for e in checkpointed.kept if e.layer.startswith("layers.")) // 2
-    base = sum(n for kind, n in plain.by_kind().items() if kind in ("weights", "codes", "absmax", "nested", "code maps"))
+    kinds = plain.by_kind()
+    base = kinds["weights"] // 2 + sum(kinds[kind] for kind in ("codes", "absmax", "nested", "code maps"))
     return [
         Row("LLaMA-7B, LoRA's input gradients", QLORA + ", section 2", "567 MB", f"{inputs / 1e6:,.0f} MB", inputs,
             "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, at 2 bytes a number; "
