@@ -161,7 +161,7 @@ def measure(
 def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tokenizer: Tokenizer,
           workers: Workers | None = None, progress: bool = False) -> list[str]:  # fmt: skip
     """Greedy continuations as text, in pieces of so many prompts that caches and logits stay small."""
-    size = 100 if model.config.vocab_size < 1000 else 25
+    size = 50 if model.config.vocab_size < 1000 else 25
     pieces = [prompts[i : i + size] for i in range(0, len(prompts), size)]
 
     bar = tqdm(total=len(prompts), desc="write", unit="text", disable=not progress, leave=False)
