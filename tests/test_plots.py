@@ -80,7 +80,7 @@ def test_memory_bars_are_the_rows_bytes(rows):
     assert [bar["group"] for bar in bars] == [0, 0] + [r for r in RANKS for _ in range(3)]
     full = bars[0]
     assert full["name"] == "full fine-tuning" and full["mib"]["bytes_gradients"] == pytest.approx(4e6 / MIB)
-    assert list(full["mib"]) == list(MEMORY_CLASSES)
+    assert list(full["mib"]) == list(MEMORY_CLASSES) and full["peak"] == 16.0
     by_bits = memory_bars(rows, "bits", "products")
     assert [bar["name"] for bar in by_bits] == [
         "full fine-tuning", "subset", "LoRA", "QLoRA nf8", "QA-LoRA int8", "QLoRA nf4", "QA-LoRA int4",
@@ -211,7 +211,9 @@ def test_memory_bars_stack_up_to_their_total(rows, against):
         tops[place] = max(tops.get(place, 0), bar.get_y() + bar.get_height())
     assert [tops[place] for place in sorted(tops)] == pytest.approx([sum(bar["mib"].values()) for bar in bars])
     assert "MiB" in ax.get_ylabel()
-    assert len(ax.get_legend().get_texts()) == len(MEMORY_CLASSES)
+    assert len(ax.get_legend().get_texts()) == len(MEMORY_CLASSES) + 1
+    (peaks,) = [c for c in ax.collections if c.get_label() == "peak of a step, measured"]
+    assert [segment[0][1] for segment in peaks.get_segments()] == pytest.approx([bar["peak"] for bar in bars])
 
 
 def test_accuracy_figure_names_the_front_and_what_lies_outside(rows):

@@ -95,7 +95,7 @@ def plot_against_rank(
 def plot_memory(
     rows: Iterable[Mapping[str, Any]], ax: Axes | None = None, *, against: str = "r", task: str | None = None
 ) -> Axes:
-    """Draw what training holds in memory as stacked bars (MiB by class), against rank or against bits.
+    """Draw what training holds in memory as stacked bars (MiB by class), against rank or bits; a line is the measured peak.
 
     Raises
     ------
@@ -124,7 +124,12 @@ def plot_memory(
                 linewidth=0.4,
             )
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    for place, total in zip(x, bottoms, strict=True):
+    # by tracemalloc: the classes, and what lives for a moment only (logits, temporaries)
+    tops = [bar["peak"] or total for bar, total in zip(bars, bottoms, strict=True)]
+    if any(bar["peak"] for bar in bars):
+        ax.hlines(tops, [place - 0.42 for place in x], [place + 0.42 for place in x], color="black", linewidth=1.0,
+                  label="peak of a step, measured")
+    for place, total in zip(x, tops, strict=True):
         ax.text(place, total, f"{total:.1f}" if total < 9.95 else f"{total:.0f}", ha="center", va="bottom", fontsize=7)
     ax.set_xticks(x, [bar["name"].replace("full fine-tuning", "full") for bar in bars], rotation=90, fontsize=8)
     for group in dict.fromkeys(bar["group"] for bar in bars):
@@ -134,7 +139,7 @@ def plot_memory(
             (places[0] + places[-1]) / 2, 1.0, name, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=8.5
         )
     ax.set_ylabel("memory while training (MiB)")
-    ax.set_ylim(0, 1.06 * max(bottoms))
+    ax.set_ylim(0, 1.06 * max(tops))
     ax.spines[["top", "right"]].set_visible(False)
     handles, names = ax.get_legend_handles_labels()
     ax.legend(handles[::-1], names[::-1], frameon=False, fontsize=8.5, loc="center left", bbox_to_anchor=(1.0, 0.5))

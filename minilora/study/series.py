@@ -44,7 +44,7 @@ def references(rows: Iterable[Mapping[str, Any]], metric: str = "loss", task: st
 
 
 def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str | None = None) -> list[Row]:
-    """Return one bar a setting: group (rank, or bits), name, and MiB by class; the data behind `plot_memory`.
+    """Return one bar a setting: group (rank, or bits), name, MiB by class and measured peak; the data behind `plot_memory`.
 
     ``against="r"`` takes each method at the bits that it has most ranks of; ``"bits"`` takes the rank with most bit-widths.
     """
@@ -67,7 +67,10 @@ def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str
         place = (group, list(METHOD_NAMES).index(row["method"]), row.get("quant_type") or "")
         bar = bars.setdefault(place, {"group": abs(group), "name": setting_name(row), "method": row["method"], "all": []})
         bar["all"].append([(row.get(column) or 0) / MIB for column in MEMORY_CLASSES])
+        bar.setdefault("peaks", []).extend([row["bytes_peak"] / MIB] if row.get("bytes_peak") else [])
     for bar in bars.values():
+        peaks = bar.pop("peaks")
+        bar["peak"] = math.fsum(peaks) / len(peaks) if peaks else None
         parts = bar.pop("all")
         bar["mib"] = dict(zip(MEMORY_CLASSES, [math.fsum(part) / len(parts) for part in zip(*parts, strict=True)], strict=True))
     return [bars[place] for place in sorted(bars)]
