@@ -81,7 +81,7 @@ def test_the_batch_fits_and_one_more_does_not(small, method, changes):
     @cache
     def need(batch):  # the whole batch planned, where fit plans its largest shard
         ledger = plan(small, method=method, context=32, batch_size=batch, **changes)
-        return OWN + max(ledger.peak, ledger.bound(changes.get("shards", 2)))
+        return OWN + ledger.bound(changes.get("shards", 2))
 
     for limit in (need(1) - 1, need(1), need(2), need(7) - 1, need(7)):
         (row,) = fit(limit, small, [method], [8], own=OWN, context=32, **changes).rows
@@ -112,29 +112,30 @@ def test_more_memory_never_fits_less_and_own_memory_counts_as_need(small):
 
 
 def test_the_largest_rank_of_each_method(small):
-    limit = plan(small, method="lora", r=100).peak
+    limit = plan(small, method="lora", r=100).bound(2)
     found = fit(limit, small, ["lora", "qlora"], own=0)
     r = found.ranks["lora float32"]
     assert r == 100
-    assert plan(small, method="qlora", r=found.ranks["qlora nf4"]).peak <= limit
-    assert found.ranks["qlora nf4"] == 128 or plan(small, method="qlora", r=found.ranks["qlora nf4"] + 1).peak > limit
+    r = found.ranks["qlora nf4"]
+    assert plan(small, method="qlora", r=r).bound(2) <= limit
+    assert r == 128 or plan(small, method="qlora", r=r + 1).bound(2) > limit
     assert "largest rank of lora float32: 100 at batch 1" in str(found)
 
 
 def test_where_nothing_fits_it_says_what_would_help():
-    least = plan("tiny", method="lora", context=200)
-    found = fit(least.peak // 2, "tiny", ["lora"], [8], own=0, context=200)
-    assert [r.batch for r in found.rows] == [0] and found.rows[0].needs == least.peak
+    least = plan("tiny", method="lora", context=200).bound(2)
+    found = fit(least // 2, "tiny", ["lora"], [8], own=0, context=200)
+    assert [r.batch for r in found.rows] == [0] and found.rows[0].needs == least
     c = PlanConfig("tiny", "lora", 8, context=200)
     expected = {}
     options = {"gradient_checkpointing": True, "logits_chunk": 256, "optimizer": "paged_adamw_8bit", "context": 128}
     for name, value in options.items():
         c = replace(c, **{name: value})
-        expected[("and " if expected else "") + f"{name}={value}"] = plan(c).peak
+        expected[("and " if expected else "") + f"{name}={value}"] = plan(c).bound(2)
     assert found.advice == expected
     text = str(found)
     assert "Nothing fits. The least, lora float32, needs " in text
-    assert text.count(", which fits") == sum(n <= least.peak // 2 for n in expected.values()) > 0
+    assert text.count(", which fits") == sum(n <= least // 2 for n in expected.values()) > 0
     hopeless = str(fit(1000, "tiny", ["lora"], [8], own=0, gradient_checkpointing=True, context=100))
     assert "take a smaller model" in hopeless and "gradient_checkpointing=" not in hopeless and "context=128" not in hopeless
 

@@ -175,8 +175,7 @@ class _Needs:
         largest = replace(c, batch_size=-(-batch // shards), shards=1)
         if largest not in self.known:
             self.known[largest] = plan(largest)
-        ledger = replace(self.known[largest], shards=shards)
-        return self.own + max(ledger.peak, ledger.bound(shards))
+        return self.own + replace(self.known[largest], shards=shards).bound(shards)
 
 
 def _row(c: PlanConfig, limit: int, needs: _Needs, slopes: dict[tuple[str, int], int]) -> FitRow:
