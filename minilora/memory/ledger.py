@@ -53,7 +53,7 @@ class Entry:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Ledger:
     """Bytes of a training step; ``peak`` is the sum of the ``entries``: what outlasts a step, and what else lives at the peak.
 
@@ -97,12 +97,14 @@ class Ledger:
     def bound(self, workers: int) -> int:
         """At most so much with several workers: each in the worst moment of the largest shard at once, and a tile for each.
 
-        A shard that is done, or waits, has its gradients at most; gradient accumulation has a sum of earlier ones.
+        A shard that is done, or waits, has its gradients at most; gradient accumulation has a sum of earlier ones. Beside what is
+        in the entries each worker may have 2 %, or 64 KiB, of Python's own objects and of buffers inside NumPy.
         """
         at_once = min(workers, self.shards)
         tiles = sum(e.nbytes for e in self.entries if e.kind == "tiles")
         waiting = (self.shards - at_once) * self.gradients + self.accumulated
-        return self.held + (at_once - 1) * tiles + at_once * self.shard + waiting
+        shards = (at_once - 1) * tiles + at_once * _and_unseen(self.shard) + waiting
+        return self.held + max(shards, _and_unseen(self.rise))
 
     def by_kind(self) -> dict[str, int]:
         """Class → bytes, in the order of the tables; classes without bytes are left out."""
@@ -174,10 +176,16 @@ class Ledger:
         tables = "\n\n".join(f"{caption}\n{text_table(heads, rows)}" for caption, heads, rows in self.tables())
         return "\n".join([self.title, *self.notes(), "", tables])
 
+    __repr__ = __str__  # a prompt shows the table
+
     def _repr_html_(self) -> str:
-        notes = "".join(f"<br>{html.escape(line)}" for line in self.notes())
+        notes = "".join(f"<br/>{html.escape(line)}" for line in self.notes())
         tables = "".join(html_table(caption, heads, rows) for caption, heads, rows in self.tables())
         return f"<p><b>{html.escape(self.title)}</b>{notes}</p>{tables}"
+
+
+def _and_unseen(nbytes: int) -> int:
+    return nbytes + max(64 * 1024, nbytes // 50)
 
 
 # ---- entries
