@@ -165,6 +165,9 @@ class ShapeArray(NDArrayOperatorsMixin):
     def __float__(self) -> float:
         return 0.0  # a loss or a norm: nothing depends on it
 
+    def __bool__(self) -> bool:
+        raise TypeError("an array without data is neither true nor false: code that asks would take one course for all")
+
     def __repr__(self) -> str:
         return f"ShapeArray({self.shape}, {self.dtype})"
 
