@@ -59,7 +59,7 @@ class FitRow:
     needs: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Fit:
     """What fits into ``limit`` bytes, of which ``own`` are Python's and its libraries'; ``ranks``: method → largest r at batch 1.
 
@@ -110,6 +110,8 @@ class Fit:
     def __str__(self) -> str:
         return "\n".join([self.title, "", text_table(*self.table()), "", *self.notes()])
 
+    __repr__ = __str__  # a prompt shows the table
+
     def _repr_html_(self) -> str:
         notes = "<br>".join(map(html.escape, self.notes()))
         return html_table(self.title, *self.table()) + f"<p>{notes}</p>"
@@ -123,9 +125,9 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     the libraries take themselves; default: what this process has in memory now. ``settings`` are fields of PlanConfig; ``bits``
     or ``quant_type`` narrow the search. Raises ConfigError for a size or settings that cannot be.
 
-    >>> found = fit("1GB", "tiny", ["lora"], [8], own=10**8, context=128, shards=1)
-    >>> found.rows[0].batch
-    112
+    >>> found = fit("24GB", "llama-7b", ["lora", "qlora"], [64], own=10**8, bits=4)
+    >>> [(row.method, row.weights, row.batch) for row in found.rows]
+    [('lora', 'float32', 0), ('qlora', 'nf4', 2)]
     """
     size = parse_size(limit)
     check_methods(methods, "method")
