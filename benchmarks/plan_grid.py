@@ -147,9 +147,14 @@ def row_of(c: PlanConfig) -> dict[str, Any]:
             "share": (measured - planned.rise) / measured, "persistent": held_by_layer(planned) == held_by_layer(found)}
 
 
+def used(row: dict[str, Any]) -> float:
+    """How much of 64 KiB, or of 2 % of the measured rise, the difference is."""
+    return float(abs(row["difference"]) / max(LEAST, SHARE * row["measured"]))
+
+
 def table(rows: list[dict[str, Any]], worst: int = 10) -> str:
-    """The worst cases, in markdown: the largest differences in share of the rise first."""
-    ordered = sorted(rows, key=lambda r: -abs(r["share"]))[:worst]
+    """The worst cases, in markdown: those first that use up most of what may remain unexplained."""
+    ordered = sorted(rows, key=used, reverse=True)[:worst]
     lines = ["| run | predicted rise | measured rise | difference | share | persistent equal |", "|:--|--:|--:|--:|--:|:--|"]
     lines += [f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
               f"{'yes' if r['persistent'] else 'NO'} |" for r in ordered]
