@@ -319,14 +319,35 @@ class Block:
     def forward(
         self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
     ) -> tuple[Array, Cache]:
-        """x (B, T, C) → y (B, T, C)."""
+        """x (B, T, C) → y (B, T, C). The cache is a pair, one for each half."""
         normed, cache_n1 = self.input_norm.forward(x)
         mixed, cache_attention = self.attention.forward(normed, rope, key, segments)
         mixed += x
         normed, cache_n2 = self.post_norm.forward(mixed)
         y, cache_mlp = self.mlp.forward(normed, key)
         y += mixed
-        return y, (cache_n1, cache_attention, cache_n2, cache_mlp)
+        return y, ((cache_n1, cache_attention), (cache_n2, cache_mlp))
+
+    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (B, T, C) → dx (B, T, C)."""
+        attention_half, mlp_half = cache
+        return self.backward_attention(self.backward_mlp(dy, mlp_half, grads), attention_half, grads)
+
+    def backward_mlp(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+        """dy (B, T, C) → dmixed (B, T, C)."""
+        cache_norm, cache_mlp = cache
+        # y = mixed + mlp(norm(mixed)): the gradient takes both ways
+        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads)
+        dmixed += dy
+        return dmixed
+
+    def backward_attention(self, dmixed: Array, cache: Cache, grads: Gradients) -> Array:
+        """dmixed (B, T, C) → dx (B, T, C)."""
+        cache_norm, cache_attention = cache
+        # mixed = x + attention(norm(x))
+        dx = self.input_norm.backward(self.attention.backward(dmixed, cache_attention, grads), cache_norm, grads)
+        dx += dmixed
+        return dx
 
     @staticmethod
     def checkpoint(cache: Cache) -> Cache:
@@ -335,24 +356,18 @@ class Block:
         That is the fifth of a cache whose recomputation would take four products with base weights; left to compute again are
         norms, probabilities and the wide part of the MLP (selective recomputation, arXiv 2205.05198).
         """
-        (x, _), (_, _, (q, k, v, _), _), (mixed, _), _ = cache
+        ((x, _), (_, _, (q, k, v, _), _)), ((mixed, _), _) = cache
         return x, mixed, (q, k, v)
 
-    def restore(self, kept: Cache, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None) -> Cache:
-        """The cache again, bit by bit, from what ``checkpoint`` kept of it."""
-        x, mixed, qkv = kept
-        normed, cache_n1 = self.input_norm.forward(x)
-        cache_attention = self.attention.restore(normed, qkv, rope, key, segments)
-        normed, cache_n2 = self.post_norm.forward(mixed)
-        return cache_n1, cache_attention, cache_n2, self.mlp.keep(normed, key)
+    def restore_mlp(self, mixed: Array, key: Key = None) -> Cache:
+        """The cache of the MLP half again, bit by bit, from what ``checkpoint`` kept of it."""
+        normed, cache_norm = self.post_norm.forward(mixed)
+        return cache_norm, self.mlp.keep(normed, key)
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
-        """dy (B, T, C) → dx (B, T, C)."""
-        cache_n1, cache_attention, cache_n2, cache_mlp = cache
-        # y = mixed + mlp(norm(mixed)): the gradient takes both ways
-        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_n2, grads)
-        dmixed += dy
-        # mixed = x + attention(norm(x))
-        dx = self.input_norm.backward(self.attention.backward(dmixed, cache_attention, grads), cache_n1, grads)
-        dx += dmixed
-        return dx
+    def restore_attention(
+        self, x: Array, qkv: tuple[Array, Array, Array], rope: tuple[Array, Array], key: Key = None,
+        segments: Array | None = None,
+    ) -> Cache:  # fmt: skip
+        """The cache of the attention half again, likewise."""
+        normed, cache_norm = self.input_norm.forward(x)
+        return cache_norm, self.attention.restore(normed, qkv, rope, key, segments)

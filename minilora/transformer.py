@@ -156,11 +156,14 @@ class Transformer:
             return
         dx = self.norm.backward(dx, cache_norm, grads)
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
-            block_cache = caches.pop()
-            if checkpoint:
-                block_cache = self.blocks[i].restore(block_cache, rope, key, segments)
-            dx = self.blocks[i].backward(dx, block_cache, grads)
-            del block_cache  # its memory is free before the next block's is asked for
+            block = self.blocks[i]
+            if checkpoint:  # one half after the other, so that only one is there at a time
+                x, mixed, qkv = caches.pop()
+                dx = block.backward_mlp(dx, block.restore_mlp(mixed, key), grads)
+                dx = block.backward_attention(dx, block.restore_attention(x, qkv, rope, key, segments), grads)
+                del x, mixed, qkv
+            else:
+                dx = block.backward(dx, caches.pop(), grads)
         if lowest == -1:
             self.embedding.backward(dx, cache_embedding, grads)
 

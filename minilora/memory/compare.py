@@ -23,7 +23,7 @@ WIDTH = 110
 """Characters of a line, up to which a table shows bytes in full."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """Method → ledger; prints as one table, a column for each method."""
 
@@ -58,6 +58,8 @@ class Comparison:
         if max(map(len, text.splitlines())) > WIDTH:
             text = text_table(*self.table(full=False))
         return "\n".join([*self.notes(), "", text])
+
+    __repr__ = __str__  # a prompt shows the table
 
     def _repr_html_(self) -> str:
         notes = "<br>".join(map(html.escape, self.notes()))

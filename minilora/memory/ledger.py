@@ -36,7 +36,7 @@ HELD = {
 PASSING = {
     "gradients": "one array for each that trains, for each shard",
     "activations": "kept by the forward pass",
-    "recomputed": "of the block whose backward pass runs",
+    "recomputed": "of the half of a block whose backward pass runs",
     "logits": "rows × vocabulary",
     "temporaries": "of the operation at the peak",
 }

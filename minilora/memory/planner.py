@@ -92,6 +92,8 @@ class PlanConfig:
             value = getattr(self, name)
             require((value is None and name == "context") or (isinstance(value, int) and value >= 1), name, value,
                     "must be a whole number, at least 1")
+        require(self.batch_size * (self.context or 512) < 2**31, "batch_size", self.batch_size,
+                f"times context={self.context or 512} must stay below 2^31 tokens")
         TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
                     gradient_accumulation_steps=self.gradient_accumulation_steps)
         if self.quantized:

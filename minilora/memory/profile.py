@@ -11,8 +11,8 @@ import numpy as np
 from minilora.data.tasks import Batch
 from minilora.layers import Array
 from minilora.memory.ledger import Entry, deepen, kept_entries, name_gradients, passing_entries
-from minilora.memory.reasons import kept_by_block, kept_by_model
-from minilora.memory.shapes import Meter, ShapeArray
+from minilora.memory.reasons import kept_by_attention, kept_by_mlp, kept_by_model
+from minilora.memory.shapes import Meter
 from minilora.memory.twin import run_step
 from minilora.transformer import Transformer
 
@@ -48,11 +48,12 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
         if what == "forward":
             kept = [k for k in kept_by_model(twin, value[1]) if not isinstance(k[0], np.ndarray)]  # token ids are the batch's own
             if not first_kept:
-                first_kept.extend(kept_entries((k for k in kept if isinstance(k[0], ShapeArray)), set()))  # not the batch's ids
+                first_kept.extend(kept_entries(kept, set()))
             _name(kept, "activations")
         elif what.startswith("restored"):
-            i = int(what.split()[1])
-            _name(kept_by_block(twin.blocks[i], value, f"layers.{i}"), "recomputed")
+            _, half, i = what.split()
+            by_half = kept_by_mlp if half == "mlp" else kept_by_attention
+            _name(by_half(twin.blocks[int(i)], value, f"layers.{i}"), "recomputed")
         elif what == "head":
             value[0].buffer.kind, value[0].buffer.reason = "logits", "of the rows at hand, then their gradient"
 

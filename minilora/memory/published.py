@@ -32,7 +32,7 @@ class Row:
     assumption: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Published:
     """Rows that print as one table, their assumptions below it."""
 
@@ -55,6 +55,8 @@ class Published:
     def __str__(self) -> str:
         below = [textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    ") for i, row in enumerate(self.rows, 1)]
         return "\n".join([text_table(*self.table()), "", *below])
+
+    __repr__ = __str__  # a prompt shows the table
 
     def _repr_html_(self) -> str:
         heads = ["figure", "whose (arXiv)", "published", "ours", "assumption"]

@@ -38,11 +38,23 @@ def kept_by_checkpoint(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
 
 def kept_by_block(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     """The whole cache of ``Block.forward``."""
-    norm1, (_, cache_qkv, (q, k, v, probs), cache_o), norm2, (cache_gate, cache_up, cache_act, cache_down) = cache
-    attention, mlp = block.attention, block.mlp
-    for (x, rstd), norm in ((norm1, "input_layernorm"), (norm2, "post_attention_layernorm")):
-        yield x, f"{name}.{norm}", "input kept for dx"
-        yield rstd, f"{name}.{norm}", "1/rms kept for dx"
+    attention_half, mlp_half = cache
+    yield from kept_by_attention(block, attention_half, name)
+    yield from kept_by_mlp(block, mlp_half, name)
+
+
+def kept_by_norm(cache: Cache, name: str) -> Iterator[Kept]:
+    """The cache of an RMSNorm."""
+    x, rstd = cache
+    yield x, name, "input kept for dx"
+    yield rstd, name, "1/rms kept for dx"
+
+
+def kept_by_attention(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
+    """The cache of a block's first half."""
+    cache_norm, (_, cache_qkv, (q, k, v, probs), cache_o) = cache
+    attention = block.attention
+    yield from kept_by_norm(cache_norm, f"{name}.input_layernorm")
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     for linear, found in zip(projections, (*cache_qkv, cache_o), strict=True):
         yield from kept_by_linear(linear, found)
@@ -51,6 +63,13 @@ def kept_by_block(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     yield k, where, "keys kept for dq"
     yield v, where, "values kept for the gradient of the probabilities"
     yield probs, where, "probabilities (heads × T × T) kept for dv and the softmax"
+
+
+def kept_by_mlp(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
+    """The cache of a block's second half."""
+    cache_norm, (cache_gate, cache_up, cache_act, cache_down) = cache
+    mlp = block.mlp
+    yield from kept_by_norm(cache_norm, f"{name}.post_attention_layernorm")
     if mlp.gate_proj is None:
         x, t = cache_act
         yield x, f"{name}.mlp", "input of GELU kept for its slope"

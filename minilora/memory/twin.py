@@ -266,7 +266,8 @@ def _observe(model: Transformer, meter: Meter, watch: Callable[[str, Any], None]
     before(model, "forward", "embedding", "forward")
     for i, block in enumerate(model.blocks):
         before(block, "forward", f"forward pass of layers.{i}")
-        before(block, "restore", f"backward pass of layers.{i}", f"restored {i}")
+        for half in ("mlp", "attention"):
+            before(block, f"restore_{half}", f"backward pass of layers.{i}", f"restored {half} {i}")
         before(block, "backward", f"backward pass of layers.{i}")
     model.head = copy.copy(model.head)
     before(model.head, "forward", "head and loss", "head")

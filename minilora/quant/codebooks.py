@@ -139,7 +139,6 @@ def code_map(quant_type: str) -> Float32:
     return _read_only(values)
 
 
-@cache
 def dynamic_map(signed: bool = True) -> Float32:
     """Return the 8-bit dynamic map, 256 ascending values: signed for block scales around their mean, unsigned for Adam's v.
 
@@ -150,6 +149,11 @@ def dynamic_map(signed: bool = True) -> Float32:
     >>> print(dynamic_map()[[0, 127, -1]].round(3), dynamic_map(signed=False)[[0, 1, -2]])
     [-0.993  0.     1.   ] [0.0000000e+00 3.2500003e-07 9.9648440e-01]
     """
+    return _dynamic_map(signed)
+
+
+@cache
+def _dynamic_map(signed: bool) -> Float32:  # one array, however it is asked for
     values = [np.float32(0), np.float32(1)]
     for i in range(7):
         edges = _linspace_float32(0.1, 1.0, 2 ** (i if signed else i + 1) + 1)

@@ -97,6 +97,7 @@ def loss_and_grads(model: Transformer, batches: Batch | Sequence[Batch], workers
                 continue
             for parameter, gradient in grads.items():
                 total[parameter] += gradient
+        del grads  # the next batch begins without the last shard's
     return loss, total
 
 
