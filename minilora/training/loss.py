@@ -92,11 +92,10 @@ def loss_and_grads(model: Transformer, batches: Batch | Sequence[Batch], workers
     for i, batch in enumerate(batches):
         for shard_loss_, grads in workers.map(one, list(enumerate(split(batch, shards), start=i * shards))):
             loss += shard_loss_
-            if not total:
+            if total:
+                total.add_all(grads)
+            else:
                 total = grads
-                continue
-            for parameter, gradient in grads.items():
-                total[parameter] += gradient
         del grads  # the next batch begins without the last shard's
     return loss, total
 
