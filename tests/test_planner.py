@@ -27,8 +27,6 @@ from minilora.memory.twin import shape_batch
 from minilora.quantize import dequantize_model, quantize_model
 
 CASES = plan_grid.cases()
-OBJECT = 160
-"""Python's bytes for an array, 96 and 16 an axis, and for its place in a dict; a step makes them for two shards' gradients."""
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +64,7 @@ def test_planned_and_measured(c):
         assert getattr(planned, field) == getattr(found, field), field
     # the peak: nothing is predicted that is not there, and what is not predicted is little, of the rise, not of the whole
     rise = found.measured - found.held
-    objects = OBJECT * len(model.trainable()) * 2
-    assert 0 <= rise - planned.rise <= max(plan_grid.LEAST, plan_grid.SHARE * rise) + objects
+    assert 0 <= rise - planned.rise <= max(plan_grid.LEAST, plan_grid.SHARE * rise)
 
 
 def test_the_table_of_the_grid_names_the_worst_case_first():
@@ -220,8 +217,7 @@ def test_a_gguf_is_planned_as_it_is_loaded(tmp_path, method, odd, table, tied):
     assert (planned.trainable, planned.parameters, planned.effective_bits) == \
         (found.trainable, found.parameters, found.effective_bits)  # fmt: skip
     assert planned.rise == found.rise and planned.moment == found.moment
-    objects = OBJECT * len(model.trainable()) * 2
-    assert -96 * 64 * 4 <= found.measured - found.held - planned.rise <= plan_grid.LEAST + objects
+    assert -96 * 64 * 4 <= found.measured - found.held - planned.rise <= plan_grid.LEAST
 
 
 @pytest.mark.parametrize("folder", [True, False])

@@ -39,6 +39,7 @@ PASSING = {
     "recomputed": "of the half of a block whose backward pass runs",
     "logits": "rows × vocabulary",
     "temporaries": "of the operation at the peak",
+    "objects": "arrays as Python's objects, data apart",
 }
 """Classes that come and go within a step."""
 

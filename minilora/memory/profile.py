@@ -66,13 +66,15 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
 
     def entries_at(moment: int, since: int = 0) -> list[Entry]:
         found = passing_entries(b for b in meter.alive(moment) if b.born >= since)
+        found += [Entry("objects", owner, "array objects, 96 bytes and 16 an axis", n)
+                  for owner, n in meter.headers_at(moment, since).items()]
         return found if layers is None else deepen(found, depth, layers)
 
     curve = meter.curve()
 
     def live(moment: int, since: int = 0) -> int:
         if layers is not None:
-            return sum(e.nbytes for e in entries_at(moment, since))
+            return sum(e.nbytes for e in entries_at(moment, since) if e.kind != "objects")  # which the curve has not either
         return int(curve[moment] - (curve[since - 1] if since else 0))  # what was there before stays: other shards' gradients
 
     moments = _moments(meter, curve, depth, layers)

@@ -39,6 +39,7 @@ class Meter:
         self.names, self.clock, self.live, self.peak, self.peak_at = names, 0, 0, 0, 0
         self.log: list[Buffer] = []
         self.marks: list[tuple[int, str]] = []
+        self.headers: list[tuple[int, int, int, Buffer]] = []  # born, died, bytes of the array objects themselves, and their data
 
     def allocate(self, nbytes: int) -> Buffer:
         """Count a new buffer."""
@@ -74,6 +75,14 @@ class Meter:
     def alive(self, moment: int) -> list[Buffer]:
         """The buffers that existed at a moment."""
         return [b for b in self.log if b.born <= moment < b.died]
+
+    def headers_at(self, moment: int, since: int = 0) -> dict[str, int]:
+        """Layer → bytes of array objects, views included, that existed at a moment and are gone by now."""
+        found: dict[str, int] = {}
+        for born, died, nbytes, buffer in self.headers:
+            if since <= born <= moment < died:
+                found[buffer.owner] = found.get(buffer.owner, 0) + nbytes
+        return found
 
     def _note(self, buffer: Buffer) -> None:
         """The innermost function of the package that is not a mere wrapper, and the innermost layer around it."""
@@ -132,11 +141,16 @@ class ShapeArray(NDArrayOperatorsMixin):
     ((1000,), 'float32', 4004000, 8004000)
     """
 
-    __slots__ = ("ghost", "memory")
+    __slots__ = ("ghost", "memory", "meter", "born")
     __array_priority__ = 1000
 
     def __init__(self, ghost: Ghost, memory: _Memory):
         self.ghost, self.memory = ghost, memory
+        self.meter, self.born = _meter, _meter.clock
+
+    def __del__(self) -> None:
+        size = 96 + 16 * self.ghost.ndim  # NumPy's array object, and a length and a stride for each axis
+        self.meter.headers.append((self.born, self.meter.clock, size, self.memory.buffer))
 
     @classmethod
     def new(cls, shape: tuple[int, ...], dtype: Any, like: tuple[Ghost, ...] = ()) -> ShapeArray:

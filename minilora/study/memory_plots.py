@@ -29,7 +29,7 @@ from minilora.study.plots import save_figure
 CLASS_COLOURS = {
     "weights": "#0072B2", "codes": "#56B4E9", "scales": "#004D40", "offsets": "#1B8A6B", "absmax": "#009E73", "nested": "#7BCCB0",
     "code maps": "#C7E9DD", "adapters": "#D55E00", "optimizer": "#E69F00", "tiles": "#8C6D31", "gradients": "#CC79A7",
-    "activations": "#CCCCCC", "recomputed": "#999999", "logits": "#F0E442", "temporaries": "#555555",
+    "activations": "#CCCCCC", "recomputed": "#999999", "logits": "#F0E442", "temporaries": "#555555", "objects": "#000000",
 }  # fmt: skip
 """Okabe and Ito's where classes are large; scales in greens, what passes in greys."""
 COMPARED = ("full", *ADAPTERS)
