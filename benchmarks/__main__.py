@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import tyro
 
-Part = Literal["training_step", "kernels", "startup", "generation", "smollm2", "sweep", "memory"]
+Part = Literal["training_step", "kernels", "startup", "generation", "smollm2", "sweep", "memory", "ledger"]
 SizeName = Literal["micro", "tiny", "small", "smollm"]
 
 
@@ -18,7 +18,7 @@ SizeName = Literal["micro", "tiny", "small", "smollm"]
 class Options:
     """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is installed."""
 
-    only: tuple[Part, ...] = ("sweep", "startup", "training_step", "kernels", "generation", "smollm2", "memory")
+    only: tuple[Part, ...] = ("sweep", "startup", "training_step", "kernels", "generation", "smollm2", "memory", "ledger")
     sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")  # models of the training step
     kernel_sizes: tuple[int, ...] = (1024, 4096)  # square weights, a multiple of 64
     repeats: int = 15  # turns of each side
@@ -29,7 +29,7 @@ class Options:
 
 def run(options: Options, command: str, say: Any = print) -> list[Path]:
     """Measure the parts asked for; each is written as soon as it is done. Returns the files."""
-    from benchmarks import generation, kernels, memory, page, smollm2, startup, sweep, timing, training_step
+    from benchmarks import generation, kernels, memory, page, plan_grid, smollm2, startup, sweep, timing, training_step
 
     peers = options.peers and timing.peers_installed()
     machine = timing.machine()
@@ -46,13 +46,14 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
         "generation": lambda: generation.measure(options.repeats, options.threads, peers, say),
         "smollm2": lambda: smollm2.measure(options.repeats, options.threads, peers, say),
         "memory": lambda: memory.measure(min(options.repeats, memory.REPEATS), options.threads, peers, say),
+        "ledger": lambda: plan_grid.measured(say),
     }
     files = []
     for part in options.only:
         say(f"\n== {part}")
         rows = measure[part]()
         about = {"command": command, "machine": machine, "threads": options.threads, "repeats": options.repeats, "peers": peers}
-        pages: dict[str, Any] = {"stem": "memory", "write": memory.page} if part == "memory" else {}
+        pages: dict[str, Any] = {"stem": "memory", "write": memory.page} if part in ("memory", "ledger") else {}
         files += page.save({part: about | {"rows": rows}}, Path(options.out), **pages)
     files = list(dict.fromkeys(files))
     say("\n" + "\n".join(map(str, files)))

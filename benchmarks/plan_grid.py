@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from minilora.config import ModelConfig, TrainConfig, expand_modules
 from minilora.data.tasks import Batch
 from minilora.lora import full, inject_lora, subset
-from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan
+from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan, published
 from minilora.memory.ledger import HELD
 from minilora.quantize import quantize_model
 from minilora.transformer import Transformer, init_model
@@ -145,6 +145,14 @@ def row_of(c: PlanConfig) -> dict[str, Any]:
     measured = (found.measured or 0) - found.held
     return {"what": planned.title, "predicted": planned.rise, "measured": measured, "difference": measured - planned.rise,
             "share": (measured - planned.rise) / measured, "persistent": held_by_layer(planned) == held_by_layer(found)}
+
+
+def measured(say: Any = print) -> list[dict[str, Any]]:
+    """A row for each case, and one for each published figure."""
+    with shapes():
+        rows = [row_of(c) | {"kind": "run"} for c in cases()]
+    say(table(rows, worst=3))
+    return rows + [asdict(row) | {"kind": "published"} for row in published().rows]
 
 
 def used(row: dict[str, Any]) -> float:

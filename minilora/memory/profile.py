@@ -66,15 +66,18 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
 
     def entries_at(moment: int, since: int = 0) -> list[Entry]:
         found = passing_entries(b for b in meter.alive(moment) if b.born >= since)
-        found += [Entry("objects", owner, "array objects, 96 bytes and 16 an axis", n)
-                  for owner, n in meter.headers_at(moment, since).items()]
+        return found if layers is None else deepen(found, depth, layers)
+
+    def objects_at(moment: int) -> list[Entry]:
+        found = [Entry("objects", owner, "array objects, 96 bytes and 16 an axis", n)
+                 for owner, n in meter.headers_at(moment).items()]  # fmt: skip
         return found if layers is None else deepen(found, depth, layers)
 
     curve = meter.curve()
 
     def live(moment: int, since: int = 0) -> int:
         if layers is not None:
-            return sum(e.nbytes for e in entries_at(moment, since) if e.kind != "objects")  # which the curve has not either
+            return sum(e.nbytes for e in entries_at(moment, since))
         return int(curve[moment] - (curve[since - 1] if since else 0))  # what was there before stays: other shards' gradients
 
     moments = _moments(meter, curve, depth, layers)
@@ -82,7 +85,7 @@ def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: i
     latest = max((b for b in meter.alive(peak) if b.nbytes), key=lambda b: b.born)
     own = max(live(m, max((s for s in starts if s <= m), default=0)) for m, _ in moments)
     kept = first_kept if layers is None else deepen(first_kept, depth, layers)
-    return Profile(entries_at(peak), f"{name}, {latest.site}", own, kept, meter)
+    return Profile(entries_at(peak) + objects_at(peak), f"{name}, {latest.site}", own, kept, meter)
 
 
 def _name(kept: Any, kind: str) -> None:

@@ -19,6 +19,8 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.lib.stride_tricks import as_strided
 
 Ghost = np.ndarray
+BUFFER = np.getbufsize()
+"""Elements that NumPy's iterator converts at a time."""
 
 
 class Buffer:
@@ -76,11 +78,11 @@ class Meter:
         """The buffers that existed at a moment."""
         return [b for b in self.log if b.born <= moment < b.died]
 
-    def headers_at(self, moment: int, since: int = 0) -> dict[str, int]:
+    def headers_at(self, moment: int) -> dict[str, int]:
         """Layer → bytes of array objects, views included, that existed at a moment and are gone by now."""
         found: dict[str, int] = {}
         for born, died, nbytes, buffer in self.headers:
-            if since <= born <= moment < died:
+            if born <= moment < died:
                 found[buffer.owner] = found.get(buffer.owner, 0) + nbytes
         return found
 
@@ -264,9 +266,10 @@ class ShapeArray(NDArrayOperatorsMixin):
             shape = np.broadcast_shapes(*(g.shape for g in arrays))
         result = out[0] if out else ShapeArray.new(shape, loop[-1], () if product else arrays)
         # what has another type is converted on the way: for a product as a whole, else a buffer at a time
-        scratch = [_Memory(to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to)))
-                   for g, to in zip((*ghosts, result.ghost), loop, strict=True)
-                   if isinstance(g, np.ndarray) and (g.dtype != to or not product)]  # fmt: skip
+        sizes = [to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to))
+                 for g, to in zip((*ghosts, result.ghost), loop, strict=True)
+                 if isinstance(g, np.ndarray) and (g.dtype != to or not product)]  # fmt: skip
+        scratch = [_Memory(size) for size in sizes if size]
         del scratch
         return result
 
@@ -313,7 +316,9 @@ def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
 def _buffered(x: Ghost, shape: tuple[int, ...], converted: bool) -> int:
     """Elements of the buffer through which NumPy's iterator takes an operand: if its type is converted, or if it is repeated
     along some axes and the stretch from the last axis on that can be read in one go is shorter than a buffer."""
-    size = min(prod(shape), np.getbufsize())
+    size = min(prod(shape), BUFFER)
+    if x.shape == shape and not converted:
+        return 0
     axes = [(n, m == 1) for n, m in zip(shape[::-1], (*x.shape[::-1], *(1,) * (len(shape) - x.ndim)), strict=True) if n > 1]
     stretch = prod(n for n, _ in takewhile(lambda axis: axis[1] == axes[0][1], axes))
     return size if converted or stretch < size else 0
