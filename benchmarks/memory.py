@@ -25,8 +25,8 @@ Measurement = dict[str, Any]
 
 INTRO = """# Memory beside the peers
 
-Written by `python -m benchmarks --only memory ledger`. MiB = 2^20 bytes, MB = 10^6; resident memory as Linux counts it (`VmRSS`; its
-high-water mark `VmHWM`), of the whole process, interpreter and libraries included.
+Written by `python -m benchmarks --only memory ledger`. MiB = 2^20 bytes, MB = 10^6; resident memory as Linux counts it (`VmRSS`;
+its high-water mark `VmHWM`), of the whole process, interpreter and libraries included.
 """
 
 RISES = """How far the high-water mark rises, in {steps} training steps (forward, backward, clipping, AdamW), above what is

@@ -307,12 +307,16 @@ def test_the_page_of_memory_says_what_share_and_whether_the_peak_was_forgotten()
     worker = {"what": "worker", "method": "qlora", "r": 8, "bits": 4, "process": 7, "order": 1, "start_mib": 100.0,
               "peak_mib": 250.0}  # fmt: skip
     results = {"command": "c", "machine": timing.machine(), "threads": 2, "peers": True}
+    grid = {"kind": "run", "what": "a run", "predicted": 10**6, "measured": 10**6 + 2**17, "difference": 2**17, "share": 0.1,
+            "persistent": True}  # fmt: skip
+    paper = {"kind": "published", "what": "a count", "paper": "P", "published": "9", "ours": "9.1", "assumption": "none"}
     text = memory.page({"memory": results | {"rows": [rise, worker]},
-                        "predicted": results | {"rows": [{"what": "codes", "predicted": 1010, "measured": 1000}]}})
+                        "ledger": results | {"rows": [grid, grid | {"difference": 7, "measured": 10**6 + 7}, paper]}})
     assert "| qlora | 60.0 (50.0-61.0) | 22.0 (20.0-30.0) | 100.0 (100.0-120.0) | 80.0 (80.0-80.0) | " \
         "50 % (50-61) | 22 % (20-25) |" in text
     assert "`5` to `/proc/self/clear_refs`" in text and "peer 2.5000" in text
     assert "**262 MB** of the\n300 MB" in text and "| qlora | 1 | 105 | 262 |" in text  # 250 and 100 MiB
-    assert "| codes | 1,010 | 1,000 | +1.00 % |" in text
+    assert "equal to the byte in 2 of 2" in text and "2 % in 1 of 2" in text and "lies 7 to 131,072 bytes above" in text
+    assert "| a run | 1,000,000 | 1,131,072 | +131,072 | +10.00 % | yes |" in text and "| a count | P | 9 | 9.1 | none |" in text
     refused = rise | {"peak_forgotten": dict.fromkeys(modes, [True, False, True])}
     assert "upper bounds" in memory.page({"memory": results | {"rows": [refused]}})
