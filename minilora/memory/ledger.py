@@ -36,12 +36,19 @@ HELD = {
 PASSING = {
     "gradients": "one array for each that trains, for each shard",
     "activations": "kept by the forward pass",
-    "recomputed": "of the half of a block whose backward pass runs",
+    "recomputed": "of the half of a block at work",
     "logits": "rows × vocabulary",
     "temporaries": "of the operation at the peak",
     "objects": "arrays as Python's objects, data apart",
 }
 """Classes that come and go within a step."""
+
+
+COLUMNS = {"scales …": ("scales", "offsets", "absmax", "nested", "code maps"), "scratch": ("tiles", "temporaries", "objects")}
+COLUMN = {kind: column for column, kinds in COLUMNS.items() for kind in kinds}
+"""Classes that share a column of the table by layer."""
+WIDTH = 120
+"""Characters of a line, up to which that table shows bytes in full."""
 
 
 @dataclass(frozen=True)
@@ -127,20 +134,22 @@ class Ledger:
 
     # ---- tables
 
-    def tables(self) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(caption, heads, rows) of the three tables."""
+    def tables(self, full: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
+        """(caption, heads, rows) of the three tables; by layer in bytes, or, not ``full``, in units that take less room."""
         kinds = self.by_kind()
         rows = [[kind, f"{n:,}", format_bytes(n), f"{100 * n / self.peak:.1f} %", (HELD | PASSING)[kind]]
                 for kind, n in kinds.items()]
-        rows.append(["peak", f"{self.peak:,}", format_bytes(self.peak), "100.0 %", f"one worker, in {self.moment}"])
+        rows.append(["peak", f"{self.peak:,}", format_bytes(self.peak), "100.0 %", f"one worker; {self.moment}"])
         if self.measured is not None:
             off, share = self.measured - self.peak, 100 * self.measured / self.peak
             rows.append(["measured", f"{self.measured:,}", format_bytes(self.measured), f"{share:.1f} %",
                          f"by tracemalloc; {off:+,} are Python's own objects and buffers inside NumPy"])
         by_class = ("By class", ["class", "bytes", "", "share", "what"], rows)
-        columns = [kind for kind in (*HELD, *PASSING) if kind in kinds]
-        layers = [[name, *(f"{row[kind]:,}" if row.get(kind) else "" for kind in columns)]
-                  for name, row in _alike(self.by_layer())]
+        columns = list(dict.fromkeys(COLUMN.get(kind, kind) for kind in kinds))
+        layers = []
+        for name, row in _alike(self.by_layer()):
+            sums = [sum(n for kind, n in row.items() if COLUMN.get(kind, kind) == column) for column in columns]
+            layers.append([name, *((f"{n:,}" if full else format_bytes(n)) if n else "" for n in sums)])
         by_layer = ("By layer", ["layer", *columns], layers)
         reasons = [[what, f"{n:,}", str(times), f"{n * times:,}"] for what, n, times in _same_in_all_blocks(self.kept)]
         reasons.append(["all", "", "", f"{sum(e.nbytes for e in self.kept):,}"])
@@ -174,8 +183,11 @@ class Ledger:
         return f"{parts} · {total}"
 
     def __str__(self) -> str:
-        tables = "\n\n".join(f"{caption}\n{text_table(heads, rows)}" for caption, heads, rows in self.tables())
-        return "\n".join([self.title, *self.notes(), "", tables])
+        by_class, by_layer, kept = (f"{caption}\n{text_table(heads, rows)}" for caption, heads, rows in self.tables())
+        if max(map(len, by_layer.splitlines())) > WIDTH:
+            caption, heads, rows = self.tables(full=False)[1]
+            by_layer = f"{caption}\n{text_table(heads, rows)}"
+        return "\n".join([self.title, *self.notes(), f"\n{by_class}\n\n{by_layer}\n\n{kept}"])
 
     __repr__ = __str__  # a prompt shows the table
 
