@@ -175,11 +175,13 @@ class Ledger:
     def short(self) -> str:
         """One line."""
         parts = " · ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind().items() if n >= self.peak / 1000)
-        total = f"peak {format_bytes(self.peak)}"
+        total = f"peak of one worker {format_bytes(self.peak)}"
         if self.measured is not None:
-            total += f", measured {format_bytes(self.measured)}"
+            total = f"peak of one worker {format_bytes(self.measured)}, {format_bytes(self.peak)} explained"
         if self.shards > 1:
-            total += f", {self.shards} workers at most {format_bytes(self.bound(self.shards))}"
+            total += f"; {self.shards} workers at most {format_bytes(self.bound(self.shards))}"
+        if self.on_disk:
+            total += f"; on disk {format_bytes(self.on_disk)}"
         return f"{parts} · {total}"
 
     def __str__(self) -> str:

@@ -264,8 +264,8 @@ def run(
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
     row |= ledger(config, model, task, trainer)
     if progress and trainer is not None:
-        print(f"measured: the whole batch at once {memory.format_bytes(row['bytes_peak'])} (tracemalloc), "
-              f"{memory.format_bytes(row['bytes_peak_predicted'])} explained; {memory.resident_line()}")
+        print(f"measured:  {memory.measure(model, first_batch(config, task), trainer.config, trainer.optimizer).short()}")
+        print(memory.resident_line())
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     if config.model != TINY:  # a token is no byte
         row = {name: value for name, value in row.items() if name not in ("bpb", "deployed_bpb")}
