@@ -411,8 +411,8 @@ def test_it_becomes_json_and_keeps_its_sums(ledger):
 
 def test_the_short_form_is_one_line(ledger):
     short = ledger.short()
-    assert "\n" not in short and "peak " in short and ", measured " in short and "2 workers at most" in short
-    assert "measured" not in replace(ledger, measured=None, shards=1).short()
+    assert "\n" not in short and "peak of one worker " in short and " explained" in short and "2 workers at most" in short
+    assert "explained" not in replace(ledger, measured=None, shards=1).short()
 
 
 def test_like_blocks_are_one_row():
