@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -190,6 +191,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as head, has seen enough; what Python still wants to print has nowhere to go
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error)
 

@@ -130,14 +130,16 @@ def test_where_nothing_fits_it_says_what_would_help():
     expected = {}
     options = {"gradient_checkpointing": True, "logits_chunk": 256, "optimizer": "paged_adamw_8bit", "context": 128}
     for name, value in options.items():
-        c = replace(c, **{name: value})
-        expected[("and " if expected else "") + f"{name}={value}"] = plan(c).bound(2)
-    assert found.advice == expected
+        more = replace(c, **{name: value})
+        if plan(more).bound(2) < plan(c).bound(2):  # 200 rows of logits are one chunk of 256 anyway
+            c, flag = more, "--" + name.replace("_", "-") + ("" if value is True else f" {value}")
+            expected[("and " if expected else "") + flag] = plan(c).bound(2)
+    assert found.advice == expected and not any("logits" in flag for flag in expected)
     text = str(found)
     assert "Nothing fits. The least, lora float32, needs " in text
-    assert text.count(", which fits") == sum(n <= least // 2 for n in expected.values()) > 0
+    assert text.count(", which fits") == 1 and text.splitlines()[-1].endswith(", which fits")  # the first that does is enough
     hopeless = str(fit(1000, "tiny", ["lora"], [8], own=0, gradient_checkpointing=True, context=100))
-    assert "take a smaller model" in hopeless and "gradient_checkpointing=" not in hopeless and "context=128" not in hopeless
+    assert "take a smaller model" in hopeless and "--gradient-checkpointing" not in hopeless and "--context" not in hopeless
 
 
 def test_a_limit_that_is_never_reached(small):

@@ -385,7 +385,7 @@ def test_it_prints_all_classes_and_every_number(ledger):
     for kind, n in ledger.by_kind().items():
         assert any(line.split()[: len(kind.split())] == kind.split() and f"{n:,}" in line for line in text.splitlines()), kind
     assert f"{ledger.peak:,}" in text and f"{ledger.measured:,}" in text and ledger.title in text
-    assert "trainable params:" in text and "effective bits" in text and "2 workers, a shard each" in text
+    assert "trainable params:" in text and "effective bits" in text and "2 workers" in text and f"{ledger.bound(2):,}" in text
     assert "decoded weights" not in text or "tiles" in text
     assert all(kind in HELD or kind in PASSING for kind in ledger.by_kind())
 

@@ -45,6 +45,9 @@ class Comparison:
         rows.append(["effective bits", *(f"{x.effective_bits:.3f}" for x in ledgers)])
         return ["bytes", *self.ledgers], rows
 
+    def __getitem__(self, method: str) -> Ledger:
+        return self.ledgers[method]
+
     def notes(self) -> list[str]:
         """What each column is."""
         return [x.title for x in self.ledgers.values()]

@@ -15,7 +15,7 @@ from minilora.config import expand_modules, matches, require
 from minilora.memory.compare import ADAPTERS, check_methods, check_taken, settings_of
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import Ledger, html_table, text_table
-from minilora.memory.measure import resident_bytes
+from minilora.memory.measure import trainer_bytes
 from minilora.memory.planner import PlanConfig, model_shape, plan
 from minilora.transformer import parameter_shapes
 
@@ -63,7 +63,8 @@ class FitRow:
 class Fit:
     """What fits into ``limit`` bytes, of which ``own`` are Python's and its libraries'; ``ranks``: method → largest r at batch 1.
 
-    ``advice``: where nothing fits, what would help → what the least of the settings needs with this and all before it.
+    ``most_r``: the largest rank that the model takes · ``advice``: where nothing fits, what would help → what the least of the
+    settings needs with this and all before it.
     """
 
     title: str
@@ -72,6 +73,7 @@ class Fit:
     context: int
     rows: tuple[FitRow, ...]
     ranks: dict[str, int]
+    most_r: int
     advice: dict[str, int]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -93,12 +95,17 @@ class Fit:
                 best = max((row for row in fitting if row.method == method), key=lambda row: row.batch)
                 rank = f" r = {best.r}" if best.r else ""
                 lines.append(f"largest batch of {method}: {best.batch:,} × {self.context} tokens, with {best.weights}{rank}")
-            return lines + [f"largest rank of {name}: {r:,} at batch 1" for name, r in self.ranks.items()]
+            lines += [f"largest rank of {name}: {r:,} at batch 1" + ", the most that this model takes" * (r >= self.most_r)
+                      for name, r in self.ranks.items()]
+            return [*lines, "needs: the bound of all workers at once, 2 % for Python's objects included; judging texts after "
+                    "training may take more"]
         least = min(self.rows, key=lambda row: row.needs)
         what, needs = f"{least.method} {least.weights}", format_bytes(least.needs)
         lines = [f"Nothing fits. The least, {what}, needs {needs} at batch 1; with, one after another,"]
-        lines += [f"  {option}: {needs:,} ({format_bytes(needs)})" + ", which fits" * (needs <= self.limit)
-                  for option, needs in self.advice.items()]
+        for option, n in self.advice.items():
+            lines.append(f"  {option}: {n:,} ({format_bytes(n)})" + ", which fits" * (n <= self.limit))
+            if n <= self.limit:
+                break
         if not any(needs <= self.limit for needs in self.advice.values()):
             lines.append("None of that is enough: take a smaller model, or more memory.")
         return lines
@@ -122,7 +129,7 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     """Which methods, bits and ranks train in ``limit`` bytes, and the largest batch of each.
 
     What a run needs is the bound of its ledger with a worker for each shard, as the trainer runs, and ``own``: what Python and
-    the libraries take themselves; default: what this process has in memory now. ``settings`` are fields of PlanConfig; ``bits``
+    the libraries take; default: what this process has in memory, kernels loaded. ``settings`` are fields of PlanConfig; ``bits``
     or ``quant_type`` narrow the search. Raises ConfigError for a size or settings that cannot be.
 
     >>> found = fit("24GB", "llama-7b", ["lora", "qlora"], [64], own=10**8, bits=4)
@@ -133,7 +140,7 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     check_methods(methods, "method")
     require("batch_size" not in settings, "batch_size", settings.get("batch_size"), "is what fit looks for; leave it out")
     check_taken(settings, methods)
-    own = resident_bytes()[0] or 0 if own is None else own
+    own = trainer_bytes() if own is None else own
     highest_r = most_r(model, settings)
     configs = list(_grid(model, methods, ranks or [r for r in RANKS if r <= highest_r] or [highest_r], settings))
     needs = _Needs(own)
@@ -154,7 +161,7 @@ def _result(model: str, size: int, own: int, c: PlanConfig, rows: list[FitRow], 
             advice: dict[str, int]) -> Fit:  # fmt: skip
     context = c.context or min(512, model_shape(model)[0].context_length)
     title = f"{model} in {size:,} bytes ({format_bytes(size)}): batches of {context} tokens, {c.optimizer}"
-    return Fit(title, size, own, context, tuple(rows), ranks, advice)
+    return Fit(title, size, own, context, tuple(rows), ranks, most_r(model, {"target_modules": c.target_modules}), advice)
 
 
 def _grid(model: str, methods: Sequence[str], ranks: Sequence[int], settings: dict[str, Any]) -> Iterator[PlanConfig]:
@@ -231,6 +238,9 @@ def _advice(c: PlanConfig, needs: _Needs) -> dict[str, int]:
     found: dict[str, int] = {}
     for name, value in HELP.items():
         if getattr(c, name) != value and not (name == "context" and (c.context or 512) <= value):
-            c = replace(c, **{name: value})
-            found[("and " if found else "") + f"{name}={value}"] = needs(c)
+            more = replace(c, **{name: value})
+            if needs(more) < needs(c):  # what has no effect here is no advice
+                c = more
+                flag = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                found[("and " if found else "") + flag] = needs(c)
     return found

@@ -129,8 +129,9 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        found = asdict(self)
-        return found | {"peak": self.peak, "held": self.held, "by_kind": self.by_kind(), "by_layer": self.by_layer()}
+        first = {"title": self.title, "peak": self.peak, "bound": self.bound(self.shards), "held": self.held,
+                 "by_kind": self.by_kind()}  # fmt: skip
+        return first | asdict(self) | {"by_layer": self.by_layer()}
 
     # ---- tables
 
@@ -140,6 +141,10 @@ class Ledger:
         rows = [[kind, f"{n:,}", format_bytes(n), f"{100 * n / self.peak:.1f} %", (HELD | PASSING)[kind]]
                 for kind, n in kinds.items()]
         rows.append(["peak", f"{self.peak:,}", format_bytes(self.peak), "100.0 %", f"one worker; {self.moment}"])
+        if self.shards > 1:
+            bound = self.bound(self.shards)
+            rows.append([f"{self.shards} workers", f"{bound:,}", format_bytes(bound), f"{100 * bound / self.peak:.1f} %",
+                         "at most, a shard each at its worst moment"])
         if self.measured is not None:
             off, share = self.measured - self.peak, 100 * self.measured / self.peak
             rows.append(["measured", f"{self.measured:,}", format_bytes(self.measured), f"{share:.1f} %",
@@ -161,9 +166,6 @@ class Ledger:
         lines = [f"trainable params: {self.trainable:,d} || all params: {self.parameters:,d} || "
                  f"trainable%: {100 * self.trainable / self.parameters:.4f}",
                  f"effective bits of a block's weight: {self.effective_bits:.3f}"]  # fmt: skip
-        if self.shards > 1:
-            lines.append(f"{self.shards} workers, a shard each: at most {self.bound(self.shards):,} "
-                         f"({format_bytes(self.bound(self.shards))})")
         if self.on_disk:
             lines.append(f"on disk: {self.on_disk:,} of optimizer state, paged ({format_bytes(self.on_disk)})")
         if self.resident is not None:

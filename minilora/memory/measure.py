@@ -20,6 +20,7 @@ from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import tile_bytes, twin_of
 from minilora.quant.packed import reserve_tile
+from minilora.quant.weights import warm_up
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads, split
 from minilora.training.optimizers import Optimizer, clip_, make_optimizer
@@ -82,6 +83,12 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
         _, cache = model.forward(piece.ids, (config.seed, 0, 0), config.gradient_checkpointing, piece.segments)
     weights = {id(buffer_of(p.data)) for p in model.parameters()} | {id(buffer_of(piece.ids))}
     return kept_entries(kept_by_model(model, cache), weights)
+
+
+def trainer_bytes() -> int:
+    """What a process that trains has in memory before its model: Python, NumPy, Numba and the kernels; 0 if unknown."""
+    warm_up()
+    return resident_bytes()[0] or 0
 
 
 def resident_line() -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,26 +63,26 @@ class PlanConfig:
     'nf3'
     """
 
-    model: str = "tiny"
-    method: str = "lora"
-    r: int = 8
-    target_modules: str = "all-linear"
+    model: str = "tiny"  # a built-in architecture, smollm2, a .gguf file, a Hugging Face folder or its config.json
+    method: str = "lora"  # full, subset, lora, qlora or qalora
+    r: int = 8  # rank of the adapters
+    target_modules: str = "all-linear"  # or attention, mlp, or names such as q_proj,v_proj
     subset_modules: str | None = None  # default: the last block
-    bits: int | None = None
-    quant_type: str | None = None
-    group_size: int = 32
-    block_size: int = 64
-    double_quant: bool = True
-    use_dora: bool = False
+    bits: int | None = None  # 2, 3, 4 or 8; default 4
+    quant_type: str | None = None  # nf2 … nf8, fp4 (qlora); int2 … int8 (qalora)
+    group_size: int = 32  # inputs that share a scale and an offset (qalora)
+    block_size: int = 64  # weights that share a scale (qlora)
+    double_quant: bool = True  # scales quantized themselves (qlora)
+    use_dora: bool = False  # train the length of each row apart
     lora_dropout: float = 0.0
-    optimizer: str = "adamw"
-    batch_size: int = 1
+    optimizer: str = "adamw"  # adamw_8bit, paged_adamw, paged_adamw_8bit or sgd take less
+    batch_size: int = 1  # sequences
     context: int | None = None  # default: 512, or all that the model has
-    shards: int = 2
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    logits_chunk: int = 0
-    dtype: str = "float32"
+    shards: int = 2  # pieces of a batch, a worker (thread) each
+    gradient_accumulation_steps: int = 1  # batches of a step, one after another
+    gradient_checkpointing: bool = False  # keep a fifth of each block, compute the rest again
+    logits_chunk: int = 0  # rows of logits at a time; 0: all
+    dtype: str = "float32"  # of dense weights and of what is computed; float64, or float16 as papers count
 
     def __post_init__(self) -> None:
         require_in(self.method, METHODS, "method")
@@ -94,6 +94,7 @@ class PlanConfig:
                     "must be a whole number, at least 1")
         require(self.batch_size * (self.context or 512) < 2**31, "batch_size", self.batch_size,
                 f"times context={self.context or 512} must stay below 2^31 tokens")
+        require(self.shards <= 64, "shards", self.shards, "must be at most 64; a worker takes one each")
         TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
                     gradient_accumulation_steps=self.gradient_accumulation_steps)
         if self.quantized:
@@ -134,7 +135,7 @@ class PlanConfig:
     @property
     def title(self) -> str:
         """One line."""
-        parts = [self.model, self.method]
+        parts = [Path(self.model).name or self.model, self.method]
         if self.method in ("lora", "qlora", "qalora"):
             parts.append(f"r = {self.r} on {self.target_modules}" + (", DoRA" if self.use_dora else ""))
         if self.quantized and self.quant().affine:
@@ -156,6 +157,9 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     >>> plan("llama-7b", method="lora", r=64).trainable
     159907840
     """
+    known = [f.name for f in fields(PlanConfig)]
+    for name in changes:
+        require(name in known, name, changes[name], f"no such setting; there are {', '.join(known)}")
     c = replace(config, **changes) if isinstance(config, PlanConfig) else PlanConfig(config, **changes)
     shape, stored = model_shape(c.model)
     tokens = c.context or min(512, shape.context_length)
@@ -246,7 +250,7 @@ def model_shape(name: str) -> tuple[ModelConfig, Stored | None]:
         return architecture(name), None
     if path.name.endswith(".json"):
         return read_config(read_json(path), path), None
-    if name != "smollm2" and not path.exists():
+    if name != "smollm2" and not path.exists() and path.suffix != ".gguf" and len(path.parts) < 2:
         return architecture(name), None  # which refuses it, and says what there is
     return _file_shape(name)
 

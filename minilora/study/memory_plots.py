@@ -142,11 +142,12 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], ax: Axes | None = None) -> Axes:
         bound = ledger.bound(ledger.shards) / size
         if ledger.shards > 1:
             ax.plot([x - 0.4, x + 0.4], [bound, bound], color="black", linewidth=1.2, zorder=3)
-        ax.text(x, top + 0.008 * most / size, _digits(top), ha="center", va="bottom", fontsize=8, zorder=4,
+        above = bound if ledger.shards > 1 and bound - top < 0.05 * most / size else top  # not through the dash
+        ax.text(x, above + 0.008 * most / size, _digits(top), ha="center", va="bottom", fontsize=8, zorder=4,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8})  # fmt: skip
     ax.set_xticks(range(len(ledgers)), list(ledgers), fontsize=8.5)
     ax.set_ylim(0, 1.1 * most / size)
-    ax.set_ylabel(f"peak of a training step ({name})")
+    ax.set_ylabel(f"peak of a step, one worker ({name})")
     ax.spines[["top", "right"]].set_visible(False)
     return ax
 

@@ -244,6 +244,8 @@ def run(
                 predicted = memory.measure(model, first_batch(config, task), settings, trainer.optimizer, run=False)
                 print(f"predicted: {predicted.short()}", flush=True)
             history = trainer.train(progress)
+            if progress:
+                print(f"after training, {memory.resident_line()}", flush=True)
             last = history.steps[-20:]
             row["train_loss"] = sum(s["loss"] for s in last) / len(last)
             timed = [s["seconds"] for s in history.steps if "seconds" in s]  # steps from a checkpoint carry no time
@@ -265,7 +267,7 @@ def run(
     row |= ledger(config, model, task, trainer)
     if progress and trainer is not None:
         print(f"measured:  {memory.measure(model, first_batch(config, task), trainer.config, trainer.optimizer).short()}")
-        print(memory.resident_line())
+        print(f"after evaluation too, {memory.resident_line()}")
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     if config.model != TINY:  # a token is no byte
         row = {name: value for name, value in row.items() if name not in ("bpb", "deployed_bpb")}
