@@ -192,7 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader, such as head, has seen enough; what Python still wants to print has nowhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error)

@@ -270,7 +270,7 @@ class TrainConfig:
     elements or more (arXiv 2110.02861, as bitsandbytes) · ``paged_adamw`` and ``paged_adamw_8bit`` the same, with the same
     result, in a file that is mapped into memory a piece at a time (QLoRA's paged optimizers) · ``sgd``, with ``momentum``.
 
-    Less memory for the same step: ``gradient_checkpointing`` keeps a fifth of each block and computes the rest again;
+    Less memory for the same step: ``gradient_checkpointing`` keeps a sixth to a quarter of each block;
     ``logits_chunk`` takes that many rows of logits at a time (0: all at once), which counts where the vocabulary is large;
     ``gradient_accumulation_steps`` makes a step of that many batches of ``batch_size``, one after another.
 

@@ -358,8 +358,8 @@ class Block:
     def checkpoint(cache: Cache) -> Cache:
         """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and v.
 
-        That is the fifth of a cache whose recomputation would take four products with base weights; left to compute again are
-        norms, probabilities and the wide part of the MLP (selective recomputation, arXiv 2205.05198).
+        That is the part of a cache (a sixth to a quarter) whose recomputation would take four products with base weights; left to
+        compute again are norms, probabilities and the wide part of the MLP (selective recomputation, arXiv 2205.05198).
         """
         ((x, _), (_, _, (q, k, v, _), _)), ((mixed, _), _) = cache
         return x, mixed, (q, k, v)

@@ -84,10 +84,17 @@ def test_the_batch_fits_and_one_more_does_not(small, method, changes):
         return OWN + ledger.bound(changes.get("shards", 2))
 
     for limit in (need(1) - 1, need(1), need(2), need(7) - 1, need(7)):
-        (row,) = fit(limit, small, [method], [8], own=OWN, context=32, **changes).rows
+        ranks = None if method == "full" else [8]
+        (row,) = fit(limit, small, [method], ranks, own=OWN, context=32, **changes).rows
         assert row.needs == need(row.batch or 1)
         assert need(row.batch + 1) > limit and (row.batch == 0 or row.needs <= limit)
         assert (row.batch == 0) == (limit < need(1))
+
+
+@pytest.mark.parametrize(("methods", "ranks", "match"), [(["full"], [3], "r: is for method lora"), (["lora"], [8, 8], "twice")])
+def test_ranks_that_mean_nothing_are_refused(methods, ranks, match):
+    with pytest.raises(ConfigError, match=match):
+        fit("8GB", "tiny", methods, ranks, own=0)
 
 
 def test_the_grid_and_what_narrows_it(small):

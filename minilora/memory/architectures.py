@@ -33,7 +33,7 @@ ARCHITECTURES: dict[str, ModelConfig] = {
                              **_shape(12288, 49152, 96, 96, 96)),
 }  # fmt: skip
 """Name → shape. GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the same matrices, but
-no biases, no table of positions (40.5 million numbers, 0.02 %), and one vector for each norm instead of two."""
+no biases, no table of positions (with all of it 38 million numbers, 0.02 %), and one vector for each norm instead of two."""
 
 
 def architecture(name: str) -> ModelConfig:

@@ -139,7 +139,8 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
     size = parse_size(limit)
     check_methods(methods, "method")
     require("batch_size" not in settings, "batch_size", settings.get("batch_size"), "is what fit looks for; leave it out")
-    check_taken(settings, methods)
+    check_taken([*settings, *(["r"] if ranks else [])], methods)
+    require(len(set(ranks or ())) == len(ranks or ()), "ranks", ranks, "names a rank twice; once is enough")
     own = trainer_bytes() if own is None else own
     highest_r = most_r(model, settings)
     configs = list(_grid(model, methods, ranks or [r for r in RANKS if r <= highest_r] or [highest_r], settings))

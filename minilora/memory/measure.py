@@ -15,12 +15,12 @@ from minilora.data.tasks import Batch
 from minilora.layers import Gradients
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
-from minilora.memory.planner import with_update
+from minilora.memory.planner import SAME, with_update
 from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import tile_bytes, twin_of
+from minilora.quant import weights
 from minilora.quant.packed import reserve_tile
-from minilora.quant.weights import warm_up
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads, split
 from minilora.training.optimizers import Optimizer, clip_, make_optimizer
@@ -28,16 +28,20 @@ from minilora.transformer import Transformer
 
 
 def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Optimizer | None = None, *,
-            title: str = "", run: bool = True) -> Ledger:  # fmt: skip
+            title: str = "", run: bool = True, warm_up: bool = True) -> Ledger:  # fmt: skip
     """The ledger of a training step on a batch (with accumulation: on that batch each time).
 
     What outlasts a step is the sum of the arrays' own ``nbytes``; what the forward pass keeps, that of the buffers in a real
     cache. With ``run`` a step is measured in one worker, which changes nothing, since it updates a copy of the largest parameter
-    only; without it only shapes are used, and nothing of size is computed. ``optimizer``: the one that trains; without it its
-    states are those it would have.
+    only; ``warm_up`` takes the same step once before, unless the process has trained already. Without ``run`` only shapes are
+    used, and nothing of size is computed. ``optimizer``: the one that trains; without it its states are those it would have.
+    Raises ValueError for a model in which nothing trains.
     """
+    if not model.trainable():
+        raise ValueError("model: nothing is trainable; use full(model), subset(model, ...) or inject_lora(model, ...)")
+    accumulation = min(config.gradient_accumulation_steps, SAME)
     twin = twin_of(model)
-    found = profile(twin, batch, shards=config.shards, accumulation=config.gradient_accumulation_steps,
+    found = profile(twin, batch, shards=config.shards, accumulation=accumulation,
                     checkpoint=config.gradient_checkpointing, logits_chunk=config.logits_chunk)
     parameters, paged = model.trainable(), config.optimizer.startswith("paged")
     own = make_optimizer(twin.trainable(), config) if optimizer is None else optimizer  # zeros, made when they are touched
@@ -55,9 +59,8 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
         largest = max(parameters, key=lambda p: p.data.size)
         copied = largest.thaw()
         update = make_optimizer([copied], replace(config, optimizer=config.optimizer.removeprefix("paged_")))
-        update.step(Gradients([copied]), 0.0)  # what is compiled or looked up once is there afterwards
         with single_blas(), Workers(1) as one:
-            batches = [batch] * config.gradient_accumulation_steps
+            batches = [batch] * accumulation
 
             def step() -> None:
                 _, grads = loss_and_grads(model, batches, one, shards=config.shards, stream=(config.seed, 0),
@@ -67,6 +70,8 @@ def measure(model: Transformer, batch: Batch, config: TrainConfig, optimizer: Op
                 of_copy[copied] = grads[largest]
                 update.step(of_copy, 0.0)
 
+            if warm_up:  # what is compiled, loaded or looked up once is there afterwards
+                step()
             measured = sum(e.nbytes for e in held) + peak_bytes(step)
     trainable, total = count_parameters(model)
     resident, highest = resident_bytes()
@@ -87,7 +92,7 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
 
 def trainer_bytes() -> int:
     """What a process that trains has in memory before its model: Python, NumPy, Numba and the kernels; 0 if unknown."""
-    warm_up()
+    weights.warm_up()
     return resident_bytes()[0] or 0
 
 

@@ -1,7 +1,7 @@
 """The planner: the ledger of a training run from its configuration alone; nothing is loaded, and nothing of size allocated.
 
 The model's own code runs over arrays without data (``shapes``), so what is predicted is what the code does. Blocks that are all
-alike are run four deep and counted as many as there are.
+alike are run four deep and counted as many as there are; token ids are the only numbers that are made.
 """
 
 from __future__ import annotations
@@ -44,10 +44,23 @@ from minilora.training.optimizers import state_bytes, state_layout
 from minilora.transformer import Transformer, parameter_shapes
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
+MOST_TOKENS, MOST_LAYERS = 2**24, 1000
+"""Of a batch, whose token ids are the only numbers that a plan makes, and of a model."""
 METHODS = ("full", "subset", "lora", "qlora", "qalora")
 DTYPES = ("float32", "float64", "float16")
+SAME = 3
+"""Batches of gradient accumulation that are run: the first, one that finds a sum, and another; all later ones are alike."""
 DEPTH = 4
 """Blocks that are run where all are alike: the first, the last, one that stands for those in the middle, and its neighbour."""
+
+
+_nothing = type(None)
+KINDS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "method", "target_modules", "optimizer", "dtype"), (str,)),
+    **dict.fromkeys(("subset_modules", "quant_type"), (str, _nothing)), **dict.fromkeys(("bits", "context"), (int, _nothing)),
+    **dict.fromkeys(("double_quant", "use_dora", "gradient_checkpointing"), (bool,)),
+}  # fmt: skip
+"""Types that no other check asks for."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +93,14 @@ class PlanConfig:
     context: int | None = None  # default: 512, or all that the model has
     shards: int = 2  # pieces of a batch, a worker (thread) each
     gradient_accumulation_steps: int = 1  # batches of a step, one after another
-    gradient_checkpointing: bool = False  # keep a fifth of each block, compute the rest again
+    gradient_checkpointing: bool = False  # keep a sixth to a quarter of each block, compute the rest again
     logits_chunk: int = 0  # rows of logits at a time; 0: all
     dtype: str = "float32"  # of dense weights and of what is computed; float64, or float16 as papers count
 
     def __post_init__(self) -> None:
+        for name, kinds in KINDS.items():
+            value = getattr(self, name)
+            require(type(value) in kinds, name, value, f"must be {' or '.join(kind.__name__ for kind in kinds)}")
         require_in(self.method, METHODS, "method")
         require_in(self.optimizer, OPTIMIZERS, "optimizer")
         require_in(self.dtype, DTYPES, "dtype")
@@ -92,8 +108,8 @@ class PlanConfig:
             value = getattr(self, name)
             require((value is None and name == "context") or (isinstance(value, int) and value >= 1), name, value,
                     "must be a whole number, at least 1")
-        require(self.batch_size * (self.context or 512) < 2**31, "batch_size", self.batch_size,
-                f"times context={self.context or 512} must stay below 2^31 tokens")
+        require(self.batch_size * (self.context or 512) <= MOST_TOKENS, "batch_size", self.batch_size,
+                f"times context={self.context or 512} must be at most {MOST_TOKENS:,} tokens")
         require(self.shards <= 64, "shards", self.shards, "must be at most 64; a worker takes one each")
         TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
                     gradient_accumulation_steps=self.gradient_accumulation_steps)
@@ -164,6 +180,9 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     shape, stored = model_shape(c.model)
     tokens = c.context or min(512, shape.context_length)
     c = replace(c, context=tokens)
+    require(stored is None or c.dtype == "float32", "dtype", c.dtype, f"{c.model} is a file, whose weights are what they are")
+    blocks = shape.num_hidden_layers
+    require(blocks <= MOST_LAYERS, "num_hidden_layers", blocks, f"must be at most {MOST_LAYERS}")
     require(tokens <= shape.context_length, "context", tokens, f"{c.model} has positions for {shape.context_length} tokens")
     named = any(part.isdigit() for target in c.lora().target_modules for part in target.split("."))  # layers.3.…: one block's own
     alike = c.method != "subset" and not named and shape.num_hidden_layers > DEPTH
@@ -176,7 +195,8 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
         maps = code_maps("dynamic", "dynamic, unsigned") if any(a.dtype == np.uint8 for a in states.values()) else []
         held = held_entries(twin, {} if c.optimizer.startswith("paged") else states, maps)
     found = profile(twin, shape_batch(shape, c.batch_size, tokens), shards=c.shards, checkpoint=c.gradient_checkpointing,
-                    accumulation=c.gradient_accumulation_steps, logits_chunk=c.logits_chunk, layers=layers)  # fmt: skip
+                    accumulation=min(c.gradient_accumulation_steps, SAME), logits_chunk=c.logits_chunk,
+                    layers=layers)  # fmt: skip
     trainable, parameters = _counts(twin, layers)
     gradients = sum(p.data.nbytes for p in trainable_parameters)
     on_disk = sum(a.nbytes for a in states.values()) if c.optimizer.startswith("paged") else 0

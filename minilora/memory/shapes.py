@@ -38,7 +38,7 @@ class Meter:
     """Counts live bytes; with ``names`` (id of a layer → its name) it also notes where each buffer was born."""
 
     def __init__(self, names: dict[int, str] | None = None):
-        self.names, self.clock, self.live, self.peak, self.peak_at = names, 0, 0, 0, 0
+        self.names, self.clock, self.live, self.peak = names, 0, 0, 0
         self.log: list[Buffer] = []
         self.marks: list[tuple[int, str]] = []
         self.headers: list[tuple[int, int, int, Buffer]] = []  # born, died, bytes of the array objects themselves, and their data
@@ -50,8 +50,7 @@ class Meter:
         buffer = Buffer(nbytes, self.clock)
         if self.names is not None:
             self._note(buffer)
-        if self.live > self.peak:
-            self.peak, self.peak_at = self.live, self.clock
+        self.peak = max(self.peak, self.live)
         self.log.append(buffer)
         return buffer
 

@@ -20,7 +20,7 @@ from minilora.data.tasks import Batch
 from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
-from minilora.quant import kernels
+from minilora.quant import blocks_simd, kernels
 from minilora.quant.packed import TILE, PackedWeight
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
@@ -78,10 +78,11 @@ class ShapeWeight(PackedWeight):
                    bits=config.bits, quant_type=config.quant_type)
 
     @classmethod
-    def stored(cls, shape: tuple[int, int], quant_type: str, few: int = 16) -> ShapeWeight:
+    def stored(cls, shape: tuple[int, int], quant_type: str) -> ShapeWeight:
         """A matrix in a GGUF's blocks of 32."""
         rows = (shape[0], shape[1] // 32)
         codes, minima = BLOCK_FORMATS[quant_type]
+        few = 16 if blocks_simd.available() else 1  # as BlockWeight has it
         arrays: dict[str, list[Any]] = {"codes": [ShapeArray.new((*rows, codes), np.uint8)],
                                         "scales": [ShapeArray.new(rows, np.float16)],
                                         "offsets": [ShapeArray.new(rows, np.float16)] if minima else [], "code_maps": []}

@@ -186,7 +186,8 @@ def ledger(config: RunConfig, model: Transformer, task: Task, trainer: Trainer |
     row |= {f"bytes_{kind}": n for kind, n in memory.model_bytes(model).items()}
     row |= {"bytes_gradients": 0, "bytes_optimizer": 0, "bytes_activations": 0}
     if trainer is not None:
-        found = memory.measure(model, first_batch(config, task), replace(trainer.config, shards=1), trainer.optimizer)
+        whole = replace(trainer.config, shards=1)
+        found = memory.measure(model, first_batch(config, task), whole, trainer.optimizer, warm_up=False)
         kinds = found.by_kind()
         row |= {f"bytes_{kind}": kinds.get(kind, 0) for kind in ("gradients", "optimizer", "logits", "tiles", "temporaries")}
         row["bytes_activations"] = sum(entry.nbytes for entry in found.kept)
@@ -255,6 +256,11 @@ def run(
                 peft_bytes = save_adapter(model, config.lora(), Path(folder) / ADAPTER)
             elif trainer is not None:
                 save_model(model, Path(folder) / "model.safetensors")
+        row |= ledger(config, model, task, trainer)  # before merged weights stand beside the model's
+        if progress and trainer is not None:
+            real = memory.measure(model, first_batch(config, task), trainer.config, trainer.optimizer, warm_up=False)
+            print(f"measured:  {real.short()}", flush=True)
+        trained, trainer = trainer is not None, None  # its states are needed no more
         row |= measure(model, task, config.split, tokenizer, workers, config.write_all, progress)
         if config.method in ADAPTERS:
             deployed = deploy(config, model)
@@ -264,9 +270,7 @@ def run(
                 found = evaluate(deployed, task.eval_batches(config.split), workers, progress)
             row |= {f"deployed_{k}": v for k, v in found.items()}
             row["deployed_effective_bits"] = memory.effective_bits(deployed)
-    row |= ledger(config, model, task, trainer)
-    if progress and trainer is not None:
-        print(f"measured:  {memory.measure(model, first_batch(config, task), trainer.config, trainer.optimizer).short()}")
+    if progress and trained:
         print(f"after evaluation too, {memory.resident_line()}")
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}
     if config.model != TINY:  # a token is no byte

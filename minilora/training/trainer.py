@@ -151,6 +151,8 @@ class Trainer:
         write_tensors(Path(path), self._arrays() | {"history": np.array(steps, np.float64).reshape(-1, len(RECORDED))},
                       {"minilora_checkpoint": {"step": self.step, "config": asdict(self.config), "task": self.task.sha256,
                                                "evaluations": self.history.evaluations}})
+        for array in self.optimizer.state().values():  # paged ones have been read as a whole
+            hand_back(array)
 
     def load(self, path: str | Path) -> None:
         """Continue from a checkpoint; raises FileError if it belongs to another configuration, task or model."""
@@ -171,6 +173,7 @@ class Trainer:
         if {n: (a.shape, a.dtype) for n, a in arrays.items()} != {n: (a.shape, a.dtype) for n, a in targets.items()}:
             raise FileError(f"{path}: its arrays do not fit what trains in this model")
         for name, array in targets.items():
-            array[...] = arrays[name]
+            array[...] = arrays.pop(name)
+            hand_back(array)
         self.step = self.optimizer.t = int(saved["step"])
         self.history = History([dict(zip(RECORDED, row, strict=True)) for row in history.tolist()], saved["evaluations"])
