@@ -43,7 +43,6 @@ PASSING = {
 }
 """Classes that come and go within a step."""
 
-
 COLUMNS = {"scales …": ("scales", "offsets", "absmax", "nested", "code maps"), "scratch": ("tiles", "temporaries", "objects")}
 COLUMN = {kind: column for column, kinds in COLUMNS.items() for kind in kinds}
 """Classes that share a column of the table by layer."""
