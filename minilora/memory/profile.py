@@ -27,6 +27,11 @@ class Profile:
     kept: list[Entry]
     meter: Meter
 
+    @property
+    def peak(self) -> int:
+        """Bytes beyond what outlasts a step."""
+        return sum(e.nbytes for e in self.entries)
+
 
 def profile(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: int = 1, checkpoint: bool = False,
             logits_chunk: int = 0, layers: int | None = None) -> Profile:  # fmt: skip
