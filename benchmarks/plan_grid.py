@@ -167,8 +167,3 @@ def table(rows: list[dict[str, Any]], worst: int = 10) -> str:
     lines += [f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
               f"{'yes' if r['persistent'] else 'NO'} |" for r in ordered]
     return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    with shapes():
-        print(table([row_of(c) for c in cases()], worst=CASES))

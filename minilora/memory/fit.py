@@ -150,19 +150,19 @@ def fit(limit: int | str, model: str = "tiny", methods: Sequence[str] = FIT_METH
         rows.append(_row(c, size, needs, slopes))
     if not any(row.batch for row in rows):
         least = configs[min(range(len(rows)), key=lambda i: rows[i].needs)]
-        return _result(model, size, own, configs[0], rows, {}, _advice(least, needs))
+        return _result(model, size, own, configs[0], rows, {}, highest_r, _advice(least, needs))
     highest: dict[str, int] = {}
     fitting = {c.method: c for c, row in zip(reversed(configs), reversed(rows), strict=True) if row.batch and row.r}
     for c in reversed(fitting.values()) if ranks is None else ():
         highest[f"{c.method} {c.quant_type or c.dtype}"] = _largest(partial(_of_rank, c, needs), size, highest_r, c.r)
-    return _result(model, size, own, configs[0], rows, highest, {})
+    return _result(model, size, own, configs[0], rows, highest, highest_r, {})
 
 
-def _result(model: str, size: int, own: int, c: PlanConfig, rows: list[FitRow], ranks: dict[str, int],
+def _result(model: str, size: int, own: int, c: PlanConfig, rows: list[FitRow], ranks: dict[str, int], highest_r: int,
             advice: dict[str, int]) -> Fit:  # fmt: skip
     context = c.context or min(512, model_shape(model)[0].context_length)
     title = f"{model} in {size:,} bytes ({format_bytes(size)}): batches of {context} tokens, {c.optimizer}"
-    return Fit(title, size, own, context, tuple(rows), ranks, most_r(model, {"target_modules": c.target_modules}), advice)
+    return Fit(title, size, own, context, tuple(rows), ranks, highest_r, advice)
 
 
 def _grid(model: str, methods: Sequence[str], ranks: Sequence[int], settings: dict[str, Any]) -> Iterator[PlanConfig]:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 from minilora.memory.counting import format_bytes
-from minilora.memory.ledger import HELD, Ledger, html_table, text_table
+from minilora.memory.ledger import html_table, text_table
 from minilora.memory.planner import plan
 
 LORA, QLORA, QALORA = "LoRA, 2106.09685", "QLoRA, 2305.14314", "QA-LoRA, 2309.14717"
@@ -82,7 +82,7 @@ def _counts() -> list[Row]:
 def _bits() -> list[Row]:
     double = plan("llama-65b", method="qlora", r=64)
     single = plan("llama-65b", method="qlora", r=64, double_quant=False)
-    saved, bits = _held(single) - _held(double), single.effective_bits - double.effective_bits
+    saved, bits = single.held - double.held, single.effective_bits - double.effective_bits
     return [
         Row("NF4, double quantization: bits a weight", QLORA + ", section 3", "4 + 0.127", f"{double.effective_bits:.4f}",
             double.effective_bits, "LLaMA-65B's block projections, blocks of 64, 256 of them under one float32; ours counts the "
@@ -100,7 +100,7 @@ def _gpt3() -> list[Row]:
     kinds = full.by_kind()
     states = kinds["weights"] + kinds["optimizer"]
     all_of_it = states + kinds["gradients"]
-    frozen = _held(r4)
+    frozen = r4.held
     adapter = r4.by_kind()["adapters"]
     stand_in = ("GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, and does not "
                 "say of what)")
@@ -169,10 +169,6 @@ def _llama7() -> list[Row]:
             "NF4 with double quantization, embedding, head and norms in 16 bits: nothing else is in our base, what else is in "
             "the paper's it does not say"),
     ]  # fmt: skip
-
-
-def _held(ledger: Ledger) -> int:
-    return sum(n for kind, n in ledger.by_kind().items() if kind in HELD)
 
 
 def _fits(n: float) -> str:

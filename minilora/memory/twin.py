@@ -1,6 +1,6 @@
 """A model's twin without data: built from a configuration or from a real model, and run by the same code as the real one.
 
-    twin_of(config, quant=…)     the base of a model that need not exist
+    base_twin(config, quant=…)   the base of a model that need not exist
     twin_of(model)               the shapes of one that does
     run_step(twin, …)            one training step in one worker; returns the meter that watched it
 """
@@ -34,11 +34,11 @@ class ShapeWeight(PackedWeight):
     """A packed weight without data: its products take tiles, scales and results as the real one's do."""
 
     def __init__(self, shape: tuple[int, int], arrays: dict[str, list[Any]], *, offset_group: int = 0, block_size: int = 32,
-                 decoded: tuple[int, ...] = (), few: int = 1, bits: int = 4, quant_type: str = ""):  # fmt: skip
+                 decoded: int = 0, few: int = 1, bits: int = 4, quant_type: str = ""):  # fmt: skip
         super().__init__(shape)
         self._arrays, self.offset_group, self.block_size, self.bits = arrays, offset_group, block_size, bits
-        self.decoded, self._rows_of_kernel = decoded, few  # bytes a block of scales (and offsets) that are decoded for a tile
-        self.quant_type, self.largest_tile = quant_type, 0  # numbers
+        self.decoded, self._rows_of_kernel = decoded, few  # float32 arrays, one number a block, made for a tile
+        self.quant_type, self.largest_tile = quant_type, 0  # in numbers
 
     @classmethod
     def of(cls, weight: PackedWeight) -> ShapeWeight:
@@ -109,7 +109,7 @@ class ShapeWeight(PackedWeight):
         size = (last - first) * self.shape[1]
         self.largest_tile = max(self.largest_tile, size)
         blocks = -(-size // self.block_size)
-        scales = [ShapeArray.new((blocks * n,), np.uint8) for n in self.decoded]
+        scales = [ShapeArray.new((blocks,), np.float32) for _ in range(self.decoded)]
         del scales  # they end with the decoding; the tile lies in the worker's scratch, which outlasts the step
         with metered(Meter()):
             return ShapeArray.new((last - first, self.shape[1]), np.float32)
@@ -125,12 +125,11 @@ class ShapeWeight(PackedWeight):
         return
 
 
-def _decoded(arrays: dict[str, list[Any]]) -> tuple[int, ...]:
-    """Bytes for each block that decoding makes anew: float16 and nested scales become float32, plain float32 ones are views."""
-    if not arrays["scales"] or arrays["codes"][0].ndim > 1:  # blocks are read as they lie
-        return ()
-    made = [group[0] for group in (arrays["scales"], arrays["offsets"]) if group and group[0].dtype != np.float32]
-    return tuple(4 for _ in made)
+def _decoded(arrays: dict[str, list[Any]]) -> int:
+    """How many arrays decoding makes anew: float16 and nested scales and offsets become float32, plain float32 ones are views."""
+    if arrays["codes"][0].ndim > 1:  # blocks are read as they lie
+        return 0
+    return sum(bool(group) and group[0].dtype != np.float32 for group in (arrays["scales"], arrays["offsets"]))
 
 
 _maps: dict[str, ShapeArray] = {}

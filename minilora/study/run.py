@@ -158,6 +158,21 @@ def measure(
     return found
 
 
+def judge(config: RunConfig, model: Transformer, task: Task, tokenizer: Tokenizer, workers: Workers,
+          progress: bool = False) -> dict[str, float]:  # fmt: skip
+    """Measures of a trained model, and of what it becomes when it is deployed."""
+    row = measure(model, task, config.split, tokenizer, workers, config.write_all, progress)
+    if config.method in ADAPTERS:
+        deployed = deploy(config, model)
+        if config.write_all:
+            found = measure(deployed, task, config.split, tokenizer, workers, False, progress)
+        else:
+            found = evaluate(deployed, task.eval_batches(config.split), workers, progress)
+        row |= {f"deployed_{k}": v for k, v in found.items()}
+        row["deployed_effective_bits"] = memory.effective_bits(deployed)
+    return row
+
+
 def write(model: Transformer, prompts: list[list[int]], max_new_tokens: int, tokenizer: Tokenizer,
           workers: Workers | None = None, progress: bool = False) -> list[str]:  # fmt: skip
     """Greedy continuations as text, in pieces of so many prompts that caches and logits stay small."""
@@ -261,15 +276,7 @@ def run(
             real = memory.measure(model, first_batch(config, task), trainer.config, trainer.optimizer, warm_up=False)
             print(f"measured:  {real.short()}", flush=True)
         trained, trainer = trainer is not None, None  # its states are needed no more
-        row |= measure(model, task, config.split, tokenizer, workers, config.write_all, progress)
-        if config.method in ADAPTERS:
-            deployed = deploy(config, model)
-            if config.write_all:
-                found = measure(deployed, task, config.split, tokenizer, workers, False, progress)
-            else:
-                found = evaluate(deployed, task.eval_batches(config.split), workers, progress)
-            row |= {f"deployed_{k}": v for k, v in found.items()}
-            row["deployed_effective_bits"] = memory.effective_bits(deployed)
+        row |= judge(config, model, task, tokenizer, workers, progress)
     if progress and trained:
         print(f"after evaluation too, {memory.resident_line()}")
     row |= {"bytes_adapter_file": peft_bytes, "corpus_sha256": task.sha256, "base_sha256": base_hash}

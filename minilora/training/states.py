@@ -71,8 +71,8 @@ class BlockwiseMoment:
     never negative and spends the sign's bit on precision. ``read`` decodes a piece, ``write`` rounds it again.
 
     A v above 0 keeps a code above 0. Rounded to 0, as a v below 1.6e-7 of its block's largest would be, its next step would be
-    m/eps, hundreds of times too long. (The table in which bitsandbytes' CPU code looks codes up
-    gives such a v code 7.)
+    m/eps, hundreds of times too long. (The table in which bitsandbytes' CPU code looks codes up gives
+    such a v code 7.)
     """
 
     def __init__(self, codes: Array, absmax: Array, signed: bool, dtype: Any):
