@@ -3,6 +3,8 @@
     y, cache = layer.forward(x)
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
+With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is None.
+
 ``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run twice or in two
 threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
 no input, builds no dW and still passes dx on. Letters of the shapes: see :mod:`minilora.functional`.
@@ -18,12 +20,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora import functional as F
+from minilora import fused as F
 from minilora.config import ModelConfig
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
+Pair = tuple[Array, Array]
 
 
 class Parameter:
@@ -78,11 +81,11 @@ class Weight(Protocol):
     dtype: np.dtype[Any]
     trainable: bool
 
-    def matmul(self, x: Array) -> Array:
-        """x Wᵀ: (…, in) → (…, out)."""
+    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
+        """x Wᵀ: (…, in) → (…, out); with a pair (h, b), of rank r, x Wᵀ + h bᵀ: h (…, r), b (out, r)."""
 
-    def matmul_t(self, dy: Array) -> Array:
-        """dy W: (…, out) → (…, in)."""
+    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
+        """dy W: (…, out) → (…, in); with a pair (dh, a) dy W + dh a: dh (…, r), a (r, in)."""
 
     def rows(self, ids: Array) -> Array:
         """Rows of W in floating point, for embeddings."""
@@ -115,13 +118,13 @@ class DenseWeight:
         """Whether a Linear must keep its input for dW."""
         return self.param.trainable
 
-    def matmul(self, x: Array) -> Array:
-        """x Wᵀ."""
-        return x @ self.param.data.T
+    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
+        """x Wᵀ (+ h bᵀ)."""
+        return F.product(x, self.param.data, pair)
 
-    def matmul_t(self, dy: Array) -> Array:
-        """dy W."""
-        return dy @ self.param.data
+    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
+        """dy W (+ dh a)."""
+        return F.product_t(dy, self.param.data, pair)
 
     def rows(self, ids: Array) -> Array:
         """W[ids]."""
@@ -160,13 +163,13 @@ class Linear:
         """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when it runs again."""
         return (x,) if self.weight.trainable else ()
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
         """dy (…, out) → dx (…, in)."""
         if cache:
             (x,) = cache
             # y = x Wᵀ  →  dW = dyᵀ x
-            grads.add(self.weight.param, dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1]))
-        return self.weight.matmul_t(dy)
+            grads.add(self.weight.param, F.outer(dy, x))
+        return None if last else self.weight.matmul_t(dy)
 
 
 class Embedding:
@@ -248,7 +251,7 @@ class Attention:
         mixed, cache_mix = F.attention_again(*qkv, segments)
         return rope, cache_qkv, cache_mix, self.o_proj.keep(mixed.reshape(*x.shape[:2], -1), key)
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
         """dy (B, T, C) → dx (B, T, C)."""
         rope, (cache_q, cache_k, cache_v), cache_mix, cache_o = cache
         B, T, _ = dy.shape
@@ -256,9 +259,12 @@ class Attention:
         dq, dk, dv = F.attention_backward(dmixed, cache_mix)
         dq, dk = F.rope_backward(dq, *rope), F.rope_backward(dk, *rope)
         # q, k and v read the same x, so their gradients add up
-        dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads)
-        dx += self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads)
-        dx += self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads)
+        dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads, last)
+        dx_k = self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads, last)
+        dx_v = self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads, last)
+        if not last:
+            dx += dx_k
+            dx += dx_v
         return dx
 
 
@@ -333,10 +339,10 @@ class Block:
         y += mixed
         return y, ((cache_n1, cache_attention), (cache_n2, cache_mlp))
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
         """dy (B, T, C) → dx (B, T, C)."""
         attention_half, mlp_half = cache
-        return self.backward_attention(self.backward_mlp(dy, mlp_half, grads), attention_half, grads)
+        return self.backward_attention(self.backward_mlp(dy, mlp_half, grads), attention_half, grads, last)
 
     def backward_mlp(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
         """dy (B, T, C) → dmixed (B, T, C)."""
@@ -346,11 +352,15 @@ class Block:
         dmixed += dy
         return dmixed
 
-    def backward_attention(self, dmixed: Array, cache: Cache, grads: Gradients) -> Array:
+    def backward_attention(self, dmixed: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
         """dmixed (B, T, C) → dx (B, T, C)."""
         cache_norm, cache_attention = cache
+        last = last and not self.input_norm.weight.trainable
         # mixed = x + attention(norm(x))
-        dx = self.input_norm.backward(self.attention.backward(dmixed, cache_attention, grads), cache_norm, grads)
+        dnormed = self.attention.backward(dmixed, cache_attention, grads, last)
+        if last:
+            return None
+        dx = self.input_norm.backward(dnormed, cache_norm, grads)
         dx += dmixed
         return dx
 

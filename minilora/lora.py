@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.functional import group_repeat, group_sum
+from minilora.fused import group_repeat, group_sum, outer, product, product_t
 from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
 from minilora.quant.weights import quantize_weight
@@ -89,9 +89,8 @@ class LoraLinear:
 
         DoRA also keeps its result before it is stretched: the price of the lengths.
         """
-        y, _ = self.base.forward(x)  # frozen: keeps nothing
         p, h, mask = self._down(x, key)
-        y += h @ (self.lora_B.data * y.dtype.type(self.scaling)).T
+        y = self.base.weight.matmul(x, (h, self.lora_B.data * h.dtype.type(self.scaling)))  # base(x) + h (s B)ᵀ in one product
         if self.magnitude is None:
             return y, (p, h, mask)
         n = self.row_norms()  # (out,)
@@ -109,14 +108,14 @@ class LoraLinear:
             mask = np.packbits(keep)
             p = p * keep
             p *= p.dtype.type(1 / (1 - self.dropout))
-        return p, p @ self.lora_A.data.T, mask  # h = p Aᵀ (…, r)
+        return p, product(p, self.lora_A.data), mask  # h = p Aᵀ (…, r)
 
     def dropout_mask(self, p: Array, key: tuple[int, ...]) -> Array:
         """Which elements of p stay: a stream of its own for each (seed, step, shard, layer)."""
         rng = np.random.default_rng([*key, zlib.crc32(self.name.encode())])
         return rng.random(p.shape, np.float32) >= self.dropout
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
         p, h, mask, *stretched = cache
         if self.magnitude is not None:
@@ -125,21 +124,23 @@ class LoraLinear:
             grads.add(self.magnitude, (dy * z).reshape(-1, dy.shape[-1]).sum(axis=0) / n)
             dy = dy * (self.magnitude.data / n)
         s = dy.dtype.type(self.scaling)
-        rows = dy.reshape(-1, dy.shape[-1])  # (N, out)
-        # y += h (s B)ᵀ
-        db = rows.T @ h.reshape(-1, h.shape[-1])
+        # y = base(x) + h (s B)ᵀ
+        db = outer(dy, h)
         db *= s
         grads.add(self.lora_B, db)
-        dh = rows @ (self.lora_B.data * s)  # (N, r)
+        dh = product_t(dy, self.lora_B.data * s)  # (…, r)
         # h = p Aᵀ
-        grads.add(self.lora_A, dh.T @ p.reshape(-1, p.shape[-1]))
-        dp = (dh @ self.lora_A.data).reshape(p.shape)
-        # p = keep ∘ p / (1 − dropout)
-        if mask is not None:
-            dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
-            dp *= dp.dtype.type(1 / (1 - self.dropout))
+        grads.add(self.lora_A, outer(dh, p))
+        if last:
+            return None
         # p = pool(x), and x also went through the base
-        dx = self.base.backward(dy, (), grads)
+        if mask is None:
+            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool)))
+        # p = keep ∘ p / (1 − dropout)
+        dp = product_t(dh, self.lora_A.data)
+        dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
+        dp *= dp.dtype.type(1 / (1 - self.dropout))
+        dx = self.base.weight.matmul_t(dy)
         dx += group_repeat(dp, self.pool)
         return dx
 

@@ -156,14 +156,14 @@ class Transformer:
             return
         dx = self.norm.backward(dx, cache_norm, grads)
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
-            block = self.blocks[i]
+            block, last = self.blocks[i], i == lowest
             if checkpoint:  # one half after the other, so that only one is there at a time
                 x, mixed, qkv = caches.pop()
                 dx = block.backward_mlp(dx, block.restore_mlp(mixed, key), grads)
-                dx = block.backward_attention(dx, block.restore_attention(x, qkv, rope, key, segments), grads)
+                dx = block.backward_attention(dx, block.restore_attention(x, qkv, rope, key, segments), grads, last)
                 del x, mixed, qkv
             else:
-                dx = block.backward(dx, caches.pop(), grads)
+                dx = block.backward(dx, caches.pop(), grads, last)
         if lowest == -1:
             self.embedding.backward(dx, cache_embedding, grads)
 

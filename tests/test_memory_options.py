@@ -258,7 +258,7 @@ def test_what_is_computed_again_multiplies_by_gate_and_up_alone(dora):
     _, cache = block.forward(np.random.default_rng(1).standard_normal((2, 5, 16)), rope)
     for _, name, linear in block.linears():
         matmul = linear.base.weight.matmul
-        linear.base.weight.matmul = lambda x, n=name, m=matmul: (multiplied.append(n) if x.ndim == 3 else None) or m(x)
+        linear.base.weight.matmul = lambda x, *p, n=name, m=matmul: (multiplied.append(n) if x.ndim == 3 else None) or m(x, *p)
     restored(block, cache, rope)
     everything = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
     # DoRA keeps its result, and so needs it

@@ -632,9 +632,8 @@ def test_a_gradient_that_overflows_alone_is_named(monkeypatch):
     original = Trainer._one_step
 
     def one_step(self, workers):
-        adapters(model)[0].backward = lambda dy, cache, grads: (grads.add(adapters(model)[0].lora_B, np.float32(np.inf)), 0 * dy)[
-            1
-        ]
+        lora_b = adapters(model)[0].lora_B
+        adapters(model)[0].backward = lambda dy, cache, grads, last: (grads.add(lora_b, np.float32(np.inf)), 0 * dy)[1]
         return original(self, workers)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)

@@ -163,9 +163,10 @@ def test_backward_stops_below_the_lowest_that_trains(method, lowest, backwards, 
     visited = []
     original = Block.backward
 
-    def spy(block, dy, cache, grads):
+    def spy(block, dy, cache, grads, last):
         visited.append(model.blocks.index(block))
-        return original(block, dy, cache, grads)
+        assert last == (model.blocks.index(block) == lowest)
+        return original(block, dy, cache, grads, last)
 
     monkeypatch.setattr(Block, "backward", spy)
     assert model.lowest_trainable() == lowest

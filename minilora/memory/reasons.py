@@ -52,7 +52,7 @@ def kept_by_norm(cache: Cache, name: str) -> Iterator[Kept]:
 
 def kept_by_attention(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     """The cache of a block's first half."""
-    cache_norm, (_, cache_qkv, (q, k, v, probs), cache_o) = cache
+    cache_norm, (_, cache_qkv, (q, k, v, kept), cache_o) = cache
     attention = block.attention
     yield from kept_by_norm(cache_norm, f"{name}.input_layernorm")
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
@@ -62,7 +62,10 @@ def kept_by_attention(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     yield q, where, "queries kept for dk"
     yield k, where, "keys kept for dq"
     yield v, where, "values kept for the gradient of the probabilities"
-    yield probs, where, "probabilities (heads × T × T) kept for dv and the softmax"
+    if isinstance(kept, tuple):
+        yield kept[0], where, "log Σ exp of each query's scores kept to compute the probabilities again"
+    else:
+        yield kept, where, "probabilities (heads × T × T) kept for dv and the softmax"
 
 
 def kept_by_mlp(block: Block, cache: Cache, name: str) -> Iterator[Kept]:

@@ -7,7 +7,7 @@ One formula serves codebooks and affine groups, because an affine code is a code
 
     w[i] = levels[code[i]] · scales[block] + offsets[block],    block = i // block_size,  i in the flattened row-major tensor
 
-Where the processor has AVX2, the simd module does three of these for 4 bits in vectors, with the same bits as result.
+Where the processor has AVX2 or AVX-512, the simd module does three of these for 4 bits in vectors.
 
 Kernels never validate; they take C-contiguous arrays and write into ``out``. Callers pass codes, tables, scales and offsets
 read-only always, so that Numba compiles one signature of each kernel. Loops stand where slice assignment would do: compiling
@@ -16,34 +16,19 @@ one ``out[:] = codes`` takes Numba two seconds, for its error messages.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from minilora.jit import kernel
+
 Array = NDArray[Any]
-F = TypeVar("F", bound=Callable[..., Any])
 
 UNIT = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
 """Bits of a code -> (codes, bytes) of the smallest whole piece of packed data."""
 
 SMALLEST_ABSMAX = np.float32(1e-38)
-
-
-def kernel(function: F) -> F:
-    """Compile on first use, without the interpreter lock, kept on disk: the one policy for all kernels."""
-    compiled: Any = numba.njit(
-        function,
-        nogil=True,  # shards run in Python threads
-        cache=True,  # compiled once a machine, not once a process
-        error_model="numpy",  # no check for division by zero inside loops
-        # reassoc: sums may be split over vector lanes. nsz: and may start at +0. Left out on purpose: nnan and ninf (NaN must
-        # survive), arcp (x·(1/absmax) is part of the format) and contract (a fused multiply-add rounds unlike NumPy).
-        fastmath={"reassoc", "nsz"},
-    )
-    return cast(F, compiled)
 
 
 def packed_size(count: int, bits: int) -> int:

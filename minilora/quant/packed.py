@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
+from minilora.fused.products import Pair, product, product_t
 from minilora.quant import codebooks, kernels, simd
 
 Array = NDArray[Any]
@@ -82,33 +83,36 @@ class PackedWeight(ABC):
 
     # ---- products
 
-    def matmul(self, x: Array) -> Array:
-        """Return x Wᵀ: x (…, in) -> (…, out).
+    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
+        """Return x Wᵀ, with a pair (h, b) x Wᵀ + h bᵀ: x (…, in), h (…, r), b (out, r) -> (…, out).
 
         A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
+        if pair:
+            pair = pair[0].reshape(len(x2), -1), pair[1]
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
             self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
+            if pair:
+                y += pair[0] @ pair[1].T
         else:
             for first, last in self._tiles(self._tile_size(len(x2))):
-                np.matmul(x2, self._decode(first, last).T, out=y[:, first:last])
+                part = (pair[0], pair[1][first:last]) if pair else None
+                product(x2, self._decode(first, last), part, out=y, column=first)
         return y.reshape(*x.shape[:-1], out_features)
 
-    def matmul_t(self, dy: Array) -> Array:
-        """Return dy W: dy (…, out) -> (…, in)."""
+    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
+        """Return dy W, with a pair (dh, a) dy W + dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in)."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
-        dx = np.empty((len(dy2), in_features), np.result_type(dy2.dtype, np.float32), like=dy2)
-        part = dx  # the first tile's product is written in place, the others are added
-        for first, last in self._tiles(self._tile_size(len(dy2))):
-            np.matmul(dy2[:, first:last], self._decode(first, last), out=part)
-            if first > 0:
-                dx += part
-            elif last < out_features:
-                part = np.empty_like(dx)
+        if pair:
+            pair = pair[0].reshape(len(dy2), -1), pair[1]
+        (_, first), *others = self._tiles(self._tile_size(len(dy2)))
+        dx = product_t(dy2, self._decode(0, first), pair)
+        for first, last in others:
+            product_t(dy2, self._decode(first, last), out=dx, column=first)
         return dx.reshape(*dy.shape[:-1], in_features)
 
     def rows(self, ids: Array) -> Array:

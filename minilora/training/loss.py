@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from minilora import functional as F
+from minilora import fused as F
 from minilora.data.tasks import Batch
 from minilora.layers import Array, Gradients, Key
 from minilora.threads import Workers, single_blas

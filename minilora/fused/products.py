@@ -1,0 +1,214 @@
+"""Products of float32 matrices, compiled here instead of taken from BLAS, for what BLAS cannot do: a low-rank path inside the
+product, sums added to what is there, and the same bytes for any number of rows, shards and threads.
+
+    product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
+
+The right factor is rearranged into panels, DEPTH × COLUMNS numbers that stay in the second-level cache while all rows pass
+(Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
+rows, and processors without vectors are left to NumPy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minilora.fused.vectors import AVAILABLE, COLUMNS, LANES, ROWS, move, tile_1, tile_2, tile_4, transpose
+from minilora.jit import kernel
+
+Array = np.ndarray
+Pair = tuple[Array, Array]
+
+DEPTH, SHALLOW = 640, 128
+TURNED = 256
+"""Rows of dyᵀ that are turned at a time: half a megabyte."""
+FEW = 8
+"""So many rows or fewer do not repay the rearrangement of the other factor."""
+
+
+@kernel
+def panel_width(n: int) -> int:
+    """The narrowest tile for n columns."""
+    return LANES if n <= LANES else 2 * LANES if n <= 2 * LANES else COLUMNS
+
+
+@kernel
+def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int, width: int) -> None:
+    """panel[panel_at + i·width + j] = b[at + i·b_k + j·b_n] for i < k, j < n, and 0 up to the panel's width."""
+    whole = n // LANES * LANES
+    done = 0
+    if b_n == 1:
+        for i in range(k):
+            for j in range(0, whole, LANES):
+                move(b, at + i * b_k + j, panel, panel_at + i * width + j)
+        done = k
+    elif b_k == 1:
+        done = k // LANES * LANES
+        for i in range(0, done, LANES):
+            for j in range(0, whole, LANES):
+                transpose(b, at + i + j * b_n, b_n, panel, panel_at + i * width + j, width)
+    if done < k or whole < width:
+        for i in range(k):
+            line = panel_at + i * width
+            for j in range(whole if i < done else 0, n):
+                panel[line + j] = b[at + i * b_k + j * b_n]
+            for j in range(n, width):
+                panel[line + j] = 0
+
+
+@kernel
+def times_panel(
+    a: Array, at: int, row: int, step: int, k: int, more: Array, more_at: int, more_k: int, panel: Array, panel_at: int,
+    line: int, width: int, edge: Array, c: Array, c_at: int, c_row: int, m: int, n: int, add: bool,
+) -> None:  # fmt: skip
+    """c[i, j] (+)= Σ_k a[i, k] panel[k, j] + Σ_l more[i, l] panel[k + l, j] for i < m, j < n.
+
+    Lines of the panel are ``line`` apart; ``edge`` is scratch for ROWS·COLUMNS.
+    """
+    for i in range(0, m, ROWS):
+        rows = min(ROWS, m - i)
+        whole = rows == ROWS and n == width
+        out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, width)
+        left, left2, adds = at + i * row, more_at + i * more_k, add and whole
+        if width == LANES:
+            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+        elif width == 2 * LANES:
+            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+        else:
+            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+        if not whole:
+            for r in range(rows):
+                to = c_at + (i + r) * c_row
+                for j in range(n):
+                    c[to + j] = edge[r * width + j] + (c[to + j] if add else np.float32(0))
+
+
+@kernel
+def multiply(
+    a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_k: int, b_n: int, more: Array, b2: Array, b2_k: int,
+    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, scratch: Array, c: Array, c_at: int, c_row: int,
+) -> None:  # fmt: skip
+    """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] b2[l, j] over flat arrays.
+
+    a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[b_at + k·b_k + j·b_n], likewise b2; more (m, rank); c's rows c_row apart.
+    ``scratch`` holds a panel, an edge and, where a is read by columns, a part of its transpose.
+    """
+    in_place = b_n == 1 and rank == 0 and m <= 2 * ROWS  # too few rows for a panel to pay
+    most = SHALLOW if in_place else DEPTH
+    parts = (k + most - 1) // most  # of nearly equal depth
+    edge, room = scratch[: ROWS * COLUMNS], scratch[ROWS * COLUMNS :]
+    size = (min(k, DEPTH + LANES) + rank) * COLUMNS
+    panel, rows = room[:size], room[size:]
+    turned = rows.size > 0  # dyᵀ x: what the tile reads as a row lies far apart in memory
+    for part in range(parts):
+        first = k * part // parts // LANES * LANES
+        depth = (k if part + 1 == parts else k * (part + 1) // parts // LANES * LANES) - first
+        more_k = rank if part + 1 == parts else 0
+        left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
+        if turned:
+            pack_panel(a, left_at, 1, a_step, m, depth, rows, 0, depth)
+            left, left_at, left_row, left_step = rows, 0, depth, 1
+        for j in range(0, n, COLUMNS):
+            columns = min(COLUMNS, n - j)
+            width = panel_width(columns)
+            right, right_at, line = panel, 0, width
+            if in_place and columns == width:
+                right, right_at, line = b, b_at + first * b_k + j, b_k
+            else:
+                pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, depth, columns, panel, 0, width)
+                if more_k:
+                    pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, panel, depth * width, width)
+            times_panel(left, left_at, left_row, left_step, depth, more, 0, more_k, right, right_at, line, width, edge,
+                        c, c_at + j, c_row, m, columns, add or part > 0)
+
+
+# ---- from NumPy
+
+
+def compiled(*arrays: Any) -> bool:
+    """Whether what is compiled here may take these arrays: all of them contiguous float32, on a processor with vectors."""
+    return AVAILABLE and all(a.dtype == np.float32 and a.flags.c_contiguous for a in arrays)
+
+
+def flat(a: Array) -> Array:
+    """A read-only view with one axis: kernels are compiled once, for such views."""
+    view = a.reshape(-1)
+    view.flags.writeable = False
+    return view
+
+
+NONE = flat(np.empty(0, np.float32))
+
+
+def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, b_n: int, pair: Pair | None, m: int, n: int,
+              k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
+    """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
+    rank = pair[0].shape[-1] if pair else 0
+    turned = m * min(k, DEPTH + LANES) if a_row == 1 and m > COLUMNS else 0
+    scratch = np.empty(ROWS * COLUMNS + (min(k, DEPTH + LANES) + rank) * COLUMNS + turned, np.float32, like=c)
+    if isinstance(c, np.ndarray):
+        more, b2 = map(flat, pair) if pair else (NONE, NONE)
+        b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
+        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, scratch,
+                 c.reshape(-1), c_at, c.shape[-1])
+
+
+def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:
+    """x wᵀ, with a pair (h, b) x wᵀ + h bᵀ: x (…, in), w (out, in), h (…, r), b (out, r) → (…, out).
+
+    Written to ``out`` (N, ≥ out) from a column on, if that is given.
+
+    >>> product(np.ones((2, 3)), np.ones((4, 3)), (np.ones((2, 1)), np.ones((4, 1)))).tolist()
+    [[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]]
+    """
+    n, k = w.shape
+    m = x.size // k
+    if m > FEW and compiled(x, w, *(pair or ())):
+        y = np.empty((*x.shape[:-1], n), np.float32, like=x) if out is None else out
+        _multiply(x, 0, k, 1, w, 1, k, pair, m, n, k, y, column)
+        return y
+    y = np.matmul(x, w.T, out=None if out is None else out[:, column : column + n])
+    if pair:
+        y += pair[0] @ pair[1].T
+    return y
+
+
+def product_t(dy: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:
+    """dy w, with a pair (dh, a) dy w + dh a: dy (…, out), w (out, in), dh (…, r), a (r, in) → (…, in).
+
+    With ``out`` (N, in) it is added there. dy may have more columns, of which those from ``column`` on are meant.
+
+    >>> product_t(np.ones((1, 2)), np.ones((2, 3)), (np.ones((1, 1)), np.ones((1, 3)))).tolist()
+    [[3.0, 3.0, 3.0]]
+    """
+    k, n = w.shape
+    m = dy.size // dy.shape[-1]
+    if m > FEW and compiled(dy, w, *(pair or ())):
+        dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if out is None else out
+        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, pair, m, n, k, dx, add=out is not None)
+        return dx
+    dx = dy[..., column : column + k] @ w
+    if pair:
+        dx += pair[0] @ pair[1]
+    if out is not None:
+        out += dx
+    return dx if out is None else out
+
+
+def outer(dy: Array, x: Array) -> Array:
+    """dyᵀ x over all rows: dy (…, out), x (…, in) → (out, in), the gradient of w in y = x wᵀ.
+
+    >>> outer(np.ones((5, 2)), np.ones((5, 3))).tolist()
+    [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
+    """
+    m, n = dy.shape[-1], x.shape[-1]
+    k = x.size // n
+    if k <= FEW or not compiled(dy, x):
+        return dy.reshape(-1, m).T @ x.reshape(-1, n)
+    if n <= COLUMNS < m:  # few rows are multiplied in place, few columns are not
+        return outer(x, dy).T.copy()
+    dw = np.empty((m, n), np.float32, like=x)
+    for first in range(0, m, TURNED):
+        _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n)
+    return dw

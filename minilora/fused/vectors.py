@@ -1,0 +1,200 @@
+"""Vectors of float32 for Numba, which knows none: each ``@intrinsic`` writes the LLVM code of one operation.
+
+``tile`` is the heart of all products. It holds ROWS × ``columns`` sums in registers, and for each k adds one number of each row
+times one vector of each ``LANES`` columns, a fused multiply-add:
+
+    c[m, n] = Σ_k a[m, k] · panel[k, n]  +  Σ_j more[m, j] · panel[depth + j, n]
+
+The order of the sum is that of k, whatever lies around the tile: an element of a product does not depend on how rows are
+divided among tiles, shards or threads. The instructions are LLVM's own, not a processor's: AVX-512, AVX2 and NEON differ in
+``LANES`` and in how many vectors of columns find room in the registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir  # type: ignore[import-untyped]
+from numba import extending
+from numba.core import cgutils, types
+from numba.core.registry import cpu_target
+
+intrinsic: Any = extending.intrinsic
+_TRIPLE, _, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
+
+
+def _has(*features: str) -> bool:
+    return {f"+{feature}" for feature in features} <= set(_FEATURES.split(","))
+
+
+AVX512, AVX2, NEON = _has("avx512f", "fma"), _has("avx2", "fma"), _TRIPLE.startswith(("aarch64", "arm64"))
+AVAILABLE = AVX512 or AVX2 or NEON
+"""Whether the processor has vectors and fused multiply-adds that are worth a product of our own."""
+LANES = 16 if AVX512 else 8 if AVX2 else 4
+"""Numbers in a vector."""
+ROWS = 6
+COLUMNS = (2 if AVX2 and not AVX512 else 4) * LANES
+"""Rows and columns of a full tile: 24 vectors of sums in 32 registers, with AVX2 12 in 16."""
+
+_I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VECTOR = ir.VectorType(_F32, LANES)
+
+
+def _number(i: int) -> Any:
+    return ir.Constant(_I64, i)
+
+
+def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, array: int, kind: Any = None) -> Any:
+    """Pointer to element arguments[array + 1] of the flat array arguments[array]."""
+    data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
+    place = builder.gep(data, [arguments[array + 1]])
+    return place if kind is None else builder.bitcast(place, kind.as_pointer())
+
+
+def _vector_at(builder: Any, place: Any, index: int = 0) -> Any:
+    return builder.bitcast(builder.gep(place, [_number(index)]), _VECTOR.as_pointer())
+
+
+def _spread(builder: Any, value: Any) -> Any:
+    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+
+
+def _tile(columns: int) -> Any:
+    """The intrinsic of a tile of ROWS × columns."""
+    vectors = columns // LANES
+
+    @intrinsic
+    def tile(
+        typing: Any, a: Any, at: Any, row: Any, step: Any, depth: Any, more: Any, more_at: Any, more_depth: Any, panel: Any,
+        panel_at: Any, line: Any, c: Any, c_at: Any, c_row: Any, rows: Any, add: Any,
+    ) -> Any:  # fmt: skip
+        """c[c_at + m·c_row + n] = (or, with add, +=) the sum above for m < rows.
+
+        a[m, k] is a[at + m·row + k·step], more (…, more_depth) has whole rows, lines of the panel are ``line`` apart. Rows from
+        ``rows`` on are computed as copies of the last one: c must have room for ROWS of them.
+        """
+
+        def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
+            _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, c_row, rows, add = v
+            fma = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")  # fmt: skip
+            last = builder.sub(rows, _number(1))
+            index = [builder.select(builder.icmp_signed("<", _number(m), last), _number(m), last) for m in range(ROWS)]
+
+            def sweep(sums: list[Any], first: Any, row: Any, step: Any, depth: Any, panel: Any) -> list[Any]:
+                """One loop over k with all sums in registers."""
+                starts = [builder.gep(first, [builder.mul(i, row)]) for i in index]
+                before = builder.block
+                loop, body, after = (builder.append_basic_block(name) for name in ("k", "k.body", "k.end"))
+                builder.branch(loop)
+                builder.position_at_end(loop)
+                k = builder.phi(_I64)
+                k.add_incoming(_number(0), before)
+                now = [builder.phi(_VECTOR) for _ in sums]
+                for phi, value in zip(now, sums, strict=True):
+                    phi.add_incoming(value, before)
+                builder.cbranch(builder.icmp_signed("<", k, depth), body, after)
+                builder.position_at_end(body)
+                numbers = builder.gep(panel, [builder.mul(k, line)])
+                right = [builder.load(_vector_at(builder, numbers, LANES * j), align=4) for j in range(vectors)]
+                place = builder.mul(k, step)
+                for m in range(ROWS):
+                    left = _spread(builder, builder.load(builder.gep(starts[m], [place])))
+                    for j in range(vectors):
+                        phi = now[m * vectors + j]
+                        phi.add_incoming(builder.call(fma, [left, right[j], phi]), body)
+                k.add_incoming(builder.add(k, _number(1)), body)
+                builder.branch(loop)
+                builder.position_at_end(after)
+                return now
+
+            a, more, panel, c = (_pointer(context, builder, signature, v, i) for i in (0, 5, 8, 11))
+            sums = sweep([ir.Constant(_VECTOR, [0.0] * LANES)] * (ROWS * vectors), a, row, step, depth, panel)
+            further = builder.gep(panel, [builder.mul(depth, line)])
+            sums = sweep(sums, more, more_depth, _number(1), more_depth, further)
+            with builder.if_else(add) as (then, otherwise):
+                for branch, adds in ((then, True), (otherwise, False)):
+                    with branch:
+                        for m in range(ROWS):
+                            numbers = builder.gep(c, [builder.mul(_number(m), c_row)])
+                            for j in range(vectors):
+                                place, value = _vector_at(builder, numbers, LANES * j), sums[m * vectors + j]
+                                value = builder.fadd(value, builder.load(place, align=4)) if adds else value
+                                builder.store(value, place, align=4)
+            return context.get_dummy_value()
+
+        i, flat = types.intp, (a, more, panel, c)
+        return types.void(flat[0], i, i, i, i, flat[1], i, i, flat[2], i, i, flat[3], i, i, i, types.boolean), build
+
+    return tile
+
+
+tile_1, tile_2, tile_4 = _tile(LANES), _tile(2 * LANES), _tile(COLUMNS)
+
+
+@intrinsic
+def transpose(typing: Any, source: Any, at: Any, row: Any, target: Any, target_at: Any, target_row: Any) -> Any:
+    """Write LANES × LANES numbers, row i of them at source[at + i·row], as their transpose."""
+
+    def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
+        place, goal = (_pointer(context, builder, signature, v, i) for i in (0, 3))
+        lines = [builder.load(_vector_at(builder, builder.gep(place, [builder.mul(_number(i), v[2])])), align=4)
+                 for i in range(LANES)]  # fmt: skip
+        half = LANES // 2
+        # line i and line i + half, interleaved, become lines 2i and 2i + 1: after log2(LANES) times it is the transpose
+        orders = [ir.Constant(ir.VectorType(_I32, LANES), [part + i // 2 + LANES * (i % 2) for i in range(LANES)])
+                  for part in (0, half)]  # fmt: skip
+        width = LANES
+        while width > 1:
+            lines = [builder.shuffle_vector(lines[i], lines[i + half], order) for i in range(half) for order in orders]
+            width //= 2
+        for i, line in enumerate(lines):
+            builder.store(line, _vector_at(builder, builder.gep(goal, [builder.mul(_number(i), v[5])])), align=4)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(source, i, i, target, i, i), build
+
+
+@intrinsic
+def move(typing: Any, source: Any, at: Any, target: Any, target_at: Any) -> Any:
+    """target[target_at : target_at + LANES] = source[at : at + LANES]."""
+
+    def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
+        place, goal = (_pointer(context, builder, signature, v, i) for i in (0, 2))
+        builder.store(builder.load(_vector_at(builder, place), align=4), _vector_at(builder, goal), align=4)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(source, i, target, i), build
+
+
+@intrinsic
+def fma(typing: Any, a: Any, b: Any, c: Any) -> Any:
+    """a·b + c, rounded once; LLVM makes vectors of it."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        name = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_F32, [_F32] * 3), "llvm.fma.f32")
+        return builder.call(name, arguments)
+
+    return types.float32(types.float32, types.float32, types.float32), build
+
+
+@intrinsic
+def power_of_two(typing: Any, n: Any) -> Any:
+    """2^n of a whole float32 number −127 ≤ n ≤ 127 (2^−127 is 0), put together from its bits."""
+
+    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        # 1.5·2^23 + n has the whole number n in its last bits; a conversion to an integer would be undefined for NaN
+        shifted = builder.fadd(arguments[0], ir.Constant(_F32, 1.5 * 2**23), flags=("nsz",))
+        whole = builder.add(builder.bitcast(shifted, _I32), ir.Constant(_I32, 127 - 0x4B400000))
+        return builder.bitcast(builder.shl(whole, ir.Constant(_I32, 23)), _F32)
+
+    return types.float32(types.float32), build
+
+
+@intrinsic
+def from_bits(typing: Any, bits: Any) -> Any:
+    """The float32 number of 32 bits."""
+    return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], _F32)
