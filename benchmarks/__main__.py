@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import tyro
 
-Part = Literal["training_step", "kernels", "startup", "generation", "smollm2", "sweep", "memory", "ledger"]
+Part = Literal["training_step", "threads", "growth", "profile", "grid", "kernels", "startup", "generation", "smollm2", "sweep",
+               "memory", "ledger"]  # fmt: skip
 SizeName = Literal["micro", "tiny", "small", "smollm"]
 
 
@@ -18,8 +19,9 @@ SizeName = Literal["micro", "tiny", "small", "smollm"]
 class Options:
     """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is installed."""
 
-    only: tuple[Part, ...] = ("sweep", "startup", "training_step", "kernels", "generation", "smollm2", "memory", "ledger")
-    sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")  # models of the training step
+    only: tuple[Part, ...] = ("sweep", "startup", "training_step", "threads", "grid", "growth", "profile", "kernels",
+                              "generation", "smollm2", "memory", "ledger")  # fmt: skip
+    sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")  # models of the training step, the threads and the profile
     kernel_sizes: tuple[int, ...] = (1024, 4096)  # square weights, a multiple of 64
     repeats: int = 15  # turns of each side
     threads: int = 2
@@ -29,7 +31,22 @@ class Options:
 
 def run(options: Options, command: str, say: Any = print) -> list[Path]:
     """Measure the parts asked for; each is written as soon as it is done. Returns the files."""
-    from benchmarks import generation, kernels, memory, page, plan_grid, smollm2, startup, sweep, timing, training_step
+    from benchmarks import (
+        generation,
+        grid,
+        growth,
+        kernels,
+        memory,
+        page,
+        plan_grid,
+        profile,
+        smollm2,
+        startup,
+        sweep,
+        threads,
+        timing,
+        training_step,
+    )
 
     peers = options.peers and timing.peers_installed()
     machine = timing.machine()
@@ -42,6 +59,10 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
         "sweep": lambda: sweep.measure(Path(options.out), say),
         "startup": lambda: startup.measure(options.repeats, peers, say),
         "training_step": lambda: training_step.measure(options.sizes, options.repeats, options.threads, peers, say),
+        "threads": lambda: threads.measure(options.sizes, options.repeats, options.threads, say),
+        "growth": lambda: growth.measure(options.repeats, options.threads, Path(options.out), say),
+        "profile": lambda: profile.measure(options.sizes, options.repeats, say),
+        "grid": lambda: grid.measure(peers, say),
         "kernels": lambda: kernels.measure(options.kernel_sizes, options.repeats, options.threads, peers, say),
         "generation": lambda: generation.measure(options.repeats, options.threads, peers, say),
         "smollm2": lambda: smollm2.measure(options.repeats, options.threads, peers, say),

@@ -154,13 +154,12 @@ def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def workers(say: Any, runs: list[Any] | None = None, n_jobs: int = N_JOBS) -> Rows:
     """One row a run of the demonstration, cut short: its process, what was resident before, and the peak."""
-    from minilora.study.inputs import base_of
     from minilora.study.presets import demo_runs
     from minilora.study.run import warm_kernels
     from minilora.study.sweep import run_sweep
 
     runs = demo_runs(steps=SWEEP_STEPS) if runs is None else runs
-    warm_kernels(base_of("tiny").model)  # as `minilora sweep` does before it starts workers: they load what is compiled
+    warm_kernels()  # as `minilora sweep` does before it starts workers: they load what is compiled
     with tempfile.TemporaryDirectory() as folder:
         found = run_sweep(runs, folder, run=watched, n_jobs=n_jobs, progress=False)
     failed = [row["error"] for row in found if row["status"] != "success"]

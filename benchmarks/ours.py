@@ -31,12 +31,12 @@ SMALL = {"checkpoint": True, "logits_chunk": 32}
 class Ours:
     """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS thread a shard."""
 
-    def __init__(self, threads: int = 2, keep: bool = True):
+    def __init__(self, threads: int = 2, keep: bool = True, shards: int | None = None):
         if keep:
             keep_memory()
         self._blas = single_blas()
         self._blas.__enter__()  # for the life of this process
-        self.threads = threads
+        self.threads, self.shards = threads, shards or threads
         self.workers = cache(Workers)  # a pool for each number of threads
         self.works: dict[str, Callable[[], Any]] = {}
         self.model: Any = None
@@ -73,11 +73,12 @@ class Ours:
 
     # ---- training step
 
-    def build(self, name: str, method: str, states: dict[str, tuple[Array, ...]] | None = None) -> None:
+    def build(self, name: str | workload.Size, method: str, states: dict[str, tuple[Array, ...]] | None = None,
+              r: int = workload.R) -> None:
         """Make a model of a size ready for a method; ``states`` are bitsandbytes' quantized weights, to compute with the same."""
         self.works.clear()
         self.model = self.optimizer = None
-        size = workload.SIZES[name]
+        size = workload.SIZES[name] if isinstance(name, str) else name
         base = build_model(size.config, workload.weights(size))
         if method == "qlora" and states is not None:
             base = base.map_linears(lambda linear: adopt(linear, states))
@@ -88,21 +89,21 @@ class Ours:
         if method == "full":
             model = full(base)
         else:
-            config = LoraConfig(workload.R, workload.ALPHA, use_qalora=method == "qalora")
+            config = LoraConfig(r, workload.ALPHA, use_qalora=method == "qalora")
             model = inject_lora(base, config, np.random.default_rng(0))
-            set_adapters(model, workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1))
+            set_adapters(model, workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1, r))
         del base
         self._ready(model, *workload.batch(size))
 
     def _ready(self, model: Transformer, ids: Array, targets: Array) -> None:
         """Keep the model and its batch; the work "step" trains it once."""
         self.model, self.batch = model, Batch(ids, targets, np.ones(ids.shape, bool))
-        self.optimizer = make_optimizer(model.trainable(), TrainConfig(shards=self.threads))
+        self.optimizer = make_optimizer(model.trainable(), TrainConfig(shards=self.shards))
         self.grads: dict[str, Array] = {}
         self.works |= {"step": self._step, "fast": self._step, "small": partial(self._step, **SMALL)}
 
     def _loss_and_grads(self, **memory: Any) -> tuple[float, Any]:
-        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.threads, stream=(0, 0), **memory)
+        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.shards, stream=(0, 0), **memory)
 
     def _step(self, **memory: Any) -> None:
         _, grads = self._loss_and_grads(**memory)
@@ -141,7 +142,11 @@ class Ours:
         elif op == "dequantize":
             parts = [quantize_weight(part, quant) for part in np.array_split(w, threads)]
             self.works[label] = lambda: workers.map(lambda part: part.dense(), parts)
-        else:  # a product: each thread multiplies half of the inputs by the whole weight, as shards do in training
+        elif batch == 1:  # each thread multiplies the input by half of the rows
+            parts = [part if kind == "dense" else quantize_weight(part, quant) for part in np.array_split(w, threads)]
+            times = (lambda part: x @ part.T) if kind == "dense" else (lambda part: part.matmul(x))
+            self.works[label] = lambda: [np.concatenate(workers.map(times, parts), axis=1)]
+        else:  # each thread multiplies half of the inputs by the whole weight, as shards do in training
             multiply = (lambda part: part @ w.T) if kind == "dense" else quantize_weight(w, quant).matmul
             pieces = np.array_split(x, min(threads, batch))
             self.works[label] = lambda: workers.map(multiply, pieces)

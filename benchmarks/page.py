@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import workload
+from benchmarks import grid, growth, profile, workload
 from minilora.formats.files import read_json, write_file
 
 INTRO = """# Speed and memory beside the peers
@@ -23,13 +23,34 @@ quantization; qalora: int4 in groups of {g}. Peers: transformers' Llama with tor
 bitsandbytes' Linear4bit (qlora). PEFT's QA-LoRA needs a GPTQ base, so qalora stands beside the peers' QLoRA, while its gradients
 were compared with those of PEFT's LoRA on the dequantized weights. MiB: the largest memory of the whole process while stepping,
 interpreter and libraries included. Last column: the largest difference of any gradient array, in units of its largest element,
-of what float32 rounding allows."""
+of what float32 rounding allows. The limit: 4 × (linear and head weights) + 6 × adapter weights (full: 6 × all) operations a
+token, and causal attention's half of T × T, six times, at the rate of a float32 product of 2048³ by NumPy's BLAS with as many
+threads, taken between the turns; "of the limit" is that time by ours."""
+
+THREADS = """One step of ours, its batch in as many shards as there are threads in the fourth column, done by one thread or by
+all, turn by turn. Loss and every gradient were compared first: the same bytes."""
+
+GRID = """{axes}: each run makes its model anew from the same weights, takes {steps} steps
+of {batch} × {time} tokens of prose (forward, backward, clipping, AdamW) and ends in the loss over {held_out:,} held-out tokens.
+Ours: `run_sweep` over an executor of two processes of one thread each. Peers: torch + PEFT, for qlora with bitsandbytes, in two
+processes of one thread, each taking the next run when it has ended one; fused AdamW, sdpa, no mask. nf4 without double
+quantization, whose codes of scales now and then differ by one between the libraries. The sides take turns, a piece of the grid
+at a time. Not in these seconds, but for each process: starting and importing, {imports}; the first run of each method, one step
+long, {first}
+(ours loads compiled kernels, or compiles them, once on a machine: see Start-up)."""
+
+GROWTH = """One step of ours (forward, backward, clipping, AdamW); all places of a panel take turns, lora and qlora together, with
+the sgemm between them. Batch and context: the tiny model; r: the small one; width: 2 layers, MLP 4 × the width, heads of 64,
+2 × 128 tokens. FLOP as in the limit of a training step."""
+
+PROFILE = """Self time by function: without the functions within it that have a line, or a share in the last. One thread, one
+shard; compiled code counts where it is called from. Found by wrapping all public functions of the modules that compute."""
 
 KERNELS = """nf4 has blocks of 64 with float32 scales, int4 groups of 32 with float16 scales and offsets. With two threads each of
 ours quantizes or dequantizes half of the rows, or multiplies half of the batch by the whole weight, as shards do in training; a
-batch of one uses one thread. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep freed memory (see
-`minilora.threads.keep_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and faulted in anew.
-Checked: """
+batch of one is multiplied by half of the rows, dense ones too. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep
+freed memory (see `minilora.threads.keep_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and
+faulted in anew. Checked: """
 
 SMOLLM2 = """SmolLM2-135M-Instruct's Q4_1 GGUF; the package holds no full-precision model, so the dequantized GGUF is the
 reference, the peers' as a float32 Hugging Face folder. A step is forward, backward, clipping and AdamW on 2 × 128 tokens of
@@ -109,8 +130,8 @@ def _ratio(r: dict[str, float] | None) -> str:
 
 
 def _training(rows: Rows) -> str:
-    head = ["method", "ours, ms", "peer, ms", "peer/ours", "ours, tokens/s", "peer, tokens/s", "ours, MiB", "peer, MiB",
-            "gradients differ by"]
+    head = ["method", "ours, ms", "peer, ms", "peer/ours", "limit, ms", "of the limit", "ours, tokens/s", "peer, tokens/s",
+            "ours, MiB", "peer, MiB", "gradients differ by"]
     parts = []
     for name in dict.fromkeys(r["size"] for r in rows):
         c, size = workload.SIZES[name].config, workload.SIZES[name]
@@ -126,7 +147,64 @@ def _training_cells(r: dict[str, Any]) -> list[str]:
     check = f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}" if r["check"] else "not compared"
     speeds = [f"{s['tokens_per_second']:,.0f}" if s else "" for s in sides]
     peaks = [f"{s['peak_mib']:,.0f}" if s and s["peak_mib"] else "" for s in sides]
-    return [r["method"], *map(_ms, sides), _ratio(r.get("ratio")), *speeds, *peaks, check]
+    limit = [_short(r["limit_ms"]), f"{100 * r['limit_share']['median']:.0f} %"] if "limit_ms" in r else ["", ""]
+    return [r["method"], *map(_ms, sides), _ratio(r.get("ratio")), *limit, *speeds, *peaks, check]
+
+
+def _threads(rows: Rows) -> str:
+    head = ["model", "method", "1 thread, ms", f"{rows[0]['threads']} threads, ms", "1 thread/all"]
+    body = [[r["size"], r["method"], _ms(r["one"]), _ms(r["many"]), _ratio(r["ratio"])] for r in rows]
+    return table(head, body) + "\n\n" + THREADS
+
+
+def _grid(rows: Rows) -> str:
+    r, size = rows[0], workload.SIZES[rows[0]["size"]]
+    sides = list(r["seconds"])
+    head = ["", *(f"piece {i + 1}, s" for i in range(len(r["seconds"]["ours"]))), f"{r['runs']} runs, s"]
+    body = [[side, *(f"{s:.1f}" for s in r["seconds"][side]), f"{sum(r['seconds'][side]):.0f}"] for side in sides]
+    said = GRID.format(
+        axes=" × ".join(f"{name} {', '.join(map(str, values))}" for name, values in r["axes"].items()), steps=r["steps"],
+        batch=size.batch, time=size.time, held_out=grid.EVAL_BATCHES * size.tokens,
+        imports=", ".join(f"{side} {r['start'][side]['import']:.1f} s" for side in sides),
+        first=", ".join(f"{side} {r['start'][side]['first_steps']:.1f} s" for side in sides))  # fmt: skip
+    if r["check"]:
+        c = r["check"]
+        said = f"peer/ours by piece: **{_ratio(r['ratio'])}**. Checked run by run: first losses differ by at most " \
+            f"{c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, final ones, {r['losses'][0]:.2f} to " \
+            f"{r['losses'][1]:.2f}, by {c['loss']:.0e}; allowed are {c['bound']:.0e} (rounding of a gradient × √steps).\n\n{said}"
+    return table(head, body) + "\n\n" + said
+
+
+def _growth(rows: Rows) -> str:
+    shown = {
+        "batch": ["µs a token", f"of batch {growth.START['batch']}'s"], "r": ["ms", "time/FLOP, of r = 1's"],
+        "context": ["µs a token", "off the line"], "width": ["GFLOP/s", "of sgemm"],
+    }  # fmt: skip
+    parts = ["![time against batch, rank, context and width](growth.png)", "\n".join(f"* {x}" for x in growth.verdicts(rows))]
+    for panel, columns in shown.items():
+        by_method = [growth.of(rows, panel, method) for method in growth.METHODS]
+        head = [growth.LABELS[panel][0], *(f"{method}, {column}" for method in growth.METHODS for column in columns)]
+        body = [[str(mine[0]["x"]), *(cell for r, line in zip(mine, by_method, strict=True) for cell in _growth_cells(r, line))]
+                for mine in zip(*by_method, strict=True)]
+        if body:
+            parts.append(table(head, body))
+    return "\n\n".join([*parts, GROWTH])
+
+
+def _growth_cells(r: dict[str, Any], line: Rows) -> list[str]:
+    if r["panel"] == "width":
+        return [f"{growth.gflops(r):.0f}", f"{100 * r['limit_share']['median']:.0f} %"]
+    if r["panel"] == "context":
+        a, b, _ = growth.fitted(line)
+        return [f"{growth.per_token(r):.1f}", f"{100 * (growth.per_token(r) / (a + b * r['x']) - 1):+.0f} %"]
+    return [_ms(r["seconds"]) if r["panel"] == "r" else f"{growth.per_token(r):.1f}", f"{growth.excess(r):.2f}"]
+
+
+def _profile(rows: Rows) -> str:
+    head = ["", *(f"{r['size']} {r['method']}" for r in rows)]
+    body = [["a step, ms (not watched)", *(_short(1e3 * r["step"]) for r in rows)]]
+    body += [[name, *(f"{100 * v:.0f} %" if v >= 0.005 else "" for v in values)] for name, values in profile.shares(rows).items()]
+    return table(head, body) + "\n\n" + PROFILE
 
 
 def _kernels(rows: Rows) -> str:
@@ -155,7 +233,7 @@ def _kernels(rows: Rows) -> str:
 def _startup(rows: Rows) -> str:
     cells = [[r["what"], f"{r['median']:.2f}", f"{r['min']:.2f}"] for r in rows]
     return table(["what", "seconds, median", "best"], cells) + \
-        "\n\nEach in a fresh process, without the interpreter's own start; files come from the disk cache."
+        "\n\nEach in a fresh process; but for `--help` without the interpreter's own start. Files come from the disk cache."
 
 
 def _generation(rows: Rows) -> str:
@@ -219,6 +297,7 @@ def _sweep(rows: Rows) -> str:
             f"the largest of its processes {r['largest_process_mib']:.0f} MiB.")
 
 
-PARTS = {"training_step": ("Training step", _training), "smollm2": ("SmolLM2-135M", _smollm2),
+PARTS = {"training_step": ("Training step", _training), "threads": ("Threads", _threads), "grid": ("A sweep of 24 runs", _grid),
+         "growth": ("Growth", _growth), "profile": ("Where a step's time goes", _profile), "smollm2": ("SmolLM2-135M", _smollm2),
          "kernels": ("4-bit kernels", _kernels), "startup": ("Start-up", _startup), "sweep": ("The default sweep", _sweep),
          "generation": ("Generation with the tiny base", _generation)}

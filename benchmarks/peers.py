@@ -73,14 +73,15 @@ class Peers:
         size = workload.SIZES[name]
         model: Any = llama(size.config, workload.weights(size) | (weights or {}))
         if method == "qlora":
-            _quantize(model)
+            model = quantized(model)
         if checkpoint:
             checkpointed(model)
         if method != "full":
             model = adapted(model)
         self._ready(model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
 
-    def _ready(self, model: Any, ids: Array, targets: Array, adapters: dict[str, Array] | None) -> None:
+    def _ready(self, model: Any, ids: Array, targets: Array, adapters: dict[str, Array] | None,
+               learning_rate: float = workload.LEARNING_RATE) -> None:
         """Keep the model and its batch; the work "step" trains it once."""
         self.model = model.train()
         with torch.no_grad():
@@ -89,13 +90,15 @@ class Peers:
                     p.copy_(torch.from_numpy(adapters[key]))
         self.ids, self.targets = torch.from_numpy(ids), torch.from_numpy(targets)
         parameters = list(self._trainable().values())
-        optimizer = torch.optim.AdamW(parameters, lr=workload.LEARNING_RATE, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
 
-        def step() -> None:
+        def step() -> torch.Tensor:
             optimizer.zero_grad(set_to_none=True)
-            self._loss().backward()
+            loss = self._loss()
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, workload.MAX_NORM)
             optimizer.step()
+            return loss.detach()
 
         self.works["step"] = self.threads, step
 
@@ -180,9 +183,9 @@ def checkpointed(model: Any) -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def adapted(model: Any) -> Any:
+def adapted(model: Any, r: int = workload.R) -> Any:
     """The model with PEFT's LoRA on all projections."""
-    config = peft.LoraConfig(r=workload.R, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
+    config = peft.LoraConfig(r=r, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
     return peft.get_peft_model(model, config)
 
 
@@ -198,13 +201,14 @@ def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:
     return model
 
 
-def _quantize(model: Any) -> None:
-    """Replace the projections by bitsandbytes' NF4 layers with double quantization, as transformers does on loading."""
+def quantized(model: Any, double_quant: bool = True) -> Any:
+    """The model, its projections replaced by bitsandbytes' NF4 layers as transformers does on loading."""
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in LINEAR_MODULES:
             layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
-                                      compress_statistics=True, quant_type="nf4")
+                                      compress_statistics=double_quant, quant_type="nf4")
             layer.load_state_dict(module.state_dict())
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, layer.to("cpu"))  # .to() quantizes
     model.is_loaded_in_4bit = True  # PEFT looks here
+    return model

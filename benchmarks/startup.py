@@ -1,4 +1,4 @@
-"""Start-up: imports, and the compilation of all kernels that a sweep needs, each in a fresh process."""
+"""Start-up: imports, help, and the compilation of all kernels that the default sweep needs, each in a fresh process."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from typing import Any
 
 from benchmarks.timing import summary
@@ -20,19 +21,16 @@ PEER_IMPORTS = {
     "import torch, transformers, peft": "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model",
 }
 COMPILE = """
-from minilora.config import ModelConfig
 from minilora.study.run import warm_kernels
-from minilora.transformer import init_model
-import json, numpy
-config = ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-model = init_model(config, numpy.random.default_rng(0))
-print(json.dumps(warm_kernels(model)))
+import json
+print(json.dumps(warm_kernels()))
 """
 
 
 def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """One row for each import and for compiling; the first process of each is not counted (disk cache)."""
-    rows = []
+    """One row for help, for each import and for compiling; the first process of each is not counted (disk cache)."""
+    rows = [{"what": "minilora --help, the whole process"} | summary([_help() for _ in range(min(repeats, 5) + 1)][1:])]
+    say(line(rows[-1]))
     for name, code in (IMPORTS | (PEER_IMPORTS if peers else {})).items():
         timed = f"import time, json; start = time.perf_counter()\n{code}\nprint(json.dumps(time.perf_counter() - start))"
         runs = min(repeats, 5)
@@ -43,22 +41,32 @@ def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             cold.append(_python(COMPILE, NUMBA_CACHE_DIR=folder))
             warm.append(_python(COMPILE, NUMBA_CACHE_DIR=folder))
-    kernels = {"compile all kernels (first run on a machine)": cold, "load them from Numba's cache (later runs)": warm}
+    kernels = {"compile all that the default sweep needs (first run on a machine)": cold,
+               "load it from Numba's cache (later runs)": warm}
     for name, seconds in kernels.items():
         rows.append({"what": name} | summary(seconds))
         say(line(rows[-1]))
     return rows
 
 
+def _help() -> float:
+    start = time.perf_counter()
+    _process("-m", "minilora.cli", "--help")
+    return time.perf_counter() - start
+
+
 def _python(code: str, **environment: str) -> float:
+    return float(json.loads(_process("-c", code, **environment).splitlines()[-1]))
+
+
+def _process(*arguments: str, **environment: str) -> str:
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # users have compiled bytecode
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=env | environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, *arguments], env=env | environment, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{code}\n{done.stderr}")
-    return float(json.loads(done.stdout.splitlines()[-1]))
+        raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")
+    return done.stdout
 
 
 def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
-    return f"{row['what']:45s} {row['median']:7.2f} s (best {row['min']:.2f} of {row['turns']})"
+    return f"{row['what']:65s} {row['median']:7.2f} s (best {row['min']:.2f} of {row['turns']})"

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 import minilora
+from minilora.threads import Workers, available_threads, single_blas
 
 PAUSE = 0.03  # seconds before each turn: OpenMP's threads of the other side spin for a while after their work
 TURN = 0.02  # a turn repeats the work until it has taken about this long
@@ -76,6 +77,16 @@ def _serve(connection: Any, path: str, args: tuple[Any, ...]) -> None:
 
 
 @contextmanager
+def remote(path: str, *args: Any) -> Iterator[Remote]:
+    """A remote object that is closed in the end."""
+    side = Remote(path, *args)
+    try:
+        yield side
+    finally:
+        side.close()
+
+
+@contextmanager
 def open_sides(threads: int, peers: bool) -> Iterator[dict[str, Remote]]:
     """Start "ours" and, if asked for, "peer"."""
     sides = {"ours": Remote("benchmarks.ours.Ours", threads)}
@@ -86,6 +97,41 @@ def open_sides(threads: int, peers: bool) -> Iterator[dict[str, Remote]]:
     finally:
         for side in sides.values():
             side.close()
+
+
+class Sgemm:
+    """NumPy's product of float32 matrices, its rows shared out to so many threads: the rate that no training step exceeds.
+
+    Each thread calls a BLAS of one: OpenBLAS's own threads would go on spinning long after, at the next contestant's cost.
+    """
+
+    N = 2048
+    FLOP = 2 * N**3
+
+    def __init__(self, threads: int):
+        a, b = np.random.default_rng(0).standard_normal((2, self.N, self.N), np.float32)
+        rows, outs = np.array_split(a, threads), np.array_split(np.empty_like(a), threads)
+        workers = Workers(threads)
+
+        @single_blas()
+        def work() -> None:
+            workers.map(lambda i: np.matmul(rows[i], b, out=outs[i]), range(threads))
+
+        self.work = work
+
+    def timed(self, n: int) -> float:
+        """Seconds of one product, from n in a row."""
+        return timed(self.work, n)
+
+    @classmethod
+    def seconds(cls, flop: int, products: list[float]) -> list[float]:
+        """What so many operations would take at the rate of each product."""
+        return [flop * seconds / cls.FLOP for seconds in products]
+
+    @classmethod
+    def gflops(cls, products: list[float]) -> float:
+        """Median rate, GFLOP/s."""
+        return cls.FLOP / float(np.median(products)) / 1e9
 
 
 def timed(work: Callable[[], Any], n: int) -> float:
@@ -132,7 +178,6 @@ def peers_installed() -> bool:
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, memory, load, versions."""
     from minilora.study.run import cpu_name
-    from minilora.threads import available_threads
 
     def installed(name: str) -> str | None:
         try:

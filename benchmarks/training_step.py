@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workload
-from benchmarks.timing import Remote, interleave, open_sides, ratio, summary
+from benchmarks.timing import Contestant, Remote, Sgemm, interleave, open_sides, ratio, remote, summary
 from minilora.functional import group_sum
 
 PEER = {"full": "torch", "lora": "torch + PEFT", "qlora": "torch + PEFT + bitsandbytes",
@@ -16,26 +16,32 @@ PEER = {"full": "torch", "lora": "torch + PEFT", "qlora": "torch + PEFT + bitsan
 
 
 def measure(sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """Check, then time; one row for each size and method."""
+    """Check, then time; one row for each size and method. The limit is taken from a product between the turns."""
     rows = []
-    with open_sides(threads, peers) as sides:
+    with open_sides(threads, peers) as sides, remote("benchmarks.timing.Sgemm", threads) as product:
         for name in sizes:
             for method in workload.METHODS:
-                rows.append(_one(name, method, sides, repeats))
+                rows.append(_one(name, method, sides, partial(product.call, "timed"), repeats))
                 say(line(rows[-1]))
     return rows
 
 
-def _one(name: str, method: str, sides: dict[str, Remote], repeats: int) -> dict[str, Any]:
+def _one(name: str, method: str, sides: dict[str, Remote], product: Contestant, repeats: int) -> dict[str, Any]:
     size = workload.SIZES[name]
     row: dict[str, Any] = {"size": name, "method": method, "batch": size.batch, "time": size.time, "peer": None, "check": None}
     if "peer" in sides:
         row["check"] = _check(name, method, sides["ours"], sides["peer"])
     else:
         _check_alone(name, method, sides["ours"])
-    for remote in sides.values():
-        remote.call("reset_peak")
-    found = interleave({side: partial(remote.call, "timed", "step") for side, remote in sides.items()}, repeats)
+    for side in sides.values():
+        side.call("reset_peak")
+    steps: dict[str, Contestant] = {name: partial(side.call, "timed", "step") for name, side in sides.items()}
+    found = interleave(steps | {"sgemm": product}, repeats)
+    products = found.pop("sgemm")
+    flop = workload.flop(size, method)
+    limits = Sgemm.seconds(flop, products)
+    row |= {"flop": flop, "sgemm_gflops": Sgemm.gflops(products), "limit_ms": 1e3 * float(np.median(limits)),
+            "limit_share": ratio(limits, found["ours"])}
     for side, seconds in found.items():
         row[side] = summary(seconds) | {"tokens_per_second": size.tokens / float(np.median(seconds)),
                                         "peak_mib": sides[side].call("peak_mib")}
@@ -95,6 +101,7 @@ def line(row: dict[str, Any]) -> str:
     for side in ("ours", "peer"):
         if row[side]:
             text += f"   {side} {1e3 * row[side]['median']:8.1f} ms (best {1e3 * row[side]['min']:.1f})"
+    text += f"   {100 * row['limit_share']['median']:.0f} % of the limit ({row['limit_ms']:.1f} ms)"
     if row["peer"]:
         r, error = row["ratio"], row["check"]["worst_relative_error"]
         text += f"   peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})   gradients differ by {error:.0e}"

@@ -60,14 +60,32 @@ def wide(values: dict[str, np.ndarray], group_size: int = GROUP_SIZE) -> dict[st
     return {name: np.repeat(a, group_size, axis=-1) if "lora_A" in name else a for name, a in values.items()}
 
 
-def adapters(size: Size, pool: int = 1) -> dict[str, np.ndarray]:
+def adapters(size: Size, pool: int = 1, r: int = R, seed: int = 1) -> dict[str, np.ndarray]:
     """A (r, in/pool) and B (out, r) of each projection; B is not zero, or A would have no gradient."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng(seed)
     found = {}
     for name, (out, in_) in projections(size).items():
-        found[f"{name}.lora_A.weight"] = rng.standard_normal((R, in_ // pool), np.float32) * np.float32((3 * in_) ** -0.5)
-        found[f"{name}.lora_B.weight"] = rng.standard_normal((out, R), np.float32) * np.float32(0.02)
+        found[f"{name}.lora_A.weight"] = rng.standard_normal((r, in_ // pool), np.float32) * np.float32((3 * in_) ** -0.5)
+        found[f"{name}.lora_B.weight"] = rng.standard_normal((out, r), np.float32) * np.float32(0.02)
     return found
+
+
+def flop(size: Size, method: str, r: int = R) -> int:
+    """Floating-point operations of one training step, as far as they cannot be avoided: weights' products and causal attention.
+
+    A product takes 2 a weight and token: forward, for the gradient of its input and, where the weight trains, for its own. So 4
+    for each linear and head weight (6 with ``full``) and 6 for each adapter weight. Causal attention has two products forward
+    and four backward, over half of T × T: 6·T²·heads·head_dim a sequence and layer.
+
+    >>> round(flop(SIZES["tiny"], "lora") / 1e9, 3)
+    10.821
+    """
+    c, pool = size.config, GROUP_SIZE if method == "qalora" else 1
+    shapes = projections(size).values()
+    weights = sum(out * in_ for out, in_ in shapes) + c.vocab_size * c.hidden_size
+    adapted = 0 if method == "full" else sum(r * (in_ // pool + out) for out, in_ in shapes)
+    attention = 6 * size.time**2 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * size.batch
+    return ((6 if method == "full" else 4) * weights + 6 * adapted) * size.tokens + attention
 
 
 def batch(size: Size) -> tuple[np.ndarray, np.ndarray]:

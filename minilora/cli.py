@@ -13,11 +13,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from minilora.config import ConfigError
-from minilora.memory.planner import PlanConfig
+from minilora.config import ConfigError, PlanConfig, PretrainConfig
+from minilora.study.grid import SweepConfig
 from minilora.study.settings import RunConfig
-from minilora.study.sweep import SweepConfig
-from minilora.training.pretrain import PretrainConfig
 
 EXAMPLES = {
     "train": "minilora train --method qlora --bits 4 --r 8 --steps 100 --out runs/first",

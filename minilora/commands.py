@@ -13,14 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from minilora.config import AFFINE_TYPES, QUANTIZERS, ConfigError, QuantConfig, require, require_in
+from minilora.config import ADAPTERS, AFFINE_TYPES, QUANTIZERS, ConfigError, PretrainConfig, QuantConfig, require, require_in
 from minilora.formats.files import read_json, writable_folder, write_file
+from minilora.study.grid import SweepConfig
 from minilora.study.settings import RunConfig
-from minilora.study.sweep import SweepConfig
 
 if TYPE_CHECKING:
     from minilora.cli import Generate, Info, Memory, Merge, Plot, Quantize, Sweep, Train
-    from minilora.training.pretrain import PretrainConfig
 
 
 def train(command: Train, named: Collection[str]) -> int:
@@ -201,7 +200,6 @@ def merge(command: Merge) -> int:
     from minilora.quantize import dequantize_model
     from minilora.study.merging import compare_merges, format_merges, merge_offsets, quants_to_compare
     from minilora.study.models import export, open_model
-    from minilora.study.results import ADAPTERS
     from minilora.study.run import base_of, calibration, load_run, make_run_task, read_run, requantize
     from minilora.study.settings import TINY
     from minilora.training.loss import evaluate

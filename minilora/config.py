@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -15,6 +16,13 @@ LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
 TINY = "tiny"
 """The name of the base that ships in the package; any other is a real model, with a tokenizer (``minilora.pretrained``)."""
 
+TRAINED = ("full", "subset", "lora", "qlora", "qalora")
+CONTROLS = ("base", "quantized_base")
+METHODS = CONTROLS + TRAINED
+ADAPTERS = ("lora", "qlora", "qalora")
+QUANTIZED = ("qlora", "qalora", "quantized_base")
+"""Methods: those that train, those that only measure; those with an adapter, those over a base in few bits."""
+
 CODEBOOK_TYPES = ("nf2", "nf3", "nf4", "nf8", "fp4")
 AFFINE_TYPES = ("int2", "int3", "int4", "int8")
 QUANTIZERS = ("rtn", "gptq", "hqq")
@@ -22,6 +30,7 @@ FITS = ("minmax", "symmetric", "mse", "hqq")
 OFFSET_STORES = ("float16", "float32", "zero")
 
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
+DTYPES = ("float32", "float64", "float16")
 
 SVD_INITS = ("pissa", "loftq")
 INITS = ("normal", "kaiming", "gaussian", *SVD_INITS)
@@ -314,3 +323,152 @@ class TrainConfig:
         require(self.optimizer in OPTIMIZERS, "optimizer", self.optimizer, f"choose one of {', '.join(OPTIMIZERS)} "
                 "(transformers' adamw_torch is adamw here, its paged_adamw_32bit is paged_adamw)")
         require_in(self.schedule, ("cosine", "constant"), "schedule")
+
+
+MOST_TOKENS = 2**24
+"""Of a planned batch: its token ids are the only numbers that a plan makes."""
+PLAN_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("model", "method", "target_modules", "optimizer", "dtype"), (str,)),
+    **dict.fromkeys(("subset_modules", "quant_type"), (str, type(None))), **dict.fromkeys(("bits", "context"), (int, type(None))),
+    **dict.fromkeys(("double_quant", "use_dora", "gradient_checkpointing"), (bool,)),
+}  # fmt: skip
+"""Types that no other check asks for."""
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What decides the memory of a training run. Example: ``minilora memory --model llama-7b --method lora --r 64``
+
+    ``model``: a built-in architecture, ``smollm2``, a ``.gguf`` file, a Hugging Face folder or its ``config.json``. ``context``
+    is the length of each of ``batch_size`` sequences. ``quant_type`` is nf4 for qlora and int4 for qalora unless it, or ``bits``,
+    is given. ``dtype`` is of dense weights and of all that is computed: float32 is what minilora trains in; float16 stands for
+    the half precision of papers that train on GPUs.
+
+    >>> PlanConfig(model="llama-7b", method="qlora", bits=3).quant_type
+    'nf3'
+    """
+
+    model: str = "tiny"  # a built-in architecture, smollm2, a .gguf file, a Hugging Face folder or its config.json
+    method: str = "lora"  # full, subset, lora, qlora or qalora
+    r: int = 8  # rank of the adapters
+    target_modules: str = "all-linear"  # or attention, mlp, or names such as q_proj,v_proj
+    subset_modules: str | None = None  # default: the last block
+    bits: int | None = None  # 2, 3, 4 or 8; default 4
+    quant_type: str | None = None  # nf2 … nf8, fp4 (qlora); int2 … int8 (qalora)
+    group_size: int = 32  # inputs that share a scale and an offset (qalora)
+    block_size: int = 64  # weights that share a scale (qlora)
+    double_quant: bool = True  # scales quantized themselves (qlora)
+    use_dora: bool = False  # train the length of each row apart
+    lora_dropout: float = 0.0
+    optimizer: str = "adamw"  # adamw_8bit, paged_adamw, paged_adamw_8bit or sgd take less
+    batch_size: int = 1  # sequences
+    context: int | None = None  # default: 512, or all that the model has
+    shards: int = 2  # pieces of a batch, a worker (thread) each
+    gradient_accumulation_steps: int = 1  # batches of a step, one after another
+    gradient_checkpointing: bool = False  # keep a sixth to a quarter of each block, compute the rest again
+    logits_chunk: int = 0  # rows of logits at a time; 0: all
+    dtype: str = "float32"  # of dense weights and of what is computed; float64, or float16 as papers count
+
+    def __post_init__(self) -> None:
+        for name, kinds in PLAN_TYPES.items():
+            value = getattr(self, name)
+            require(type(value) in kinds, name, value, f"must be {' or '.join(kind.__name__ for kind in kinds)}")
+        require_in(self.method, TRAINED, "method")
+        require_in(self.optimizer, OPTIMIZERS, "optimizer")
+        require_in(self.dtype, DTYPES, "dtype")
+        for name in ("batch_size", "context", "shards"):
+            value = getattr(self, name)
+            require((value is None and name == "context") or (isinstance(value, int) and value >= 1), name, value,
+                    "must be a whole number, at least 1")
+        require(self.batch_size * (self.context or 512) <= MOST_TOKENS, "batch_size", self.batch_size,
+                f"times context={self.context or 512} must be at most {MOST_TOKENS:,} tokens")
+        require(self.shards <= 64, "shards", self.shards, "must be at most 64; a worker takes one each")
+        TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
+                    gradient_accumulation_steps=self.gradient_accumulation_steps)
+        if self.quantized:
+            allowed = CODEBOOK_TYPES if self.method == "qlora" else AFFINE_TYPES
+            kind = self.quant_type or f"{'nf' if self.method == 'qlora' else 'int'}{self.bits or 4}"
+            require(kind in allowed, "bits" if self.quant_type is None else "quant_type", self.quant_type or self.bits,
+                    f"method {self.method!r} stores {', '.join(allowed)}")
+            require(self.bits in (None, int(kind[-1])), "bits", self.bits, f"quant_type={kind!r} has {kind[-1]}")
+            object.__setattr__(self, "quant_type", kind)
+            object.__setattr__(self, "bits", int(kind[-1]))
+        else:
+            for name in ("bits", "quant_type"):
+                value = getattr(self, name)
+                require(value in (None, 32) if name == "bits" else value is None, name, value,
+                        f"method {self.method!r} stands on dense weights; qlora and qalora quantize")
+        require(self.subset_modules is None or self.method == "subset", "subset_modules", self.subset_modules,
+                "is for method 'subset'")
+        require(not self.use_dora or self.method in ("lora", "qlora"), "use_dora", True,
+                "needs an adapter whose merge may change rows: method lora or qlora")
+        self.lora()
+        if self.quantized:
+            self.quant()
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the frozen base is stored in few bits."""
+        return self.method in ("qlora", "qalora")
+
+    def lora(self) -> LoraConfig:
+        """The adapter."""
+        return LoraConfig(self.r, target_modules=expand_modules(self.target_modules), lora_dropout=self.lora_dropout,
+                          use_dora=self.use_dora, use_qalora=self.method == "qalora")
+
+    def quant(self) -> QuantConfig:
+        """The storage of the base."""
+        return QuantConfig(self.quant_type or "nf4", self.block_size, self.double_quant, self.group_size)
+
+    @property
+    def title(self) -> str:
+        """One line."""
+        parts = [Path(self.model).name or self.model, self.method]
+        if self.method in ("lora", "qlora", "qalora"):
+            parts.append(f"r = {self.r} on {self.target_modules}" + (", DoRA" if self.use_dora else ""))
+        if self.quantized and self.quant().affine:
+            parts.append(f"{self.quant_type}, groups of {self.group_size}")
+        elif self.quantized:
+            parts.append(f"{self.quant_type}, blocks of {self.block_size}" + ", double quantized" * self.double_quant)
+        parts += [self.dtype] if self.dtype != "float32" else []
+        parts += [f"batch {self.batch_size} × {self.context or 512} tokens", self.optimizer]
+        parts += ["blocks checkpointed"] if self.gradient_checkpointing else []
+        parts += [f"logits by {self.logits_chunk} rows"] if self.logits_chunk else []
+        return " · ".join(parts)
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """How the base is made. Example: ``minilora pretrain --steps 100 --out runs/base``
+
+    Without ``text`` the corpus is the one of the shipped base: Python's language reference, docstrings of the standard
+    library's training modules and generated catalogue pages. An interrupted run continues when the command is repeated.
+    """
+
+    out: str = "runs/base"
+    text: str | None = None  # any UTF-8 text file instead of the built-in corpus
+    steps: int = 5000
+    batch_size: int = 16
+    tokens: int = 208  # length of a training sequence
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    seed: int = 0
+    checkpoint_every: int = 250
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        limit = ModelConfig().context_length
+        require(2 <= self.tokens <= limit, "tokens", self.tokens, f"must be from 2 to context_length={limit}")
+        self.train()
+
+    def train(self) -> TrainConfig:
+        """The trainer's part."""
+        return TrainConfig(
+            steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, weight_decay=0.1, beta2=0.98,
+            warmup_steps=min(self.warmup_steps, self.steps), seed=self.seed, checkpoint_every=self.checkpoint_every)
+
+    def command(self) -> str:
+        """The command that repeats it."""
+        text = f" --text {Path(self.text).name}" if self.text else ""
+        return (f"minilora pretrain --steps {self.steps} --batch-size {self.batch_size} --tokens {self.tokens} "
+                f"--learning-rate {self.learning_rate:g} --seed {self.seed}{text}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from fractions import Fraction
@@ -12,21 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import llama_cpp, memory, page, smollm2, timing, workload
+from benchmarks import grid, growth, llama_cpp, memory, page, profile, smollm2, startup, threads, timing, workload
 from benchmarks.__main__ import Options, run
 from benchmarks.ours import Ours
 from benchmarks.smollm2_ours import OursGGUF
-from minilora.config import ModelConfig
+from minilora import functional
+from minilora.config import LoraConfig, ModelConfig
 from minilora.formats.files import FileError
 from minilora.formats.gguf import write_gguf
 from minilora.formats.llama_gguf import gguf_name
 from minilora.layers import DenseWeight
+from minilora.lora import inject_lora
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import CodebookWeight
 from minilora.study.sweep import SweepConfig, expand
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import parameter_shapes
+from minilora.transformer import build_model, parameter_shapes
 
 
 def test_our_side_alone_writes_json_and_page_and_keeps_other_parts(tmp_path: Path) -> None:
@@ -43,6 +47,8 @@ def test_our_side_alone_writes_json_and_page_and_keeps_other_parts(tmp_path: Pat
     rows = results["training_step"]["rows"]
     assert [r["method"] for r in rows] == list(workload.METHODS)
     assert all(r["ours"]["turns"] == 2 and 0 < r["ours"]["min"] <= r["ours"]["median"] and r["peer"] is None for r in rows)
+    for r in rows:
+        assert r["limit_ms"] == pytest.approx(r["flop"] / r["sgemm_gflops"] / 1e6) and 0 < r["limit_share"]["median"] < 1
     assert {r["op"] for r in results["kernels"]["rows"]} == {"bandwidth", "quantize", "dequantize", "product"}
     text = files[1].read_text()
     assert "our side alone" in text and "| qalora |" in text and "Product, x Wᵀ, ms" in text
@@ -93,6 +99,165 @@ def test_turns_are_paired_and_errors_come_back() -> None:
         remote.close()
 
 
+class Local:
+    """A remote that is not: the same calls, in this process."""
+
+    def __init__(self, side: object):
+        self.side = side
+
+    def call(self, method: str, *args: object) -> object:
+        return getattr(self.side, method)(*args)
+
+
+# ---- what a step must compute, threads, growth, the profile, the grid
+
+
+def test_flop_are_counted_from_the_model_itself() -> None:
+    for name in ("micro", "tiny", "small", "smollm"):
+        size = workload.SIZES[name]
+        tokens, attention = size.tokens, 6 * size.time**2 * size.config.hidden_size * size.config.num_hidden_layers * size.batch
+        model = build_model(size.config, {k: np.zeros(shape, np.float32) for k, shape in parameter_shapes(size.config).items()})
+        matrices = sum(linear.shape[0] * linear.shape[1] for _, linear in model.linears())  # the head is one of them
+        assert workload.flop(size, "full") == 6 * matrices * tokens + attention
+        for r in (1, 8):
+            trained = sum(p.data.size for p in inject_lora(model, LoraConfig(r), np.random.default_rng(0)).trainable())
+            assert workload.flop(size, "lora", r) == (4 * matrices + 6 * trained) * tokens + attention
+        pooled = sum(a.size for a in workload.adapters(size, workload.GROUP_SIZE).values())
+        assert workload.flop(size, "qalora") == (4 * matrices + 6 * pooled) * tokens + attention
+
+
+def test_threads_profile_and_page_on_the_micro_size(tmp_path: Path) -> None:
+    said: list[str] = []
+    options = Options(("threads", "profile"), ("micro",), repeats=2, threads=2, peers=False, out=str(tmp_path))
+    text = run(options, "c", said.append)[1].read_text()
+    results = json.loads((tmp_path / "speed.json").read_text())
+    rows = results["threads"]["rows"]
+    assert [r["method"] for r in rows] == list(threads.METHODS) and [r["arrays"] for r in rows] == [28] * 3
+    for row in results["profile"]["rows"]:
+        seconds = {part["name"]: part["seconds"] for part in row["parts"]}
+        assert 0 < sum(seconds.values()) < row["watched"] and min(seconds.values()) > -1e-4
+        assert any("LoraLinear.backward" in name for name in seconds)
+    assert "| micro | qlora |" in text and "| all else |" in text
+
+
+def test_other_bytes_with_more_threads_are_an_error() -> None:
+    class Side:
+        def __init__(self, gradient: float):
+            self.gradient = gradient
+
+        def call(self, method: str, *_: object) -> object:
+            return {"build": None, "loss": (1.0, ["a"]), "gradient": np.float32([self.gradient])}[method]
+
+    assert threads._check("micro", "lora", Side(1.0), Side(1.0)) == 1  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="micro lora: other bytes with more threads: a"):
+        threads._check("micro", "lora", Side(1.0), Side(1.0 + 1e-7))  # type: ignore[arg-type]
+
+
+def test_the_profile_counts_each_moment_once_and_leaves_nothing_behind() -> None:
+    before = vars(functional).copy(), vars(DenseWeight).copy()
+    with profile.watched() as clock:
+        assert functional.softmax is not before[0]["softmax"]
+        functional.softmax(np.zeros((2, 2), np.float32))
+        inner = clock.watch(lambda: None, "inner", method=False)
+        outer = clock.watch(lambda: [inner() for _ in range(3)], "outer", method=False)
+        outer()
+    assert (vars(functional), vars(DenseWeight)) == before
+    assert clock.calls == {("", "softmax"): 1, ("outer", "inner"): 3, ("", "outer"): 1} and len(clock.stack) == 1
+    assert clock.stack[0][1] == pytest.approx(sum(clock.seconds.values()))
+    parts = profile.named({("a", "f"): 1.0, ("b", "f"): 3.0, ("", "g"): 2.0}, {("a", "f"): 1, ("b", "f"): 1, ("", "g"): 1})
+    assert [part["name"] for part in parts] == ["f, in b", "g", "f, in a"]
+    found = profile.shares([{"watched": 10.0, "parts": [*parts, {"name": "small", "seconds": 0.05}]}])
+    assert found == {"f, in b": [0.3], "g": [0.2], "f, in a": [0.1], "all else": [pytest.approx(0.4)]}
+
+
+@contextmanager
+def here(path: str, *args: object) -> Iterator[Local]:
+    """A remote object's class in this process."""
+    side = getattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2])(*args)
+    yield Local(side)
+    if isinstance(side, growth.Steps):
+        side.close()
+
+
+def test_growth_is_measured_drawn_and_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "remote", here)
+    micro = workload.SIZES["micro"]
+    points = {panel: [growth.Point(2, micro), growth.Point(4, micro, r=4)] for panel in growth.panels()}
+    said: list[str] = []
+    rows = growth.measure(2, 1, tmp_path, said.append, points)
+    assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
+    assert len(rows) == 4 * 2 * 2 and {r["panel"] for r in rows} == set(growth.panels())
+    text = page.page({"growth": {"command": "c", "machine": timing.machine(), "threads": 1, "peers": False, "rows": rows}})
+    assert "growth.png" in text and "| rank r | lora, ms |" in text and all(verdict in text for verdict in said[-2:])
+
+
+def test_growth_is_told_apart_from_what_must_grow() -> None:
+    def row(panel: str, x: int, ms: float, tokens: int = 1000, flop: float = 1.0) -> dict[str, object]:
+        return {"panel": panel, "method": "lora", "x": x, "seconds": {"median": ms / 1e3}, "tokens": tokens, "time": ms / 10.0,
+                "tokens_of_it": tokens / 1000, "flop_of_it": flop, "limit_share": {"median": 0.5}}
+
+    rows = [row("batch", 2, 90.0, 500), row("batch", 4, 10.0), row("batch", 8, 24.0, 2000)]
+    rows += [row("r", 1, 10.0), row("r", 2, 15.0, flop=1.25)]
+    rows += [row("context", n, 2.0 + n / 100) for n in (100, 200, 800)] + [row("width", 64, 1.0)]
+    text = growth.verdicts(rows)[0]
+    assert "from batch 4 up at most 1.20 of that of batch 4" in text
+    assert "at most 1.20 times as fast as the counted FLOP (r = 2)" in text
+    assert "µs a token = 2.0 + 10.0·T/1000, within 0 %" in text and "64: 50 %" in text
+
+
+MICRO_GRID = [grid.Run(method, r, 1e-2, 0, size="micro", steps=3) for method in ("lora", "qlora") for r in (2, 4)]
+
+
+def test_the_grid_runs_through_run_sweep_in_two_processes() -> None:
+    said: list[str] = []
+    (row,) = grid.measure(False, said.append, MICRO_GRID, pieces=2)
+    assert row["axes"] == {"method": ["lora", "qlora"], "r": [2, 4]} and row["check"] is None
+    assert [len(v) for v in row["seconds"].values()] == [2] and min(row["seconds"]["ours"]) > 0
+    assert row["start"]["ours"]["import"] > 0 and len(set(row["losses"])) == 2
+    text = page.page({"grid": {"command": "c", "machine": timing.machine(), "threads": 2, "peers": False, "rows": [row]}})
+    assert "method lora, qlora × r 2, 4: each run" in text and "| ours |" in text
+    assert [len(grid.grid()), len({run.key() for run in grid.grid()})] == [24, 24]
+
+
+def test_losses_that_differ_are_another_training() -> None:
+    ours = {run.key(): {"first_loss": 4.0, "train_loss": 3.0, "loss": 2.0} for run in MICRO_GRID}
+    assert grid.check(MICRO_GRID, ours, ours)["loss"] == 0
+    for bad in (2.01, float("nan")):
+        with pytest.raises(RuntimeError, match="not the same training"):
+            grid.check(MICRO_GRID, ours, ours | {MICRO_GRID[-1].key(): {"first_loss": 4.0, "train_loss": 3.0, "loss": bad}})
+
+
+@pytest.mark.peers
+def test_the_peers_train_the_same_grid() -> None:
+    (row,) = grid.measure(True, print, MICRO_GRID, pieces=2)
+    assert row["check"]["loss"] <= row["check"]["bound"] < 1e-3 and row["ratio"]["median"] > 0
+    text = page.page({"grid": {"command": "c", "machine": timing.machine(), "threads": 2, "peers": True, "rows": [row]}})
+    assert "| peer |" in text and "peer/ours by piece: **" in text
+
+
+WARM = """
+import sys
+from minilora.study.presets import demo_runs
+from minilora.study.run import run, warm_kernels
+
+def signatures():
+    return {(name, str(s)) for module in list(sys.modules.values()) if module.__name__.startswith("minilora")
+            for name, value in vars(module).items() for s in getattr(value, "signatures", ())}
+
+warm_kernels()
+before = signatures()
+for config in {config.method: config for config in demo_runs(steps=1, n_eval=2, batch_size=2)}.values():
+    run(config)
+print(len(before), signatures() - before)
+"""
+
+
+def test_what_start_up_compiles_is_all_that_the_default_sweep_needs() -> None:
+    done = subprocess.run([sys.executable, "-c", WARM], capture_output=True, text=True, check=True)
+    assert done.stdout.split(maxsplit=1)[1].strip() == "set()" and int(done.stdout.split()[0]) > 5
+    assert startup._help() > 0
+
+
 # ---- SmolLM2's part, on a small file of the same kind
 
 SMALL = ModelConfig(64, 64, 96, 2, 4, 2, context_length=320, rope_theta=1e4)
@@ -118,16 +283,6 @@ def small_gguf(path: Path, shift: float = 0.0) -> Path:
         "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 1e4,
         "llama.attention.layer_norm_rms_epsilon": 1e-5})  # fmt: skip
     return path
-
-
-class Local:
-    """A remote that is not: the same calls, in this process."""
-
-    def __init__(self, side: OursGGUF):
-        self.side = side
-
-    def call(self, method: str, *args: object) -> object:
-        return getattr(self.side, method)(*args)
 
 
 @contextmanager

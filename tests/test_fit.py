@@ -131,7 +131,8 @@ def test_the_largest_rank_of_each_method(small):
 
 def test_where_nothing_fits_it_says_what_would_help():
     least = plan("tiny", method="lora", context=200).bound(2)
-    found = fit(least // 2, "tiny", ["lora"], [8], own=0, context=200)
+    limit = int(0.6 * least)
+    found = fit(limit, "tiny", ["lora"], [8], own=0, context=200)
     assert [r.batch for r in found.rows] == [0] and found.rows[0].needs == least
     c = PlanConfig("tiny", "lora", 8, context=200)
     expected = {}

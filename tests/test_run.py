@@ -137,7 +137,7 @@ def test_refused_before_work_starts(settings, message):
 
 
 def test_kernels_compile_within_the_budget():
-    assert warm_kernels(load_base()) < 15  # from the disk cache or cold
+    assert warm_kernels() < 15  # from the disk cache or cold
 
 
 def test_texts_do_not_depend_on_the_pieces():

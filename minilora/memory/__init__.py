@@ -1,5 +1,6 @@
 """Where the bytes are: counted, measured (``measure``) and predicted (``plan``)."""
 
+from minilora.config import PlanConfig
 from minilora.memory.architectures import ARCHITECTURES
 from minilora.memory.compare import Comparison, compare
 from minilora.memory.counting import (
@@ -19,7 +20,7 @@ from minilora.memory.counting import (
 from minilora.memory.fit import Fit, fit, parse_size
 from minilora.memory.ledger import Entry, Ledger
 from minilora.memory.measure import measure, resident_bytes, resident_line
-from minilora.memory.planner import PlanConfig, model_shape, plan
+from minilora.memory.planner import model_shape, plan
 from minilora.memory.published import Published, published
 
 __all__ = [

@@ -7,12 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ConfigError, require, require_in
+from minilora.config import ADAPTERS, AFFINE_TYPES, CODEBOOK_TYPES, TRAINED, ConfigError, PlanConfig, require, require_in
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import HELD, PASSING, Ledger, html_table, text_table
-from minilora.memory.planner import METHODS, PlanConfig, plan
+from minilora.memory.planner import plan
 
-ADAPTERS = ("lora", "qlora", "qalora")
 TAKEN_BY = {
     "r": ADAPTERS, "target_modules": ADAPTERS, "lora_dropout": ADAPTERS, "use_dora": ("lora", "qlora"),
     "bits": ("qlora", "qalora"), "quant_type": ("qlora", "qalora"), "block_size": ("qlora",), "double_quant": ("qlora",),
@@ -86,9 +85,9 @@ def compare(model: str = "tiny", methods: Sequence[str] = ("full", *ADAPTERS), *
 
 def check_methods(methods: Sequence[str], field: str) -> None:
     """Raise unless each is a method, and named once."""
-    require(len(methods) > 0, field, methods, "name at least one of " + ", ".join(METHODS))
+    require(len(methods) > 0, field, methods, "name at least one of " + ", ".join(TRAINED))
     for method in methods:
-        require_in(method, METHODS, field)
+        require_in(method, TRAINED, field)
     require(len(set(methods)) == len(methods), field, " ".join(methods), "names a method twice; once is enough")
 
 
@@ -100,7 +99,7 @@ def check_taken(settings: Iterable[str], methods: Collection[str]) -> None:
     minilora.config.ConfigError: bits: is for method qlora or qalora, not for full, lora; leave it out, or choose such a method
     """
     for name in settings:
-        takers = TAKEN_BY.get(name, METHODS)
+        takers = TAKEN_BY.get(name, TRAINED)
         if not set(takers) & set(methods):
             raise ConfigError(f"{name}: is for method {' or '.join(takers)}, not for {', '.join(methods)}; leave it out, or "
                               "choose such a method")
@@ -122,7 +121,7 @@ def settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     >>> settings_of("qalora", {"r": 4, "quant_type": "nf4", "block_size": 64, "context": 128})
     {'r': 4, 'context': 128}
     """
-    found = {name: value for name, value in settings.items() if method in TAKEN_BY.get(name, METHODS)}
+    found = {name: value for name, value in settings.items() if method in TAKEN_BY.get(name, TRAINED)}
     family = AFFINE_TYPES if method == "qalora" else CODEBOOK_TYPES
     known = AFFINE_TYPES + CODEBOOK_TYPES
     if found.get("quant_type") in known and found["quant_type"] not in family:

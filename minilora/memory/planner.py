@@ -8,25 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.config import (
-    AFFINE_TYPES,
-    CODEBOOK_TYPES,
-    OPTIMIZERS,
-    LoraConfig,
-    ModelConfig,
-    QuantConfig,
-    TrainConfig,
-    expand_modules,
-    require,
-    require_in,
-)
+from minilora.config import ModelConfig, PlanConfig, QuantConfig, expand_modules, require
 from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface_config import read_config
@@ -44,125 +33,12 @@ from minilora.training.optimizers import state_bytes, state_layout
 from minilora.transformer import Transformer, parameter_shapes
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
-MOST_TOKENS, MOST_LAYERS = 2**24, 1000
-"""Of a batch, whose token ids are the only numbers that a plan makes, and of a model."""
-METHODS = ("full", "subset", "lora", "qlora", "qalora")
-DTYPES = ("float32", "float64", "float16")
+MOST_LAYERS = 1000
+"""Of a planned model."""
 SAME = 3
 """Batches of gradient accumulation that are run: the first, one that finds a sum, and another; all later ones are alike."""
 DEPTH = 4
 """Blocks that are run where all are alike: the first, the last, one that stands for those in the middle, and its neighbour."""
-
-
-_nothing = type(None)
-KINDS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "method", "target_modules", "optimizer", "dtype"), (str,)),
-    **dict.fromkeys(("subset_modules", "quant_type"), (str, _nothing)), **dict.fromkeys(("bits", "context"), (int, _nothing)),
-    **dict.fromkeys(("double_quant", "use_dora", "gradient_checkpointing"), (bool,)),
-}  # fmt: skip
-"""Types that no other check asks for."""
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What decides the memory of a training run. Example: ``minilora memory --model llama-7b --method lora --r 64``
-
-    ``model``: a built-in architecture, ``smollm2``, a ``.gguf`` file, a Hugging Face folder or its ``config.json``. ``context``
-    is the length of each of ``batch_size`` sequences. ``quant_type`` is nf4 for qlora and int4 for qalora unless it, or ``bits``,
-    is given. ``dtype`` is of dense weights and of all that is computed: float32 is what minilora trains in; float16 stands for
-    the half precision of papers that train on GPUs.
-
-    >>> PlanConfig(model="llama-7b", method="qlora", bits=3).quant_type
-    'nf3'
-    """
-
-    model: str = "tiny"  # a built-in architecture, smollm2, a .gguf file, a Hugging Face folder or its config.json
-    method: str = "lora"  # full, subset, lora, qlora or qalora
-    r: int = 8  # rank of the adapters
-    target_modules: str = "all-linear"  # or attention, mlp, or names such as q_proj,v_proj
-    subset_modules: str | None = None  # default: the last block
-    bits: int | None = None  # 2, 3, 4 or 8; default 4
-    quant_type: str | None = None  # nf2 … nf8, fp4 (qlora); int2 … int8 (qalora)
-    group_size: int = 32  # inputs that share a scale and an offset (qalora)
-    block_size: int = 64  # weights that share a scale (qlora)
-    double_quant: bool = True  # scales quantized themselves (qlora)
-    use_dora: bool = False  # train the length of each row apart
-    lora_dropout: float = 0.0
-    optimizer: str = "adamw"  # adamw_8bit, paged_adamw, paged_adamw_8bit or sgd take less
-    batch_size: int = 1  # sequences
-    context: int | None = None  # default: 512, or all that the model has
-    shards: int = 2  # pieces of a batch, a worker (thread) each
-    gradient_accumulation_steps: int = 1  # batches of a step, one after another
-    gradient_checkpointing: bool = False  # keep a sixth to a quarter of each block, compute the rest again
-    logits_chunk: int = 0  # rows of logits at a time; 0: all
-    dtype: str = "float32"  # of dense weights and of what is computed; float64, or float16 as papers count
-
-    def __post_init__(self) -> None:
-        for name, kinds in KINDS.items():
-            value = getattr(self, name)
-            require(type(value) in kinds, name, value, f"must be {' or '.join(kind.__name__ for kind in kinds)}")
-        require_in(self.method, METHODS, "method")
-        require_in(self.optimizer, OPTIMIZERS, "optimizer")
-        require_in(self.dtype, DTYPES, "dtype")
-        for name in ("batch_size", "context", "shards"):
-            value = getattr(self, name)
-            require((value is None and name == "context") or (isinstance(value, int) and value >= 1), name, value,
-                    "must be a whole number, at least 1")
-        require(self.batch_size * (self.context or 512) <= MOST_TOKENS, "batch_size", self.batch_size,
-                f"times context={self.context or 512} must be at most {MOST_TOKENS:,} tokens")
-        require(self.shards <= 64, "shards", self.shards, "must be at most 64; a worker takes one each")
-        TrainConfig(batch_size=self.batch_size, shards=self.shards, logits_chunk=self.logits_chunk,
-                    gradient_accumulation_steps=self.gradient_accumulation_steps)
-        if self.quantized:
-            allowed = CODEBOOK_TYPES if self.method == "qlora" else AFFINE_TYPES
-            kind = self.quant_type or f"{'nf' if self.method == 'qlora' else 'int'}{self.bits or 4}"
-            require(kind in allowed, "bits" if self.quant_type is None else "quant_type", self.quant_type or self.bits,
-                    f"method {self.method!r} stores {', '.join(allowed)}")
-            require(self.bits in (None, int(kind[-1])), "bits", self.bits, f"quant_type={kind!r} has {kind[-1]}")
-            object.__setattr__(self, "quant_type", kind)
-            object.__setattr__(self, "bits", int(kind[-1]))
-        else:
-            for name in ("bits", "quant_type"):
-                value = getattr(self, name)
-                require(value in (None, 32) if name == "bits" else value is None, name, value,
-                        f"method {self.method!r} stands on dense weights; qlora and qalora quantize")
-        require(self.subset_modules is None or self.method == "subset", "subset_modules", self.subset_modules,
-                "is for method 'subset'")
-        require(not self.use_dora or self.method in ("lora", "qlora"), "use_dora", True,
-                "needs an adapter whose merge may change rows: method lora or qlora")
-        self.lora()
-        if self.quantized:
-            self.quant()
-
-    @property
-    def quantized(self) -> bool:
-        """Whether the frozen base is stored in few bits."""
-        return self.method in ("qlora", "qalora")
-
-    def lora(self) -> LoraConfig:
-        """The adapter."""
-        return LoraConfig(self.r, target_modules=expand_modules(self.target_modules), lora_dropout=self.lora_dropout,
-                          use_dora=self.use_dora, use_qalora=self.method == "qalora")
-
-    def quant(self) -> QuantConfig:
-        """The storage of the base."""
-        return QuantConfig(self.quant_type or "nf4", self.block_size, self.double_quant, self.group_size)
-
-    @property
-    def title(self) -> str:
-        """One line."""
-        parts = [Path(self.model).name or self.model, self.method]
-        if self.method in ("lora", "qlora", "qalora"):
-            parts.append(f"r = {self.r} on {self.target_modules}" + (", DoRA" if self.use_dora else ""))
-        if self.quantized and self.quant().affine:
-            parts.append(f"{self.quant_type}, groups of {self.group_size}")
-        elif self.quantized:
-            parts.append(f"{self.quant_type}, blocks of {self.block_size}" + ", double quantized" * self.double_quant)
-        parts += [self.dtype] if self.dtype != "float32" else []
-        parts += [f"batch {self.batch_size} × {self.context or 512} tokens", self.optimizer]
-        parts += ["blocks checkpointed"] if self.gradient_checkpointing else []
-        parts += [f"logits by {self.logits_chunk} rows"] if self.logits_chunk else []
-        return " · ".join(parts)
 
 
 def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:

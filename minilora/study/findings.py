@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from minilora.config import ADAPTERS
 from minilora.study.labels import Metric, main_metrics, setting_name, variant_columns
-from minilora.study.results import ADAPTERS, Row, successful
+from minilora.study.results import Row, successful
 from minilora.study.series import MIB, deployed_pairs
 from minilora.study.statistics import mean_interval, paired_difference
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 
 from minilora import memory
-from minilora.config import ConfigError
+from minilora.config import CONTROLS, ConfigError
 from minilora.data.sft import SFTTask, products_chat, read_jsonl
 from minilora.data.tasks import Task, make_task
 from minilora.pretrained import Pretrained, load_pretrained, shape_of, stored_bytes
 from minilora.quant.blocks import BLOCK
-from minilora.study.results import CONTROLS
 from minilora.study.settings import TINY, RunConfig
 
 

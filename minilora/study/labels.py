@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from minilora.study.results import ADAPTERS, ResultsError
+from minilora.config import ADAPTERS
+from minilora.study.results import ResultsError
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """Okabe and Ito's colours, which people with any kind of colour vision tell apart."""

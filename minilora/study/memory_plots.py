@@ -13,12 +13,13 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
+from minilora.config import ADAPTERS, PlanConfig
 from minilora.formats.files import writable_folder
 from minilora.layers import Array
-from minilora.memory.compare import ADAPTERS, compare, settings_of
+from minilora.memory.compare import compare, settings_of
 from minilora.memory.fit import most_r
 from minilora.memory.ledger import HELD, PASSING, Ledger
-from minilora.memory.planner import PlanConfig, model_shape, plan, planned_twin
+from minilora.memory.planner import model_shape, plan, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch

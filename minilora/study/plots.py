@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
+from minilora.config import ADAPTERS, CONTROLS
 from minilora.formats.files import write_file
 from minilora.study.drawing import Label, draw_runs, extent, finish, legend_of_bits, limits, method_line, new_figure
 from minilora.study.labels import (
@@ -26,7 +27,7 @@ from minilora.study.labels import (
     metric_of,
     task_of,
 )
-from minilora.study.results import ADAPTERS, CONTROLS, MEMORY_CLASSES, ResultsError, successful
+from minilora.study.results import MEMORY_CLASSES, ResultsError, successful
 from minilora.study.series import COSTS, accuracy_points, deployed_pairs, memory_bars, rank_curves, references
 from minilora.study.statistics import summarize
 

@@ -9,14 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minilora.study.results import ADAPTERS, CONTROLS, Row, check_one_corpus
+from minilora.config import ADAPTERS, CONTROLS, TRAINED
+from minilora.study.results import Row, check_one_corpus
 from minilora.study.sweep import SweepConfig, expand, run_sweep
 from minilora.study.workers import RunFunction
 
 if TYPE_CHECKING:
     from minilora.study.settings import RunConfig
-
-TRAINED = ("full", "subset", *ADAPTERS)
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """The one grid on which the study chooses: about half a decade a step, wide enough for full fine-tuning and for adapters."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilora.config import ADAPTERS
 from minilora.formats.files import write_file
 from minilora.study.analysis import plot_rank_of_runs
 from minilora.study.findings import findings
@@ -21,7 +22,7 @@ from minilora.study.labels import (
 )
 from minilora.study.plots import save_figure, save_figures
 from minilora.study.presets import LEARNING_RATES, choose_learning_rates
-from minilora.study.results import ADAPTERS, MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
+from minilora.study.results import MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
 from minilora.study.series import MIB
 from minilora.study.statistics import summarize
 

@@ -17,11 +17,6 @@ from minilora.formats.files import write_file
 
 Row = dict[str, Any]
 
-METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
-ADAPTERS = ("lora", "qlora", "qalora")
-QUANTIZED = ("qlora", "qalora", "quantized_base")
-CONTROLS = ("base", "quantized_base")
-
 CONFIG_KEYS = (
     "key", "preset", "stage", "method", "r", "lora_alpha", "bits", "quant_type", "block_size", "group_size", "double_quant",
     "target_modules", "learning_rate", "task", "seed", "steps", "batch_size", "split",

@@ -17,7 +17,17 @@ from tqdm.auto import tqdm
 
 import minilora
 from minilora import memory
-from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, QuantConfig, expand_modules, require
+from minilora.config import (
+    ADAPTERS,
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    LoraConfig,
+    ModelConfig,
+    QuantConfig,
+    TrainConfig,
+    expand_modules,
+    require,
+)
 from minilora.data.sft import SFTTask
 from minilora.data.tasks import Batch, Task
 from minilora.data.tokenizer import Tokenizer
@@ -28,15 +38,14 @@ from minilora.generation import generate
 from minilora.lora import LoraLinear, full, inject_lora, offset_groups, subset
 from minilora.merging import merge
 from minilora.quant.blocks import BLOCK, BlockWeight
-from minilora.quant.weights import quantize_weight
 from minilora.quantize import dequantize_model, quantize_model
 from minilora.study.inputs import base_of, check_memory, make_run_task
-from minilora.study.results import ADAPTERS
 from minilora.study.settings import DEFAULT_RATES, NAMES, TINY, RunConfig
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.optimizers import clip_, make_optimizer
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
-from minilora.transformer import Transformer
+from minilora.transformer import Transformer, init_model
 
 ADAPTER = "adapter"
 """Where a run's folder keeps its adapter, as PEFT does."""
@@ -311,7 +320,7 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
     """Mean seconds of a run in one thread: a step and an evaluation of each task, timed now after compiling the kernels."""
     name = configs[0].model
     base, tokenizer = base_of(name).model, base_of(name).tokenizer
-    warm_kernels(base)
+    warm_kernels()
     total = 0.0
     for name in {c.task for c in configs}:
         mine = [c for c in configs if c.task == name]
@@ -332,15 +341,28 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
     return total / len(configs)
 
 
-def warm_kernels(base: Transformer) -> float:
-    """Compile (or load from disk) every kernel that a sweep needs; returns the seconds it took."""
+def warm_kernels() -> float:
+    """Compile (or load from disk) every kernel that a sweep of the tiny base needs; returns the seconds it took.
+
+    Kernels are compiled for types, not for sizes: a toy model takes the steps of all methods, over weights of all kinds.
+    """
+    shape = ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+
     def touch() -> None:
-        linear = base.blocks[0].attention.q_proj
-        x = np.ones((2, linear.shape[1]), np.float32)
-        for quant_type in (*CODEBOOK_TYPES, *AFFINE_TYPES):
-            weight = quantize_weight(linear.weight.dense(), QuantConfig(quant_type))
-            for rows in (x, x[:1]):
-                weight.matmul_t(weight.matmul(rows))
+        toy = init_model(shape, np.random.default_rng(0))
+        ids = np.arange(32).reshape(2, 16)
+        batch = Batch(ids, ids, np.ones(ids.shape, bool))
+        models = [full(toy)]
+        for kind in (None, *CODEBOOK_TYPES, *AFFINE_TYPES):
+            frozen = toy if kind is None else quantize_model(toy, QuantConfig(kind))
+            models.append(inject_lora(frozen, LoraConfig(use_qalora=kind in AFFINE_TYPES), np.random.default_rng(0)))
+        with single_blas(), Workers(1) as one:
+            for model in models:
+                grads = loss_and_grads(model, batch, one)[1]
+                clip_(grads, 1.0)
+                make_optimizer(model.trainable(), TrainConfig()).step(grads, 0.0)
+                evaluate(model, [batch])
+                generate(model, [[1, 2]], 2, threads=1)
 
     return _seconds(touch)
 

@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from minilora.config import ADAPTERS, CONTROLS
 from minilora.study.labels import METHOD_NAMES, metric_of, setting_name, task_of, variant_columns
-from minilora.study.results import ADAPTERS, CONTROLS, MEMORY_CLASSES, Row, successful
+from minilora.study.results import MEMORY_CLASSES, Row, successful
 from minilora.study.statistics import pareto_front, summarize
 
 MIB = 2**20

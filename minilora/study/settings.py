@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from minilora.config import (
+    ADAPTERS,
     AFFINE_TYPES,
     CODEBOOK_TYPES,
+    METHODS,
+    QUANTIZED,
     TINY,
     LoraConfig,
     QuantConfig,
@@ -19,7 +22,6 @@ from minilora.config import (
     require,
     require_in,
 )
-from minilora.study.results import ADAPTERS, METHODS, QUANTIZED
 
 NAMES = ("preset", "stage")  # fields that say where a run belongs, and do not change it
 # fields that came after the first results: at their defaults they leave a run, and so its fingerprint, what it was

@@ -5,13 +5,12 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import minilora
-from minilora.config import ModelConfig, TrainConfig, require
+from minilora.config import ModelConfig, PretrainConfig, require
 from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import save_model
@@ -20,43 +19,6 @@ from minilora.training.induction import start_with_induction
 from minilora.training.loss import evaluate
 from minilora.training.trainer import CHECKPOINT, Trainer
 from minilora.transformer import init_model
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """How the base is made. Example: ``minilora pretrain --steps 100 --out runs/base``
-
-    Without ``text`` the corpus is the one of the shipped base: Python's language reference, docstrings of the standard
-    library's training modules and generated catalogue pages. An interrupted run continues when the command is repeated.
-    """
-
-    out: str = "runs/base"
-    text: str | None = None  # any UTF-8 text file instead of the built-in corpus
-    steps: int = 5000
-    batch_size: int = 16
-    tokens: int = 208  # length of a training sequence
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    seed: int = 0
-    checkpoint_every: int = 250
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        limit = ModelConfig().context_length
-        require(2 <= self.tokens <= limit, "tokens", self.tokens, f"must be from 2 to context_length={limit}")
-        self.train()
-
-    def train(self) -> TrainConfig:
-        """The trainer's part."""
-        return TrainConfig(
-            steps=self.steps, batch_size=self.batch_size, learning_rate=self.learning_rate, weight_decay=0.1, beta2=0.98,
-            warmup_steps=min(self.warmup_steps, self.steps), seed=self.seed, checkpoint_every=self.checkpoint_every)
-
-    def command(self) -> str:
-        """The command that repeats it."""
-        text = f" --text {Path(self.text).name}" if self.text else ""
-        return (f"minilora pretrain --steps {self.steps} --batch-size {self.batch_size} --tokens {self.tokens} "
-                f"--learning-rate {self.learning_rate:g} --seed {self.seed}{text}")
 
 
 class RowsTask:

@@ -1,0 +1,42 @@
+"""One run of the sweep (``benchmarks.grid``) with torch + PEFT (+ bitsandbytes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from benchmarks import workload
+from benchmarks.grid import Run, Text
+from benchmarks.peers import Peers, adapted, llama, quantized, torch
+from minilora.data.tasks import Batch
+from minilora.training.trainer import batch_indices
+
+
+def run_of_grid(run: Run, weights: dict[str, np.ndarray], task: Text) -> dict[str, Any]:
+    """The model made anew, its steps on the batches that the Trainer draws, and its loss on held-out text."""
+    torch.set_num_threads(1)
+    model = llama(workload.SIZES[run.size].config, weights)
+    if run.method == "qlora":
+        model = quantized(model, double_quant=False)
+    side, losses, held_out = Peers(threads=1), [], []
+    side._ready(adapted(model, run.r), *_arrays(task.batch(range(1))), run.adapters(), run.learning_rate)
+    _, step = side.works["step"]
+    for t in range(run.steps):
+        side.ids, side.targets = _tensors(task.batch(batch_indices(task.n_train, run.train().batch_size, t, run.seed)))
+        losses.append(step())
+    with torch.inference_mode():  # without eval(): nothing here depends on it but bitsandbytes, which would go on in bfloat16
+        for batch in task.eval_batches("test"):
+            side.ids, side.targets = _tensors(batch)
+            held_out.append(float(side._loss()))
+    found = torch.stack(losses).tolist()
+    return {"loss": float(np.mean(held_out)), "train_loss": float(np.mean(found)), "first_loss": found[0]}
+
+
+def _arrays(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(batch.ids), np.ascontiguousarray(batch.targets)
+
+
+def _tensors(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, targets = _arrays(batch)
+    return torch.from_numpy(ids), torch.from_numpy(targets)
