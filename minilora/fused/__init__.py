@@ -76,7 +76,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     y, lse = np.empty_like(q), np.empty((B, H, T), q.dtype, like=q)
     scratch = np.empty(attention.scratch_size(T, D, 2, 1), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    _run(attention.attention_forward, (q, k, v, _numbers(segments)), numbers, (scratch, y, lse))
+    _run(attention.attention_forward, (q, k, v, _numbers(segments), scratch), numbers, (scratch, y, lse))
     return y, (q, k, v, (lse, segments))
 
 
@@ -95,7 +95,7 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     scratch = np.empty(attention.scratch_size(T, D, 4, 2), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    _run(attention.attention_backward, (dy, q, k, v, lse, _numbers(segments)), numbers, (scratch, dq, dk, dv))
+    _run(attention.attention_backward, (dy, q, k, v, lse, _numbers(segments), scratch), numbers, (scratch, dq, dk, dv))
     return dq, dk, dv
 
 

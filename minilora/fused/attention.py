@@ -5,6 +5,9 @@
 
 as in FlashAttention (arXiv 2205.14135), but with whole rows of scores, which the cache holds. All arrays are flat float32: q, y
 and their gradients (B, T, H, D), k and v (B, T, K, D), lse (B, H, T); ``segments`` (B·T,) or empty.
+
+``scratch`` holds an edge (see ``times_panel``), panels and blocks of scores; ``written`` is the same memory, read-only, since of
+what is called Numba would compile a version for each mixture of arrays, and for each constant: so ``one`` is a variable.
 """
 
 from __future__ import annotations
@@ -22,65 +25,55 @@ QUERIES = 64
 NO_SEGMENTS = np.empty(0, np.int64)
 
 
-def sizes(T: int, D: int) -> tuple[int, int, int]:
-    """Columns of a panel of values; the size of a panel of keys or values; numbers from one row of scores to the next."""
+def sizes(T: int, D: int) -> tuple[int, int, int, int, int]:
+    """Columns of a panel of values and of keys; the size of a head's panels; numbers from one row of scores to the next; 1."""
     width = LANES if D <= LANES else 2 * LANES if D <= 2 * LANES else COLUMNS
     whole = -(-T // COLUMNS) * COLUMNS
-    return width, whole * -(-D // width) * width, whole + 16  # not a power of two, whose rows would share a place in the cache
+    stride = whole + 16  # not a power of two, whose rows would share a place in the cache
+    return width, COLUMNS, whole * -(-D // width) * width, stride, 1
 
 
 def scratch_size(T: int, D: int, panels: int, blocks: int) -> int:
-    """What a kernel needs: panels, and blocks of scores."""
-    _, size, stride = sizes(T, D)
+    """What a kernel needs: an edge, panels, and blocks of scores."""
+    _, _, size, stride, _ = sizes(T, D)
     return ROWS * COLUMNS + panels * size + blocks * min(QUERIES, T) * stride
 
 
 @kernel
-def pack_keys(x: Array, b: int, head: int, T: int, K: int, D: int, panels: Array) -> None:
+def pack_keys(x: Array, b: int, head: int, T: int, K: int, D: int, one: int, columns: int, scratch: Array, place: int) -> None:
     """The transposed keys of a head as panels of COLUMNS keys, D deep: what a query is multiplied by."""
     for j in range(0, T, COLUMNS):
         at = ((b * T + j) * K + head) * D
-        pack_panel(x, at, 1, K * D, D, min(COLUMNS, T - j), panels, j * D, COLUMNS)
+        pack_panel(x, at, one, K * D, D, min(COLUMNS, T - j), scratch, place + j * D, columns)
 
 
 @kernel
-def pack_values(x: Array, b: int, head: int, T: int, K: int, D: int, width: int, panel: Array) -> None:
-    """The values of a head as panels of up to COLUMNS features, T deep: what a row of probabilities is multiplied by."""
+def pack_values(x: Array, at: int, row: int, m: int, D: int, one: int, width: int, scratch: Array, place: int) -> None:
+    """m rows of D numbers as panels of up to COLUMNS of them: what a row of probabilities is multiplied by."""
     for j in range(0, D, COLUMNS):
-        pack_panel(x, (b * T * K + head) * D + j, K * D, 1, T, min(COLUMNS, D - j), panel, j * T, width)
+        pack_panel(x, at + j, row, one, m, min(COLUMNS, D - j), scratch, place + j * m, width)
 
 
 @kernel
-def scores(
-    q: Array, at: int, row: int, m: int, keys: Array, D: int, seen: int, none: Array, edge: Array, out: Array, stride: int
-) -> None:
-    """out[i, j] = q_i · k_j for m queries and the first ``seen`` keys."""
+def times_keys(
+    q: Array, at: int, row: int, m: int, D: int, seen: int, one: int, columns: int, written: Array, keys: int, scratch: Array,
+    place: int, stride: int,
+) -> None:  # fmt: skip
+    """scratch[place + i·stride + j] = q_i · k_j for m queries and the first ``seen`` keys."""
     for j in range(0, seen, COLUMNS):
-        n = min(COLUMNS, seen - j)
-        times_panel(q, at, row, 1, D, none, 0, 0, keys, j * D, COLUMNS, COLUMNS, edge, out, j, stride, m, n, False)
+        times_panel(q, at, row, one, D, q, at, one - one, written, keys + j * D, columns, columns, scratch, scratch, place + j,
+                    stride, m, min(COLUMNS, seen - j), one < 1)
 
 
 @kernel
 def times_values(
-    p: Array, stride: int, m: int, seen: int, values: Array, T: int, D: int, width: int, none: Array, edge: Array, y: Array,
-    at: int, row: int,
+    written: Array, p: int, p_row: int, p_step: int, m: int, seen: int, values: int, deep: int, D: int, one: int, width: int,
+    scratch: Array, y: Array, at: int, row: int, add: bool,
 ) -> None:  # fmt: skip
-    """y[i] = Σ_j p[i, j] v_j over the first ``seen`` values."""
+    """y_i (+)= Σ_j P[i, j] v_j for m rows P[i, j] = written[p + i·p_row + j·p_step] and the first ``seen`` of ``deep`` values."""
     for j in range(0, D, COLUMNS):
-        n = min(COLUMNS, D - j)
-        times_panel(p, 0, stride, 1, seen, none, 0, 0, values, j * T, width, width, edge, y, at + j, row, m, n, False)
-
-
-@kernel
-def add_keys(
-    p: Array, stride: int, m: int, seen: int, x: Array, at: int, row: int, D: int, width: int, panel: Array, none: Array,
-    edge: Array, out: Array, out_at: int, out_row: int,
-) -> None:  # fmt: skip
-    """out_j += Σ_i p[i, j] x_i for the first ``seen`` keys: the queries, and heads, that look at a key add up."""
-    for j in range(0, D, COLUMNS):
-        n = min(COLUMNS, D - j)
-        pack_panel(x, at + j, row, 1, m, n, panel, 0, width)
-        times_panel(p, 0, 1, stride, m, none, 0, 0, panel, 0, width, width, edge, out, out_at + j, out_row, seen, n, True)
+        times_panel(written, p, p_row, p_step, seen, written, p, one - one, written, values + j * deep, width, width, scratch, y,
+                    at + j, row, m, min(COLUMNS, D - j), add)
 
 
 @kernel
@@ -95,25 +88,25 @@ def mask(segments: Array, b: int, T: int, i: int, row: Array) -> None:
 
 @kernel
 def attention_forward(
-    q: Array, k: Array, v: Array, segments: Array, B: int, T: int, H: int, K: int, D: int, width: int, size: int, stride: int,
-    scratch: Array, y: Array, lse: Array,
+    q: Array, k: Array, v: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int, width: int,
+    columns: int, size: int, stride: int, one: int, scratch: Array, y: Array, lse: Array,
 ) -> None:  # fmt: skip
-    """Write y and lse; ``scratch`` holds two panels and a block of scores."""
-    edge, none, room = scratch[: ROWS * COLUMNS], scratch[:0], scratch[ROWS * COLUMNS :]
-    keys, values, p = room[:size], room[size : 2 * size], room[2 * size :]
+    """Write y and lse, with two panels and one block of scores."""
+    keys = ROWS * COLUMNS
+    values, p = keys + size, keys + 2 * size
     scale = ONE / np.sqrt(np.float32(D))
     for b in range(B):
         for group in range(K):
-            pack_keys(k, b, group, T, K, D, keys)
-            pack_values(v, b, group, T, K, D, width, values)
+            pack_keys(k, b, group, T, K, D, one, columns, scratch, keys)
+            pack_values(v, (b * T * K + group) * D, K * D, T, D, one, width, scratch, values)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
                     seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    scores(q, at, H * D, m, keys, D, seen, none, edge, p, stride)
+                    times_keys(q, at, H * D, m, D, seen, one, columns, written, keys, scratch, p, stride)
                     for i in range(m):
-                        row = p[i * stride : i * stride + seen]
+                        row = scratch[p + i * stride : p + i * stride + seen]
                         mask(segments, b, T, first + i, row)
                         top, total = largest(row), np.float32(0)
                         for j in range(seen):
@@ -123,36 +116,37 @@ def attention_forward(
                         for j in range(seen):
                             row[j] *= inverse
                         lse[(b * H + h) * T + first + i] = top * scale + np.log(total)
-                    times_values(p, stride, m, seen, values, T, D, width, none, edge, y, at, H * D)
+                    times_values(written, p, stride, one, m, seen, values, T, D, one, width, scratch, y, at, H * D, one < 1)
 
 
 @kernel
 def attention_backward(
-    dy: Array, q: Array, k: Array, v: Array, lse: Array, segments: Array, B: int, T: int, H: int, K: int, D: int, width: int,
-    size: int, stride: int, scratch: Array, dq: Array, dk: Array, dv: Array,
+    dy: Array, q: Array, k: Array, v: Array, lse: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int,
+    width: int, columns: int, size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
-    """Write dq, dk and dv; ``scratch`` holds four panels and two blocks of scores."""
-    edge, none, room = scratch[: ROWS * COLUMNS], scratch[:0], scratch[ROWS * COLUMNS :]
-    keys_t, values_t, keys, few = room[:size], room[size : 2 * size], room[2 * size : 3 * size], room[3 * size : 4 * size]
-    p, dp = room[4 * size : 4 * size + min(QUERIES, T) * stride], room[4 * size + min(QUERIES, T) * stride :]
+    """Write dq, dk and dv, with four panels and two blocks of scores."""
+    keys_t = ROWS * COLUMNS
+    values_t, keys, few, p = keys_t + size, keys_t + 2 * size, keys_t + 3 * size, keys_t + 4 * size
+    dp = p + min(QUERIES, T) * stride
     scale = ONE / np.sqrt(np.float32(D))
     for i in range(dk.size):
         dk[i] = dv[i] = 0
     for b in range(B):
         for group in range(K):
-            pack_keys(k, b, group, T, K, D, keys_t)
-            pack_keys(v, b, group, T, K, D, values_t)
-            pack_values(k, b, group, T, K, D, width, keys)
             key_at = (b * T * K + group) * D
+            pack_keys(k, b, group, T, K, D, one, columns, scratch, keys_t)
+            pack_keys(v, b, group, T, K, D, one, columns, scratch, values_t)
+            pack_values(k, key_at, K * D, T, D, one, width, scratch, keys)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
                     seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    scores(q, at, H * D, m, keys_t, D, seen, none, edge, p, stride)
-                    scores(dy, at, H * D, m, values_t, D, seen, none, edge, dp, stride)
+                    times_keys(q, at, H * D, m, D, seen, one, columns, written, keys_t, scratch, p, stride)
+                    times_keys(dy, at, H * D, m, D, seen, one, columns, written, values_t, scratch, dp, stride)
                     for i in range(m):
-                        row, drow = p[i * stride : i * stride + seen], dp[i * stride : i * stride + seen]
+                        row = scratch[p + i * stride : p + i * stride + seen]
+                        drow = scratch[dp + i * stride : dp + i * stride + seen]
                         mask(segments, b, T, first + i, row)
                         known, pull = lse[(b * H + h) * T + first + i], np.float32(0)
                         for j in range(seen):
@@ -160,6 +154,9 @@ def attention_backward(
                             pull += row[j] * drow[j]
                         for j in range(seen):
                             drow[j] = row[j] * (drow[j] - pull) * scale
-                    times_values(dp, stride, m, seen, keys, T, D, width, none, edge, dq, at, H * D)
-                    add_keys(p, stride, m, seen, dy, at, H * D, D, width, few, none, edge, dv, key_at, K * D)
-                    add_keys(dp, stride, m, seen, q, at, H * D, D, width, few, none, edge, dk, key_at, K * D)
+                    times_values(written, dp, stride, one, m, seen, keys, T, D, one, width, scratch, dq, at, H * D, one < 1)
+                    # the queries, and heads, that look at a key add up
+                    pack_values(dy, at, H * D, m, D, one, width, scratch, few)
+                    times_values(written, p, one, stride, seen, m, few, m, D, one, width, scratch, dv, key_at, K * D, one > 0)
+                    pack_values(q, at, H * D, m, D, one, width, scratch, few)
+                    times_values(written, dp, one, stride, seen, m, few, m, D, one, width, scratch, dk, key_at, K * D, one > 0)

@@ -64,7 +64,7 @@ def times_panel(
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] panel[k, j] + Σ_l more[i, l] panel[k + l, j] for i < m, j < n.
 
-    Lines of the panel are ``line`` apart; ``edge`` is scratch for ROWS·COLUMNS.
+    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS.
     """
     for i in range(0, m, ROWS):
         rows = min(ROWS, m - i)
@@ -87,39 +87,40 @@ def times_panel(
 @kernel
 def multiply(
     a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_k: int, b_n: int, more: Array, b2: Array, b2_k: int,
-    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, scratch: Array, c: Array, c_at: int, c_row: int,
+    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, written: Array, scratch: Array, c: Array, c_at: int, c_row: int,
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] b2[l, j] over flat arrays.
 
     a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[b_at + k·b_k + j·b_n], likewise b2; more (m, rank); c's rows c_row apart.
-    ``scratch`` holds a panel, an edge and, where a is read by columns, a part of its transpose.
+    ``scratch`` holds an edge, a panel and, where a is read by columns, a part of its transpose; ``written`` is the same memory,
+    read-only as all that is read: of what is called, Numba would otherwise compile a version for each mixture.
     """
     in_place = b_n == 1 and rank == 0 and m <= 2 * ROWS  # too few rows for a panel to pay
     most = SHALLOW if in_place else DEPTH
     parts = (k + most - 1) // most  # of nearly equal depth
-    edge, room = scratch[: ROWS * COLUMNS], scratch[ROWS * COLUMNS :]
-    size = (min(k, DEPTH + LANES) + rank) * COLUMNS
-    panel, rows = room[:size], room[size:]
-    turned = rows.size > 0  # dyᵀ x: what the tile reads as a row lies far apart in memory
+    panel = ROWS * COLUMNS
+    rows = panel + (min(k, DEPTH + LANES) + rank) * COLUMNS
+    turned = scratch.size > rows  # dyᵀ x: what the tile reads as a row lies far apart in memory
+    zero = m * 0  # and one for each constant
     for part in range(parts):
         first = k * part // parts // LANES * LANES
         depth = (k if part + 1 == parts else k * (part + 1) // parts // LANES * LANES) - first
         more_k = rank if part + 1 == parts else 0
         left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
         if turned:
-            pack_panel(a, left_at, 1, a_step, m, depth, rows, 0, depth)
-            left, left_at, left_row, left_step = rows, 0, depth, 1
+            pack_panel(a, left_at, a_row, a_step, m, depth, scratch, rows, depth)
+            left, left_at, left_row, left_step = written, rows, depth, 1
         for j in range(0, n, COLUMNS):
             columns = min(COLUMNS, n - j)
             width = panel_width(columns)
-            right, right_at, line = panel, 0, width
+            right, right_at, line = written, panel, width
             if in_place and columns == width:
                 right, right_at, line = b, b_at + first * b_k + j, b_k
             else:
-                pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, depth, columns, panel, 0, width)
+                pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, depth, columns, scratch, panel, width)
                 if more_k:
-                    pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, panel, depth * width, width)
-            times_panel(left, left_at, left_row, left_step, depth, more, 0, more_k, right, right_at, line, width, edge,
+                    pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, panel + depth * width, width)
+            times_panel(left, left_at, left_row, left_step, depth, more, zero, more_k, right, right_at, line, width, scratch,
                         c, c_at + j, c_row, m, columns, add or part > 0)
 
 
@@ -150,8 +151,8 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
     if isinstance(c, np.ndarray):
         more, b2 = map(flat, pair) if pair else (NONE, NONE)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
-        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, scratch,
-                 c.reshape(-1), c_at, c.shape[-1])
+        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, flat(scratch),
+                 scratch, c.reshape(-1), c_at, c.shape[-1])
 
 
 def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:
