@@ -20,7 +20,8 @@ from minilora.jit import kernel
 Array = np.ndarray
 Pair = tuple[Array, Array]
 
-DEPTH, SHALLOW = 640, 128
+DEPTH, BREADTH, BLOCK, SHALLOW = 640, 1024, 192 * 1024, 128
+"""The largest block of the right factor, in numbers a side and altogether; the depth at which few rows of the left one pass."""
 TURNED = 256
 """Rows of dyᵀ that are turned at a time: half a megabyte."""
 FEW = 8
@@ -60,23 +61,28 @@ def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Arr
 @kernel
 def times_panel(
     a: Array, at: int, row: int, step: int, k: int, more: Array, more_at: int, more_k: int, panel: Array, panel_at: int,
-    line: int, width: int, edge: Array, c: Array, c_at: int, c_row: int, m: int, n: int, add: bool,
+    line: int, width: int, ahead: Array, ahead_at: int, ahead_step: int, edge: Array, c: Array, c_at: int, c_row: int, m: int,
+    n: int, add: bool,
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] panel[k, j] + Σ_l more[i, l] panel[k + l, j] for i < m, j < n.
 
-    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS.
+    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS. For each k ``ahead_step`` numbers of
+    ``ahead`` are asked for from memory.
     """
     for i in range(0, m, ROWS):
         rows = min(ROWS, m - i)
         whole = rows == ROWS and n == width
         out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, width)
-        left, left2, adds = at + i * row, more_at + i * more_k, add and whole
+        left, left2, adds, soon = at + i * row, more_at + i * more_k, add and whole, ahead_at + i // ROWS * k * ahead_step
         if width == LANES:
-            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
+                   out_row, rows, adds)
         elif width == 2 * LANES:
-            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
+                   out_row, rows, adds)
         else:
-            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
+                   out_row, rows, adds)
         if not whole:
             for r in range(rows):
                 to = c_at + (i + r) * c_row
@@ -87,41 +93,54 @@ def times_panel(
 @kernel
 def multiply(
     a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_k: int, b_n: int, more: Array, b2: Array, b2_k: int,
-    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, written: Array, scratch: Array, c: Array, c_at: int, c_row: int,
+    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, depth: int, breadth: int, written: Array, scratch: Array,
+    c: Array, c_at: int, c_row: int,
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] b2[l, j] over flat arrays.
 
     a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[b_at + k·b_k + j·b_n], likewise b2; more (m, rank); c's rows c_row apart.
-    ``scratch`` holds an edge, a panel and, where a is read by columns, a part of its transpose; ``written`` is the same memory,
-    read-only as all that is read: of what is called, Numba would otherwise compile a version for each mixture.
+    b is rearranged in blocks of ``depth`` × ``breadth``, read from memory in the order in which they lie there; while one is
+    multiplied by the rows of a, the next is asked for. ``scratch`` holds an edge, the panels and, where a is read by columns, a
+    part of its transpose; ``written`` is the same memory, read-only as all that is read: of what is called, Numba would otherwise
+    compile a version for each mixture.
     """
-    in_place = b_n == 1 and rank == 0 and m <= 2 * ROWS  # too few rows for a panel to pay
-    most = SHALLOW if in_place else DEPTH
-    parts = (k + most - 1) // most  # of nearly equal depth
-    panel = ROWS * COLUMNS
-    rows = panel + (min(k, DEPTH + LANES) + rank) * COLUMNS
+    in_place = b_n == 1 and rank == 0 and m <= 2 * ROWS  # too few rows for panels to pay
+    panels, size = ROWS * COLUMNS, (depth + rank) * COLUMNS
+    rows = panels + size * (breadth // COLUMNS)
     turned = scratch.size > rows  # dyᵀ x: what the tile reads as a row lies far apart in memory
-    zero = m * 0  # and one for each constant
-    for part in range(parts):
-        first = k * part // parts // LANES * LANES
-        depth = (k if part + 1 == parts else k * (part + 1) // parts // LANES * LANES) - first
-        more_k = rank if part + 1 == parts else 0
-        left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
-        if turned:
-            pack_panel(a, left_at, a_row, a_step, m, depth, scratch, rows, depth)
-            left, left_at, left_row, left_step = written, rows, depth, 1
-        for j in range(0, n, COLUMNS):
-            columns = min(COLUMNS, n - j)
-            width = panel_width(columns)
-            right, right_at, line = written, panel, width
-            if in_place and columns == width:
-                right, right_at, line = b, b_at + first * b_k + j, b_k
-            else:
-                pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, depth, columns, scratch, panel, width)
+    tiles = (m + ROWS - 1) // ROWS
+    ahead_step = (COLUMNS + tiles - 1) // tiles if tiles < COLUMNS and (b_k == 1 or n <= breadth) else 0
+    zero = m * 0  # a variable: for constants, too, there would be versions
+    for block in range(0, n, breadth):
+        broad = min(breadth, n - block)
+        for first in range(0, k, depth):
+            deep = min(depth, k - first)
+            more_k = rank if first + deep == k else 0
+            left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
+            if turned:
+                pack_panel(a, left_at, a_row, a_step, m, deep, scratch, rows, deep)
+                left, left_at, left_row, left_step = written, rows, deep, 1
+            source = b_at + first * b_k + block * b_n
+            together = broad // COLUMNS * COLUMNS if b_n == 1 else 0  # whole panels, row by row
+            if in_place:
+                together = 0
+            for i in range(deep if together else 0):
+                for j in range(0, together, LANES):
+                    move(b, source + i * b_k + j, scratch, panels + j // COLUMNS * size + i * COLUMNS + j % COLUMNS)
+            ahead = source + deep * b_k if b_n == 1 else b_at + (block + COLUMNS) * b_n + first * COLUMNS
+            for j in range(0, broad, COLUMNS):
+                columns = min(COLUMNS, broad - j)
+                width, panel = panel_width(columns), panels + j // COLUMNS * size
+                right, right_at, line = written, panel, width
+                if in_place and columns == width:
+                    right, right_at, line = b, source + j, b_k
+                elif j >= together:
+                    pack_panel(b, source + j * b_n, b_k, b_n, deep, columns, scratch, panel, width)
                 if more_k:
-                    pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, panel + depth * width, width)
-            times_panel(left, left_at, left_row, left_step, depth, more, zero, more_k, right, right_at, line, width, scratch,
-                        c, c_at + j, c_row, m, columns, add or part > 0)
+                    pack_panel(b2, (block + j) * b2_n, b2_k, b2_n, rank, columns, scratch, panel + deep * width, width)
+                times_panel(left, left_at, left_row, left_step, deep, more, zero, more_k, right, right_at, line, width, b,
+                            ahead + j // COLUMNS * tiles * deep * ahead_step, ahead_step, scratch, c, c_at + block + j, c_row, m,
+                            columns, add or first > 0)
 
 
 # ---- from NumPy
@@ -146,13 +165,16 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
               k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
     """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
     rank = pair[0].shape[-1] if pair else 0
-    turned = m * min(k, DEPTH + LANES) if a_row == 1 and m > COLUMNS else 0
-    scratch = np.empty(ROWS * COLUMNS + (min(k, DEPTH + LANES) + rank) * COLUMNS + turned, np.float32, like=c)
+    breadth = COLUMNS if b_k == 1 else -(-min(n, BREADTH) // COLUMNS) * COLUMNS
+    depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else min(DEPTH, max(LANES, BLOCK // breadth))
+    depth = -(-k // -(-k // depth) // LANES) * LANES  # all blocks equally deep
+    turned = m * depth if a_row == 1 and m > COLUMNS else 0
+    scratch = np.empty(ROWS * COLUMNS + (depth + rank) * breadth + turned, np.float32, like=c)
     if isinstance(c, np.ndarray):
         more, b2 = map(flat, pair) if pair else (NONE, NONE)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
-        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, flat(scratch),
-                 scratch, c.reshape(-1), c_at, c.shape[-1])
+        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, depth, breadth,
+                 flat(scratch), scratch, c.reshape(-1), c_at, c.shape[-1])
 
 
 def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:

@@ -60,6 +60,14 @@ def _spread(builder: Any, value: Any) -> Any:
     return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
 
 
+def _prefetch(builder: Any, place: Any) -> None:
+    """Ask for a line of the cache that will be read."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    ask = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(ask, [builder.bitcast(place, byte), *(ir.Constant(_I32, n) for n in (0, 2, 1))])
+
+
 def _tile(columns: int) -> Any:
     """The intrinsic of a tile of ROWS × columns."""
     vectors = columns // LANES
@@ -67,7 +75,7 @@ def _tile(columns: int) -> Any:
     @intrinsic
     def tile(
         typing: Any, a: Any, at: Any, row: Any, step: Any, depth: Any, more: Any, more_at: Any, more_depth: Any, panel: Any,
-        panel_at: Any, line: Any, c: Any, c_at: Any, c_row: Any, rows: Any, add: Any,
+        panel_at: Any, line: Any, ahead: Any, ahead_at: Any, ahead_step: Any, c: Any, c_at: Any, c_row: Any, rows: Any, add: Any,
     ) -> Any:  # fmt: skip
         """c[c_at + m·c_row + n] = (or, with add, +=) the sum above for m < rows.
 
@@ -76,13 +84,13 @@ def _tile(columns: int) -> Any:
         """
 
         def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
-            _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, c_row, rows, add = v
+            _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, ahead_step, _, _, c_row, rows, add = v
             fma = cgutils.get_or_insert_function(
                 builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")  # fmt: skip
             last = builder.sub(rows, _number(1))
             index = [builder.select(builder.icmp_signed("<", _number(m), last), _number(m), last) for m in range(ROWS)]
 
-            def sweep(sums: list[Any], first: Any, row: Any, step: Any, depth: Any, panel: Any) -> list[Any]:
+            def sweep(sums: list[Any], first: Any, row: Any, step: Any, depth: Any, panel: Any, soon: Any) -> list[Any]:
                 """One loop over k with all sums in registers."""
                 starts = [builder.gep(first, [builder.mul(i, row)]) for i in index]
                 before = builder.block
@@ -99,6 +107,8 @@ def _tile(columns: int) -> Any:
                 numbers = builder.gep(panel, [builder.mul(k, line)])
                 right = [builder.load(_vector_at(builder, numbers, LANES * j), align=4) for j in range(vectors)]
                 place = builder.mul(k, step)
+                if soon is not None:
+                    _prefetch(builder, builder.gep(soon, [builder.mul(k, ahead_step)]))
                 for m in range(ROWS):
                     left = _spread(builder, builder.load(builder.gep(starts[m], [place])))
                     for j in range(vectors):
@@ -109,10 +119,10 @@ def _tile(columns: int) -> Any:
                 builder.position_at_end(after)
                 return now
 
-            a, more, panel, c = (_pointer(context, builder, signature, v, i) for i in (0, 5, 8, 11))
-            sums = sweep([ir.Constant(_VECTOR, [0.0] * LANES)] * (ROWS * vectors), a, row, step, depth, panel)
+            a, more, panel, ahead, c = (_pointer(context, builder, signature, v, i) for i in (0, 5, 8, 11, 14))
+            sums = sweep([ir.Constant(_VECTOR, [0.0] * LANES)] * (ROWS * vectors), a, row, step, depth, panel, ahead)
             further = builder.gep(panel, [builder.mul(depth, line)])
-            sums = sweep(sums, more, more_depth, _number(1), more_depth, further)
+            sums = sweep(sums, more, more_depth, _number(1), more_depth, further, None)
             with builder.if_else(add) as (then, otherwise):
                 for branch, adds in ((then, True), (otherwise, False)):
                     with branch:
@@ -124,8 +134,8 @@ def _tile(columns: int) -> Any:
                                 builder.store(value, place, align=4)
             return context.get_dummy_value()
 
-        i, flat = types.intp, (a, more, panel, c)
-        return types.void(flat[0], i, i, i, i, flat[1], i, i, flat[2], i, i, flat[3], i, i, i, types.boolean), build
+        i, flat = types.intp, (a, more, panel, ahead, c)
+        return types.void(flat[0], i, i, i, i, flat[1], i, i, flat[2], i, i, flat[3], i, i, flat[4], i, i, i, types.boolean), build
 
     return tile
 
