@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.fused.products import pack_panel, times_panel
+from minilora.fused.products import aligned, pack_panel, times_panel
 from minilora.fused.rows import ONE, exp, largest
 from minilora.fused.vectors import COLUMNS, LANES, ROWS
 from minilora.jit import kernel
@@ -36,7 +36,7 @@ def sizes(T: int, D: int) -> tuple[int, int, int, int, int]:
 def scratch_size(T: int, D: int, panels: int, blocks: int) -> int:
     """What a kernel needs: an edge, panels, and blocks of scores."""
     _, _, size, stride, _ = sizes(T, D)
-    return ROWS * COLUMNS + panels * size + blocks * min(QUERIES, T) * stride
+    return ROWS * COLUMNS + LANES - 1 + panels * size + blocks * min(QUERIES, T) * stride
 
 
 @kernel
@@ -92,7 +92,7 @@ def attention_forward(
     columns: int, size: int, stride: int, one: int, scratch: Array, y: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Write y and lse, with two panels and one block of scores."""
-    keys = ROWS * COLUMNS
+    keys = ROWS * COLUMNS + aligned(scratch)
     values, p = keys + size, keys + 2 * size
     scale = ONE / np.sqrt(np.float32(D))
     for b in range(B):
@@ -125,7 +125,7 @@ def attention_backward(
     width: int, columns: int, size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
     """Write dq, dk and dv, with four panels and two blocks of scores."""
-    keys_t = ROWS * COLUMNS
+    keys_t = ROWS * COLUMNS + aligned(scratch)
     values_t, keys, few, p = keys_t + size, keys_t + 2 * size, keys_t + 3 * size, keys_t + 4 * size
     dp = p + min(QUERIES, T) * stride
     scale = ONE / np.sqrt(np.float32(D))

@@ -35,6 +35,12 @@ def panel_width(n: int) -> int:
 
 
 @kernel
+def aligned(x: Array) -> int:
+    """Numbers from the start of x to the first whole line of the cache: a vector across two lines takes twice as long to load."""
+    return -(x.ctypes.data // 4) % LANES
+
+
+@kernel
 def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int, width: int) -> None:
     """panel[panel_at + i·width + j] = b[at + i·b_k + j·b_n] for i < k, j < n, and 0 up to the panel's width."""
     whole = n // LANES * LANES
@@ -105,9 +111,9 @@ def multiply(
     compile a version for each mixture.
     """
     in_place = b_n == 1 and rank == 0 and m <= 2 * ROWS  # too few rows for panels to pay
-    panels, size = ROWS * COLUMNS, (depth + rank) * COLUMNS
+    panels, size = ROWS * COLUMNS + aligned(scratch), (depth + rank) * COLUMNS
     rows = panels + size * (breadth // COLUMNS)
-    turned = scratch.size > rows  # dyᵀ x: what the tile reads as a row lies far apart in memory
+    turned = scratch.size >= rows + LANES  # dyᵀ x: what the tile reads as a row lies far apart in memory
     tiles = (m + ROWS - 1) // ROWS
     ahead_step = (COLUMNS + tiles - 1) // tiles if tiles < COLUMNS and (b_k == 1 or n <= breadth) else 0
     zero = m * 0  # a variable: for constants, too, there would be versions
@@ -169,7 +175,7 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
     depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else min(DEPTH, max(LANES, BLOCK // breadth))
     depth = -(-k // -(-k // depth) // LANES) * LANES  # all blocks equally deep
     turned = m * depth if a_row == 1 and m > COLUMNS else 0
-    scratch = np.empty(ROWS * COLUMNS + (depth + rank) * breadth + turned, np.float32, like=c)
+    scratch = np.empty(ROWS * COLUMNS + LANES - 1 + (depth + rank) * breadth + turned, np.float32, like=c)
     if isinstance(c, np.ndarray):
         more, b2 = map(flat, pair) if pair else (NONE, NONE)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
