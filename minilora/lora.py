@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.fused import group_repeat, group_sum, outer, product, product_t
+from minilora.fused import adapter_backward, group_repeat, group_sum, product, product_t
 from minilora.initial import init_a, loftq, pissa
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
 from minilora.quant.weights import quantize_weight
@@ -124,13 +124,11 @@ class LoraLinear:
             grads.add(self.magnitude, (dy * z).reshape(-1, dy.shape[-1]).sum(axis=0) / n)
             dy = dy * (self.magnitude.data / n)
         s = dy.dtype.type(self.scaling)
-        # y = base(x) + h (s B)ᵀ
-        db = outer(dy, h)
+        # y = base(x) + h (s B)ᵀ with h = p Aᵀ
+        dh, db, da = adapter_backward(dy, h, p, self.lora_B.data * s)
         db *= s
         grads.add(self.lora_B, db)
-        dh = product_t(dy, self.lora_B.data * s)  # (…, r)
-        # h = p Aᵀ
-        grads.add(self.lora_A, outer(dh, p))
+        grads.add(self.lora_A, da)
         if last:
             return None
         # p = pool(x), and x also went through the base

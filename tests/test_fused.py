@@ -55,6 +55,19 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
     within(fused.outer(dy, x), double(dy).T @ double(x), sum_bound(dy.T, x, m))
 
 
+@pytest.mark.parametrize(("m", "n", "k", "r"), [
+    (9, 5, 3, 1), (100, 128, 64, 8), (97, 259, 40, 6), (200, 30, 150, 16), (250, 64, 70, 33), (130, 80, 90, 70),
+])  # fmt: skip
+def test_gradients_of_an_adapter_are_what_float64_gives(m, n, k, r):
+    rng = np.random.default_rng(m)
+    dy, h, p, b = normal(rng, m, n), normal(rng, m, r), normal(rng, m, k), normal(rng, n, r)
+    dh, db, da = fused.adapter_backward(dy.reshape(1, m, n), h.reshape(1, m, r), p.reshape(1, m, k), b)
+    within(dh[0], double(dy) @ double(b), sum_bound(dy, b, n))
+    within(db, double(dy).T @ double(h), sum_bound(dy.T, h, m))
+    within(da, double(dh[0]).T @ double(p), sum_bound(dh[0].T, p, m))
+    assert db.flags.c_contiguous
+
+
 @pytest.mark.parametrize("k", [640, 641, 1300, 2000])
 def test_sums_longer_than_a_panel(k):
     rng = np.random.default_rng(k)

@@ -13,13 +13,13 @@ import numpy as np
 from minilora import functional
 from minilora.functional import cross_entropy_backward, gelu_backward, gelu_forward, group_repeat, rope_tables, softmax
 from minilora.fused import attention, rows
-from minilora.fused.products import compiled, flat, outer, product, product_t
+from minilora.fused.products import adapter_backward, compiled, flat, outer, product, product_t
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
 
 __all__ = [
-    "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward", "cross_entropy_forward",
+    "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward", "cross_entropy_forward",
     "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer", "product", "product_t", "rms_norm_backward",
     "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax", "swiglu_backward", "swiglu_forward",
 ]  # fmt: skip

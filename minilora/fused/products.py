@@ -3,6 +3,8 @@ product, sums added to what is there, and the same bytes for any number of rows,
 
     product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
 
+and ``adapter_backward``, the three gradients of the low-rank path in one pass over dy.
+
 The right factor is rearranged into panels, DEPTH × COLUMNS numbers that stay in the second-level cache while all rows pass
 (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
 rows, and processors without vectors are left to NumPy.
@@ -22,6 +24,8 @@ Pair = tuple[Array, Array]
 
 DEPTH, BREADTH, BLOCK, SHALLOW = 640, 1024, 192 * 1024, 128
 """The largest block of the right factor, in numbers a side and altogether; the depth at which few rows of the left one pass."""
+NEAR = 96
+"""Rows whose gradients for an adapter are taken together."""
 TURNED = 256
 """Rows of dyᵀ that are turned at a time: half a megabyte."""
 FEW = 8
@@ -149,6 +153,49 @@ def multiply(
                             columns, add or first > 0)
 
 
+@kernel
+def add_outer(
+    a: Array, at: int, r: int, x: Array, x_at: int, width: int, rows: int, one: int, scratch: Array, written: Array, ragged: int,
+    out: Array, add: bool,
+) -> None:  # fmt: skip
+    """out (r, width) (+)= Σ_n a[at + n·r + i] x[x_at + n·width + j] over a few rows n, with x where it lies."""
+    zero = one - one
+    for j in range(0, width, COLUMNS):
+        n = min(COLUMNS, width - j)
+        columns = panel_width(n)
+        if n == columns:
+            times_panel(a, at, one, r, rows, a, at, zero, x, x_at + j, width, columns, x, x_at, zero, scratch, out, j, width, r,
+                        n, add)
+        else:
+            pack_panel(x, x_at + j, width, one, rows, n, scratch, ragged, columns)
+            times_panel(a, at, one, r, rows, a, at, zero, written, ragged, columns, columns, x, x_at, zero, scratch, out, j,
+                        width, r, n, add)
+
+
+@kernel
+def adapter_gradients(
+    dy: Array, h: Array, p: Array, b: Array, written: Array, dh_written: Array, m: int, n: int, k: int, r: int, one: int,
+    scratch: Array, dh: Array, db: Array, da: Array,
+) -> None:  # fmt: skip
+    """dh = dy b, db = hᵀ dy, da = dhᵀ p, NEAR rows after the other, so that dy is read from memory once.
+
+    dy (m, n), h and dh (m, r), p (m, k), b (n, r); db (r, n) is the transpose of b's gradient, da (r, k). ``written`` is scratch,
+    and ``dh_written`` dh, to be read.
+    """
+    zero, width = one - one, panel_width(min(r, COLUMNS))
+    ragged = ROWS * COLUMNS + aligned(scratch)
+    panels = ragged + NEAR * COLUMNS
+    for j in range(0, r, COLUMNS):
+        pack_panel(b, j, r, one, n, min(COLUMNS, r - j), scratch, panels + j * n, width)
+    for first in range(0, m, NEAR):
+        rows = min(NEAR, m - first)
+        for j in range(0, r, COLUMNS):
+            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, dy, zero, zero, scratch, dh,
+                        first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
+        add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)
+        add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da, first > 0)
+
+
 # ---- from NumPy
 
 
@@ -241,3 +288,24 @@ def outer(dy: Array, x: Array) -> Array:
     for first in range(0, m, TURNED):
         _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n)
     return dw
+
+
+def adapter_backward(dy: Array, h: Array, p: Array, b: Array) -> tuple[Array, Array, Array]:
+    """The gradients of y = h bᵀ with h = p aᵀ: dh = dy b, db = dyᵀ h, da = dhᵀ p.
+
+    Shapes: dy (…, out), h (…, r), p (…, in), b (out, r) → dh (…, r), db (out, r), da (r, in).
+
+    >>> [g.tolist() for g in adapter_backward(np.ones((2, 3)), np.ones((2, 1)), np.ones((2, 4)), np.ones((3, 1)))]
+    [[[3.0], [3.0]], [[2.0], [2.0], [2.0]], [[6.0, 6.0, 6.0, 6.0]]]
+    """
+    (n, r), k = b.shape, p.shape[-1]
+    m = dy.size // n
+    if m <= FEW or not compiled(dy, h, p, b):
+        dh = dy @ b
+        return dh, dy.reshape(-1, n).T @ h.reshape(-1, r), dh.reshape(-1, r).T @ p.reshape(-1, k)
+    dh, db, da = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
+    size = ROWS * COLUMNS + LANES - 1 + NEAR * COLUMNS + n * -(-r // COLUMNS) * COLUMNS
+    scratch = np.empty(size, np.float32, like=dy)
+    if isinstance(dy, np.ndarray):
+        adapter_gradients(*map(flat, (dy, h, p, b, scratch, dh)), m, n, k, r, 1, scratch, *(g.reshape(-1) for g in (dh, db, da)))
+    return dh, db.T.copy(), da

@@ -134,8 +134,8 @@ def _tile(columns: int) -> Any:
                                 builder.store(value, place, align=4)
             return context.get_dummy_value()
 
-        i, flat = types.intp, (a, more, panel, ahead, c)
-        return types.void(flat[0], i, i, i, i, flat[1], i, i, flat[2], i, i, flat[3], i, i, flat[4], i, i, i, types.boolean), build
+        i = types.intp
+        return types.void(a, i, i, i, i, more, i, i, panel, i, i, ahead, i, i, c, i, i, i, types.boolean), build
 
     return tile
 
