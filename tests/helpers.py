@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -181,7 +182,7 @@ def mutate(data: Any, arrays: dict[str, np.ndarray], dtypes: Sequence[Any], name
     if kind == "drop" and len(arrays) > 1:
         del arrays[key]
     elif kind == "dtype":
-        with np.errstate(all="ignore"):
+        with np.errstate(all="ignore"), suppress(ValueError):  # text may hold a number that is not whole
             arrays[key] = array.astype(data.draw(st.sampled_from(dtypes)))
     elif kind == "shape":
         shapes = [(-1,), (1, -1), (-1, 1), (1, 1, -1)] + [(2, -1)] * (array.size % 2 == 0)

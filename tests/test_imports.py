@@ -43,7 +43,7 @@ ALLOWED = {
     "memory": MODELS | {"data", "formats", "pretrained", "training"},
     "formats": MODELS,
     "pretrained": MODELS | {"data", "formats"},
-    "training": MODELS | {"data", "formats"},
+    "training": MODELS | {"data", "formats", "jit"},
 }
 TOP = {"study", "commands", "cli", "__main__", "pretrain", "labs", ""}  # know everything below, and nobody below knows them
 

@@ -112,7 +112,7 @@ def test_the_peak_lies_where_it_must():
         "head": plan("grid-vocabulary", method="lora", r=1, target_modules="q_proj", context=64, batch_size=4),
         "last block": plan("grid-deep", method="lora", r=2, context=200),
         "first block": plan("grid-deep", method="full", context=64, gradient_checkpointing=True, shards=1),
-        "update": plan("grid-wide", method="full", context=2, optimizer="adamw_8bit"),
+        "update": plan("tiny", method="full", context=2, shards=1, optimizer="adamw_8bit"),
     }
     starts = {"head": "head and loss", "last block": "backward pass of layers.6", "first block": "backward pass of layers.",
               "update": "the optimizer's update"}  # fmt: skip

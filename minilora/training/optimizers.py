@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.config import OPTIMIZERS, TrainConfig, require
+from minilora.jit import kernel
 from minilora.layers import Array, Gradients, Parameter
 from minilora.quant.codebooks import dynamic_map
 from minilora.training.states import (
@@ -63,14 +64,12 @@ class AdamW:
         """Update every parameter in place."""
         self.t += 1
         numbers: dict[Any, _Numbers] = {}  # once a step for each type and rate, not once a parameter
-        largest = min(CHUNK, max((p.data.size for p in self.parameters), default=0))
-        scratch = {dtype: tuple(np.empty((2, largest), dtype)) for dtype in {p.data.dtype for p in self.parameters}}
         for p, m, v, cuts in zip(self.parameters, self._m, self._v, self._cuts, strict=True):
             key = p.data.dtype, _rate(p, lr, self.config)
             if key not in numbers:
                 numbers[key] = _Numbers.at(self.t, self.config, *key)
             for where in cuts:
-                _step_piece(where, p.data, grads[p], m, v, numbers[key], scratch[p.data.dtype])
+                _step_piece(where, p.data, grads[p], m, v, numbers[key])
 
 
 class _Numbers(NamedTuple):
@@ -92,33 +91,26 @@ class _Numbers(NamedTuple):
                    rate / one(1 - c.beta1**t), rate * one(c.weight_decay))
 
 
-def _step_piece(where: slice, data: Array, grad: Array, m: Moment, v: Moment, n: _Numbers, scratch: tuple[Array, ...]) -> None:
+def _step_piece(where: slice, data: Array, grad: Array, m: Moment, v: Moment, n: _Numbers) -> None:
     """Decode, update, encode; what it decoded is gone before the next piece."""
-    size = where.stop - where.start
     p, m_piece, v_piece = piece(data, where), m.read(where), v.read(where)
-    _adamw(p, piece(grad, where), m_piece, v_piece, n, scratch[0][:size], scratch[1][:size])
+    _adamw(piece(grad, where), *n, p, m_piece, v_piece)
     m.write(where, m_piece)
     v.write(where, v_piece)
     if p.base is None:  # a copy
         data.flat[where] = p
 
 
-def _adamw(p: Array, g: Array, m: Array, v: Array, n: _Numbers, update: Array, part: Array) -> None:
-    """Move p, m and v in place; all are (n,), and ``update`` and ``part`` are there so that nothing is allocated."""
-    m *= n.beta1
-    m += np.multiply(n.rest1, g, part)
-    v *= n.beta2
-    np.multiply(n.rest2, g, part)
-    part *= g
-    v += part
-    np.divide(v, n.correct_v, update)
-    np.sqrt(update, update)
-    update += n.eps
-    np.divide(m, update, update)
-    update *= n.rate
-    if n.decay:
-        update += np.multiply(n.decay, p, part)
-    p -= update
+@kernel
+def _adamw(
+    g: Array, beta1: Any, rest1: Any, beta2: Any, rest2: Any, correct_v: Any, eps: Any, rate: Any, decay: Any, p: Array, m: Array,
+    v: Array,
+) -> None:  # fmt: skip
+    """Move p, m and v, all (n,), in one pass over memory; the numbers are those of ``_Numbers``."""
+    for i in range(p.size):
+        m[i] = beta1 * m[i] + rest1 * g[i]
+        v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
+        p[i] -= m[i] / (np.sqrt(v[i] / correct_v) + eps) * rate + decay * p[i]
 
 
 class SGD:
@@ -186,9 +178,9 @@ def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentu
     the most that a step needs besides, for the one piece that it works on. ``momentum`` gives SGD one array.
 
     >>> state_bytes("adamw", [4096])
-    {'states': 32768, 'absmax': 0, 'maps': 0, 'scratch': 32768, 'on_disk': 0}
+    {'states': 32768, 'absmax': 0, 'maps': 0, 'scratch': 0, 'on_disk': 0}
     >>> state_bytes("adamw_8bit", [4096])
-    {'states': 8192, 'absmax': 128, 'maps': 2048, 'scratch': 65536, 'on_disk': 0}
+    {'states': 8192, 'absmax': 128, 'maps': 2048, 'scratch': 32768, 'on_disk': 0}
     >>> state_bytes("adamw_8bit", [4095]) == state_bytes("adamw", [4095])  # too small to be quantized
     True
     """
@@ -203,10 +195,10 @@ def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentu
             found["states"] += 2 * size
             found["absmax"] += 2 * blocks_of(size) * 4
             found["maps"] = 2 * 256 * 4
-            scratch = 4 * chunk * itemsize + (chunk * 4 if itemsize != 4 else 0)  # m and v decoded, and twice as much for AdamW
+            scratch = 2 * chunk * itemsize + (chunk * 4 if itemsize != 4 else 0)  # m and v decoded
         else:
             found["states"] += 2 * size * itemsize
-            scratch = 2 * chunk * itemsize
+            scratch = 0
         found["scratch"] = max(found["scratch"], scratch)
     if optimizer.startswith("paged"):
         found |= {"on_disk": found["states"] + found["absmax"], "states": 0, "absmax": 0}
