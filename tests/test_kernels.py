@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from minilora.quant import AffineWeight, CodebookWeight, blocks_simd, codebooks, kernels, simd
 from minilora.quant.packed import NO_OFFSETS, frozen
+from minilora.quant.vectors import wide
 from minilora.quant.weights import thresholds
 
 EPS = np.finfo(np.float32).eps
@@ -230,7 +231,7 @@ def test_lookup_table_lists_the_levels_of_every_index(bits):
 
 # ---- vectors of the processor
 
-vectors = pytest.mark.skipif(not simd.available(), reason="needs AVX2")
+vectors = pytest.mark.skipif(not simd.available(), reason="this processor lacks AVX2, FMA or F16C")
 
 
 @vectors
@@ -271,6 +272,40 @@ def test_vectors_dequantize_as_the_loops_and_as_numpy(affine, zeros, block_size)
 
 
 @vectors
+def test_vectors_read_float16_where_it_lies():
+    """Scales and offsets of every size, among them subnormal ones and both zeros."""
+    every = np.arange(0, 2**16, 37, dtype=np.uint16)
+    bits = frozen(every[(every & 0x7C00) != 0x7C00], np.uint16)  # finite
+    packed, table, _, _ = vectors_case(True, 32 * bits.size, 32)
+    halves, floats = (bits, frozen(bits[::-1], np.uint16)), []
+    for half_bits in halves:
+        converted = np.empty(bits.size, np.float32)
+        kernels.half_to_float(half_bits, converted)
+        floats.append(frozen(converted, np.float32))
+    x, found = np.ones(32, np.float32), []
+    for scales, offsets in (halves, floats):
+        w, y = np.empty(32 * bits.size, np.float32), np.empty(bits.size, np.float32)
+        simd.dequantize(packed, 4, table, scales, offsets, 32, 0, w)
+        simd.matvec(packed, 4, table, scales, offsets, 32, 0, x, y)
+        found.append((w.view(np.uint32), y.view(np.uint32)))
+    assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@vectors
+@pytest.mark.parametrize("misaligned", [0, 1, 4, 15])
+def test_vectors_write_past_the_caches_what_the_loops_write(misaligned):
+    block_size, count = 64, simd.PAST_CACHES + 96
+    rng = np.random.default_rng(misaligned)
+    packed, scales = frozen(rng.integers(0, 256, count // 2), np.uint8), frozen(rng.random(-(-count // block_size)), np.float32)
+    table, memory = kernels.lookup_table(codebooks.code_map("nf4"), 4), np.full(count + 48, 7, np.float32)
+    begin = 16 - memory.ctypes.data // 4 % 16 + misaligned  # numbers behind a multiple of 64 bytes
+    out, expected = memory[begin : begin + count], np.empty(count, np.float32)
+    simd.dequantize(packed, 4, table, scales, NO_OFFSETS, block_size, 0, out)
+    kernels.dequantize(packed, 4, table, scales, NO_OFFSETS, block_size, 0, expected)
+    assert np.array_equal(out, expected) and (memory[:begin] == 7).all() and (memory[begin + count :] == 7).all()
+
+
+@vectors
 @pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("rows, width, block_size", [(5, 32, 32), (3, 96, 64), (9, 160, 96), (2, 4096, 64), (4, 64, 4096)])
 def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, block_size):
@@ -280,13 +315,50 @@ def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, bl
     w, out = np.empty(rows * width, np.float32), np.full(rows, np.nan, np.float32)
     kernels.dequantize_numpy(packed, 4, table, scales[first:], offsets[first:], block_size, width, w)
     lanes = np.zeros((rows, 32), np.float32)
-    for piece in np.split(w.reshape(rows, width) * x, width // 32, axis=1):  # each product and each sum is rounded
-        lanes += piece
+    for piece in np.split(w.reshape(rows, width).astype(np.float64) * x, width // 32, axis=1):  # exact: 48 bits
+        lanes = (lanes + piece).astype(np.float32)  # rounded once, but for a tie in 2^29 cases
     sums = ((lanes[:, :8] + lanes[:, 8:16]) + lanes[:, 16:24]) + lanes[:, 24:]
     for half in (4, 2, 1):
         sums = sums[:, :half] + sums[:, half:]
-    simd.matvec(packed, 4, table, scales[first:], offsets[first:], block_size, width, x, out)
+    simd._matvec(packed, 4, table, scales[first:], offsets[first:], block_size, width, x, out)
     assert np.array_equal(out, sums[:, 0])
+
+
+@vectors
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("block_size, width", [(32, 32), (32, 160), (64, 64), (64, 4096), (64, 576), (96, 96), (128, 128),
+                                               (128, 384), (192, 384), (4096, 256), (32, 1024), (128, 1152), (64, 1088),
+                                               (256, 1024), (4096, 1024), (4096, 4096), (192, 3072)])  # fmt: skip
+def test_vectors_multiply_within_rounding_and_each_row_by_itself(affine, block_size, width):
+    rows = 7
+    packed, table, scales, offsets = vectors_case(affine, (rows + 1) * width, block_size)
+    x = np.random.default_rng(2).standard_normal(width).astype(np.float32)
+    levels = np.repeat(scales, block_size)[width : (rows + 1) * width].astype(np.float64)
+    codes = np.empty((rows + 1) * width, np.uint8)
+    kernels.unpack(packed, 4, codes)
+    levels *= table[::16, 0][codes[width:]]
+    constants = np.repeat(offsets, block_size)[width : (rows + 1) * width] if affine else np.zeros(1)
+    expected = (levels + constants).reshape(rows, width) @ x
+    bound = (width + 4) * (EPS / 2) * ((np.abs(levels) + np.abs(constants)).reshape(rows, width) @ np.abs(x))
+    found = np.full((2, rows), np.nan, np.float32)
+    for some, at_once in zip(found, (rows, 1), strict=True):
+        for r in range(0, rows, at_once):
+            start = (1 + r) * width
+            first = start // block_size
+            simd.matvec(packed, 4, table, scales[first:], offsets[first:], block_size, start, x, some[r : r + at_once])
+    assert (np.abs(found[0] - expected) <= bound).all() and np.array_equal(*found)
+
+
+@vectors
+@pytest.mark.parametrize("width", [64, 1024])
+def test_vectors_keep_a_row_that_is_not_finite_apart(width):
+    packed, table, scales, _ = vectors_case(False, 3 * width, 64)
+    x, y, sick = np.ones(width, np.float32), np.empty(3, np.float32), np.empty(3, np.float32)
+    simd.matvec(packed, 4, table, scales, NO_OFFSETS, 64, 0, x, y)
+    changed = scales.copy()
+    changed[width // 64 : 2 * width // 64] = np.nan
+    simd.matvec(packed, 4, table, frozen(changed, np.float32), NO_OFFSETS, 64, 0, x, sick)
+    assert np.isnan(sick[1]) and np.array_equal(sick[[0, 2]], y[[0, 2]])
 
 
 @vectors
@@ -325,12 +397,27 @@ def test_a_weight_that_is_not_finite_is_named_by_loops_and_vectors(value, block_
         CodebookWeight.quantize(w, block_size=block_size)
 
 
-def test_vectors_need_avx2():
-    code = "from minilora.quant import simd; print(simd.available())"
+def run_compiled_for(features, *arguments):
+    """Run Python with Numba compiling for a processor that has no more than these features."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONPATH": root, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert run.stdout == "False\n"
+    environment = {**os.environ, "PYTHONPATH": root, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root)
+
+
+AVX2 = "+avx2,+fma,+f16c"
+
+
+@pytest.mark.parametrize("features, expected", [("", "False False"), ("+avx2", "False False"), (AVX2, "True False")])
+def test_vectors_need_avx2_and_wide_ones_avx512(features, expected):
+    run = run_compiled_for(features, "-c", "from minilora.quant import simd, vectors; print(simd.available(), vectors.wide())")
+    assert run.stdout == f"{expected}\n", run.stderr
+
+
+@pytest.mark.skipif(not (simd.available() and wide()), reason="runs above in AVX2 already, if at all")
+def test_avx2_does_what_avx512_does():
+    """The tests of the vectors above once more, compiled without AVX-512."""
+    run = run_compiled_for(AVX2, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_vectors_ and not need")
+    assert run.returncode == 0, run.stdout
 
 
 COUNT_SIGNATURES = """
@@ -362,8 +449,8 @@ print(json.dumps([warmed, found]))
 """
 
 
-def test_each_kernel_compiles_one_signature():
-    """A second signature is another second of the user's first minute; a read-only array is another type to Numba."""
+def test_each_kernel_compiles_one_signature_or_two_where_scales_differ():
+    """A second signature is another part of the user's first minute; a read-only array is another type to Numba."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "PYTHONPATH": root}
     run = subprocess.run([sys.executable, "-c", COUNT_SIGNATURES], env=environment, capture_output=True, text=True, check=True)
@@ -371,5 +458,7 @@ def test_each_kernel_compiles_one_signature():
         public = {name: n for name, n in found.items() if "._" not in name}
         used = {name: n for name, n in public.items() if n}
         blocks = "blocks_simd" if blocks_simd.available() else "blocks"
-        expected = ["kernels"] * 8 + ["simd"] * 3 * simd.available() + [blocks] * 2
-        assert sorted(name.split(".")[-2] for name in used) == sorted(expected) and set(used.values()) == {1}, public
+        expected = ["kernels"] * 8 + ["simd"] * 2 * simd.available() + [blocks] * 2
+        assert sorted(name.split(".")[-2] for name in used) == sorted(expected), public
+        twice = {name for name, n in used.items() if n > 1}  # for scales in float32 and in float16
+        assert twice <= {"minilora.quant.simd.dequantize"} and max(used.values()) <= 2, public

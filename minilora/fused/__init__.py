@@ -19,9 +19,10 @@ Array = np.ndarray
 Cache = tuple[Any, ...]
 
 __all__ = [
-    "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward", "cross_entropy_forward",
-    "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer", "product", "product_t", "rms_norm_backward",
-    "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax", "swiglu_backward", "swiglu_forward",
+    "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward",
+    "cross_entropy_forward", "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer", "product",
+    "product_t", "rms_norm_backward", "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax",
+    "swiglu_backward", "swiglu_forward",
 ]  # fmt: skip
 
 

@@ -190,8 +190,8 @@ def adapter_gradients(
     for first in range(0, m, NEAR):
         rows = min(NEAR, m - first)
         for j in range(0, r, COLUMNS):
-            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, dy, zero, zero, scratch, dh,
-                        first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
+            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, dy, zero, zero, scratch,
+                        dh, first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
         add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)
         add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da, first > 0)
 
@@ -307,5 +307,6 @@ def adapter_backward(dy: Array, h: Array, p: Array, b: Array) -> tuple[Array, Ar
     size = ROWS * COLUMNS + LANES - 1 + NEAR * COLUMNS + n * -(-r // COLUMNS) * COLUMNS
     scratch = np.empty(size, np.float32, like=dy)
     if isinstance(dy, np.ndarray):
-        adapter_gradients(*map(flat, (dy, h, p, b, scratch, dh)), m, n, k, r, 1, scratch, *(g.reshape(-1) for g in (dh, db, da)))
+        adapter_gradients(flat(dy), flat(h), flat(p), flat(b), flat(scratch), flat(dh), m, n, k, r, 1, scratch, dh.reshape(-1),
+                          db.reshape(-1), da.reshape(-1))
     return dh, db.T.copy(), da

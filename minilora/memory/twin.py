@@ -21,7 +21,7 @@ from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RM
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.quant import blocks_simd, kernels
-from minilora.quant.packed import TILE, PackedWeight
+from minilora.quant.packed import TILE, PackedWeight, in_vectors
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
 from minilora.transformer import Transformer, build_model, parameter_shapes
@@ -44,8 +44,9 @@ class ShapeWeight(PackedWeight):
     def of(cls, weight: PackedWeight) -> ShapeWeight:
         """The shape of a real weight."""
         arrays = {kind: [ShapeArray.new(a.shape, a.dtype) for a in group] for kind, group in weight.arrays().items()}
+        block_size = getattr(weight, "block_size", 32)
         return cls(weight.shape, arrays, offset_group=getattr(weight, "offset_group", 0), few=weight._few, bits=weight.bits,
-                   block_size=getattr(weight, "block_size", 32), decoded=_decoded(weight.arrays()),
+                   block_size=block_size, decoded=_decoded(weight.arrays(), weight.bits, weight.shape[1], block_size),
                    quant_type=getattr(weight, "quant_type", ""))
 
     @classmethod
@@ -74,8 +75,8 @@ class ShapeWeight(PackedWeight):
             names = [config.quant_type, "dynamic"] if config.double_quant else [config.quant_type]
             scales = [ShapeArray.new(*n) for n in nested] if config.double_quant else [ShapeArray.new((blocks,), np.float32)]
             arrays = {"codes": codes, "scales": scales, "offsets": [], "code_maps": code_maps(*names)}
-        return cls(shape, arrays, offset_group=block if config.affine else 0, block_size=block, decoded=_decoded(arrays),
-                   bits=config.bits, quant_type=config.quant_type)
+        return cls(shape, arrays, offset_group=block if config.affine else 0, block_size=block,
+                   decoded=_decoded(arrays, config.bits, in_, block), bits=config.bits, quant_type=config.quant_type)
 
     @classmethod
     def stored(cls, shape: tuple[int, int], quant_type: str) -> ShapeWeight:
@@ -125,11 +126,16 @@ class ShapeWeight(PackedWeight):
         return
 
 
-def _decoded(arrays: dict[str, list[Any]]) -> int:
-    """How many arrays decoding makes anew: float16 and nested scales and offsets become float32, plain float32 ones are views."""
-    if arrays["codes"][0].ndim > 1:  # blocks are read as they lie
+def _decoded(arrays: dict[str, list[Any]], bits: int, width: int, block_size: int) -> int:
+    """How many arrays decoding makes anew: float16 and nested scales and offsets become float32, plain float32 ones are views.
+
+    Vectors read a scale and an offset in float16 where they lie, as blocks do.
+    """
+    scales, offsets = arrays["scales"], arrays["offsets"]
+    halves = bool(offsets) and offsets[0].dtype == np.float16
+    if arrays["codes"][0].ndim > 1 or (halves and in_vectors(bits, width, block_size)):
         return 0
-    return sum(bool(group) and group[0].dtype != np.float32 for group in (arrays["scales"], arrays["offsets"]))
+    return sum(bool(group) and group[0].dtype != np.float32 for group in (scales, offsets))
 
 
 _maps: dict[str, ShapeArray] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minilora.config import require, require_in
-from minilora.quant import fits, kernels
+from minilora.quant import fits, kernels, simd
 from minilora.quant.packed import Array, CodedWeight, checked, frozen, packed
 
 
@@ -132,7 +132,14 @@ class AffineWeight(CodedWeight):
         """Return the stored arrays by class."""
         return {"codes": [self.codes], "scales": [self.scale], "offsets": [self._offset], "code_maps": []}
 
+    @property
+    def _decodes_scales(self) -> bool:  # vectors read float16 where it lies
+        return not (self._kernels is simd and self._zeros is None and self._offset.dtype == np.float16)
+
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
+        if not self._decodes_scales:
+            scale_bits, offset_bits = (a.view(np.uint16).reshape(-1)[first:last] for a in (self.scale, self._offset))
+            return scale_bits, offset_bits
         scale = _as_float32(self.scale, first, last)
         if self._zeros is None:
             return scale, _as_float32(self._offset, first, last)

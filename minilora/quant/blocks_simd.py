@@ -26,7 +26,21 @@ from numba.core.registry import cpu_target
 from numba.extending import register_model
 
 from minilora.quant.kernels import Array, kernel
-from minilora.quant.simd import _FLAGS, _FLOATS, _all, _call, _ints, _load, _pick, _plus, _pointer, _store, _times, intrinsic
+from minilora.quant.vectors import (
+    _FLAGS,
+    _FLOATS,
+    _all,
+    _call,
+    _ints,
+    _load,
+    _pick,
+    _plus,
+    _pointer,
+    _prefetch,
+    _store,
+    _times,
+    intrinsic,
+)
 
 _I8, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(32), ir.HalfType(), ir.FloatType()
 _I32x32, _F32x8, _F32x16, _F32x32 = (ir.VectorType(t, n) for t, n in ((_I32, 32), (_F32, 8), (_F32, 16), (_F32, 32)))
@@ -48,16 +62,19 @@ def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
     at = first * size
     if size == 18:  # Q4_0
         for i in range(0, out.size, 32):
+            _prefetch(out, i + 512)
             q = _plus(_nibbles(blocks, at + 2), _all(np.float32(-8)))
             _store(_times(q, _all(_half(blocks, at))), out, i)
             at += size
     elif size == 20:  # Q4_1
         for i in range(0, out.size, 32):
+            _prefetch(out, i + 512)
             dq = _times(_nibbles(blocks, at + 4), _all(_half(blocks, at)))
             _store(_plus(dq, _all(_half(blocks, at + 2))), out, i)
             at += size
     else:  # Q8_0
         for i in range(0, out.size, 32):
+            _prefetch(out, i + 512)
             _store(_times(_bytes(blocks, at + 2), _all(_half(blocks, at))), out, i)
             at += size
 

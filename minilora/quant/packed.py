@@ -66,6 +66,11 @@ def table_of(quant_type: str) -> Array:
     return kernels.lookup_table(levels, bits)
 
 
+def in_vectors(bits: int, width: int, block_size: int) -> bool:
+    """Whether the vectors of the simd module decode a weight of this width, in blocks of this size."""
+    return bits == 4 and width % 32 == 0 and block_size % 32 == 0 and simd.available()
+
+
 class PackedWeight(ABC):
     """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64 input).
 
@@ -219,17 +224,21 @@ class CodedWeight(PackedWeight):
 
     @abstractmethod
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return read-only float32 (scales, offsets) of blocks first … last - 1; empty offsets mean 0."""
+        """Return read-only (scales, offsets) of blocks first … last - 1: float32, or float16's bits for vectors; empty: 0."""
 
     def _window(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
         return self._block_values(start // self.block_size, -(-stop // self.block_size))
 
     @property
+    def _decodes_scales(self) -> bool:
+        """Whether the kernels' scales and offsets are made from what is stored; if so, a part at a time."""
+        return True
+
+    @property
     def _kernels(self) -> Any:
         """The module that decodes this weight; the bits are the same."""
-        by_32 = self.bits == 4 and self.shape[1] % 32 == 0 and self.block_size % 32 == 0
-        return simd if by_32 and simd.available() else kernels
+        return simd if in_vectors(self.bits, self.shape[1], self.block_size) else kernels
 
     def _decode_into(self, start: int, out: Array) -> None:
         scales, offsets = self._window(start, start + out.size)
@@ -237,7 +246,7 @@ class CodedWeight(PackedWeight):
 
     def _multiply_few(self, x: Array, out: Array) -> None:
         width = self.shape[1]
-        for first, last in self._tiles(4 * TILE):  # scales that must be decoded are, a part at a time
+        for first, last in self._tiles(4 * TILE if self._decodes_scales else self.shape[0] * width):
             scales, offsets = self._window(first * width, last * width)
             self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, first * width, x[0],
                                  out[0, first:last])  # fmt: skip

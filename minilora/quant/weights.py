@@ -166,6 +166,10 @@ class CodebookWeight(CodedWeight):
             scales, maps = [self.scales], [self.code_map]
         return {"codes": [self.codes], "scales": scales, "offsets": [], "code_maps": maps}
 
+    @property
+    def _decodes_scales(self) -> bool:
+        return isinstance(self.scales, DoubleQuant)
+
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
         if isinstance(self.scales, DoubleQuant):
             return self.scales.decode(first, last), NO_OFFSETS
