@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora import fused as F
+from minilora import fused as F  # the functions of minilora.functional, for float32 compiled
 from minilora.config import ModelConfig
 
 Array = np.ndarray

@@ -1,5 +1,5 @@
 """Products of float32 matrices, compiled here instead of taken from BLAS, for what BLAS cannot do: a low-rank path inside the
-product, sums added to what is there, and the same bytes for any number of rows, shards and threads.
+product, sums added to what is there, and the same bits in a row whatever rows stand beside it.
 
     product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
 
@@ -29,7 +29,7 @@ NEAR = 96
 TURNED = 256
 """Rows of dyᵀ that are turned at a time: half a megabyte."""
 FEW = 8
-"""So many rows or fewer do not repay the rearrangement of the other factor."""
+"""So many rows or fewer do not repay the rearrangement of the other factor: BLAS multiplies them."""
 
 
 @kernel
