@@ -62,8 +62,9 @@ def ids_of(config):
 
 
 def logits_of(torch, model, ids):
+    """Logits as in training, where bitsandbytes keeps float32: evaluating, it multiplies in bfloat16 where the processor can."""
     with torch.no_grad():
-        return model.eval()(input_ids=torch.from_numpy(ids)).logits.float().numpy()
+        return model.train()(input_ids=torch.from_numpy(ids)).logits.float().numpy()
 
 
 def opened(transformers, folder, **options):

@@ -318,8 +318,9 @@ def codes_of(dense):
     return np.abs((blocks / absmax)[..., None] - codebooks.code_map("nf4")).argmin(axis=-1).reshape(-1), absmax[:, 0]
 
 
+# with AVX-512 bitsandbytes 0.50 decodes rows wrongly whose length is a multiple of 16, but no whole number of blocks: none here
 @pytest.mark.parametrize("steps", [1, 3])
-@pytest.mark.parametrize("shape, r", [((48, 64), 4), ((24, 40), 1), ((128, 32), 16)])
+@pytest.mark.parametrize("shape, r", [((48, 64), 4), ((24, 40), 1), ((32, 128), 16)])
 def test_loftq_finds_their_codes_and_product(torch, loftq_init, steps, shape, r):
     w = RNG(r).standard_normal(shape).astype(np.float32)
     theirs_q, their_a, their_b = (x.numpy() for x in loftq_init(torch.from_numpy(w), 4, r, steps))
