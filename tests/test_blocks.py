@@ -318,7 +318,7 @@ def test_zeros_and_subnormals_quantize_to_zero(quant_type):
 def test_quantizing_in_pieces_is_quantizing_row_by_row(quant_type, monkeypatch):
     w = matrix(11, 96)
     whole = BlockWeight.quantize(w, quant_type).blocks
-    monkeypatch.setattr(blocks, "TILE", 128)
+    monkeypatch.setattr(blocks, "PIECE", 128)
     assert np.array_equal(BlockWeight.quantize(w, quant_type).blocks, whole)
     assert np.array_equal(np.concatenate([BlockWeight.quantize(row[None], quant_type).blocks for row in w]), whole)
 
@@ -422,7 +422,7 @@ def test_blocks_that_do_not_fit_are_refused(change, message):
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 @pytest.mark.parametrize(("quant_type", "at", "name"), [("Q4_0", 0, "d"), ("Q4_1", 0, "d"), ("Q4_1", 2, "m"), ("Q8_0", 0, "d")])
 def test_a_scale_that_is_not_finite_is_refused_by_row_and_block(quant_type, at, name, bad, monkeypatch):
-    monkeypatch.setattr(blocks, "TILE", 4)  # two rows of blocks at a time
+    monkeypatch.setattr(blocks, "PIECE", 4)  # two rows of blocks at a time
     raw = random_blocks(quant_type, 9, 64)
     raw.reshape(9, 2, -1)[7, 1, at : at + 2] = np.frombuffer(struct.pack("<e", bad), np.uint8)
     with pytest.raises(ValueError, match=rf"{name} of {quant_type} block \[7, 1\]={bad}: must be finite"):

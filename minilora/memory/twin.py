@@ -21,7 +21,7 @@ from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RM
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.quant import blocks_simd, kernels
-from minilora.quant.packed import TILE, PackedWeight, in_vectors
+from minilora.quant.packed import PackedWeight, in_vectors
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
 from minilora.transformer import Transformer, build_model, parameter_shapes
@@ -211,7 +211,7 @@ def tile_bytes(model: Transformer) -> int:
     """Scratch that a worker keeps for decoded tiles, once the twin has run a step."""
     weights = [getattr(linear, "base", linear).weight for _, linear in model.linears()]
     largest = max((w.largest_tile for w in weights if isinstance(w, ShapeWeight)), default=0)
-    return 4 * max(TILE, largest) if largest else 0
+    return 4 * largest
 
 
 def layer_names(model: Transformer) -> dict[int, str]:

@@ -22,7 +22,7 @@ from minilora.config import require, require_in
 from minilora.quant import blocks_simd
 from minilora.quant.affine import AffineWeight
 from minilora.quant.kernels import kernel
-from minilora.quant.packed import TILE, Array, PackedWeight, checked, packed
+from minilora.quant.packed import Array, PackedWeight, checked, packed
 
 BLOCK = 32
 """Weights of a block; a row is a whole number of blocks."""
@@ -31,6 +31,10 @@ BLOCK_BYTES = {"Q4_0": 2 + 16, "Q4_1": 2 + 2 + 16, "Q8_0": 2 + 32}
 """Bytes of a block by type; the kernels tell the types apart by this number."""
 
 HALF = np.dtype("<f2")
+
+
+PIECE = 256 * 1024
+"""Weights that are quantized, or looked at, together: a megabyte of float32."""
 
 
 class BlockWeight(PackedWeight):
@@ -88,8 +92,8 @@ class BlockWeight(PackedWeight):
         w = checked(w)
         require(w.shape[1] % BLOCK == 0, "w.shape", w.shape, f"in must be a multiple of {BLOCK}")
         blocks = np.empty((w.size // BLOCK, BLOCK_BYTES[quant_type]), np.uint8)
-        for first in range(0, len(blocks), TILE // BLOCK):  # a tile at a time, so that temporaries stay small
-            part = slice(first, first + TILE // BLOCK)
+        for first in range(0, len(blocks), PIECE // BLOCK):  # a tile at a time, so that temporaries stay small
+            part = slice(first, first + PIECE // BLOCK)
             _quantize(w.reshape(-1, BLOCK)[part], quant_type, blocks[part])
         return cls(blocks.reshape(w.shape[0], -1), quant_type, (w.shape[0], w.shape[1]))
 
@@ -146,7 +150,7 @@ class BlockWeight(PackedWeight):
 
 def _check_finite(values: Array, what: str) -> None:
     """Refuse float16 infinity and NaN by row and block; a megabyte at a time, so that a memory map is never all in memory."""
-    step = max(1, TILE // values.shape[1])
+    step = max(1, PIECE // values.shape[1])
     for first in range(0, len(values), step):
         bad = ~np.isfinite(values[first : first + step])
         if bad.any():
