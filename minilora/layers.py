@@ -260,11 +260,10 @@ class Attention:
         dq, dk = F.rope_backward(dq, *rope), F.rope_backward(dk, *rope)
         # q, k and v read the same x, so their gradients add up
         dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads, last)
-        dx_k = self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads, last)
-        dx_v = self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads, last)
-        if not last:
-            dx += dx_k
-            dx += dx_v
+        for linear, dz, cache_z in ((self.k_proj, dk, cache_k), (self.v_proj, dv, cache_v)):
+            part = linear.backward(dz.reshape(B, T, -1), cache_z, grads, last)
+            if not last:
+                dx += part
         return dx
 
 
@@ -368,8 +367,9 @@ class Block:
     def checkpoint(cache: Cache) -> Cache:
         """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and v.
 
-        That is the part of a cache (a sixth to a quarter) whose recomputation would take four products with base weights; left to
-        compute again are norms, probabilities and the wide part of the MLP (selective recomputation, arXiv 2205.05198).
+        That is the part of a cache (a quarter, of QA-LoRA's a third) whose recomputation would take four products with base
+        weights; left to compute again are norms, probabilities and the wide part of the MLP (selective recomputation, arXiv
+        2205.05198).
         """
         ((x, _), (_, _, (q, k, v, _), _)), ((mixed, _), _) = cache
         return x, mixed, (q, k, v)

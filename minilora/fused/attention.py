@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.fused.products import aligned, pack_panel, times_panel
+from minilora.fused.products import aligned, pack_panel, panel_width, times_panel
 from minilora.fused.rows import ONE, exp, largest
 from minilora.fused.vectors import COLUMNS, LANES, ROWS
 from minilora.jit import kernel
@@ -27,7 +27,7 @@ NO_SEGMENTS = np.empty(0, np.int64)
 
 def sizes(T: int, D: int) -> tuple[int, int, int, int, int]:
     """Columns of a panel of values and of keys; the size of a head's panels; numbers from one row of scores to the next; 1."""
-    width = LANES if D <= LANES else 2 * LANES if D <= 2 * LANES else COLUMNS
+    width = panel_width(D)
     whole = -(-T // COLUMNS) * COLUMNS
     stride = whole + 16  # not a power of two, whose rows would share a place in the cache
     return width, COLUMNS, whole * -(-D // width) * width, stride, 1

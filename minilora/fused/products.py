@@ -131,10 +131,8 @@ def multiply(
                 pack_panel(a, left_at, a_row, a_step, m, deep, scratch, rows, deep)
                 left, left_at, left_row, left_step = written, rows, deep, 1
             source = b_at + first * b_k + block * b_n
-            together = broad // COLUMNS * COLUMNS if b_n == 1 else 0  # whole panels, row by row
-            if in_place:
-                together = 0
-            for i in range(deep if together else 0):
+            together = broad // COLUMNS * COLUMNS if b_n == 1 and not in_place else 0  # whole panels, row by row
+            for i in range(deep):
                 for j in range(0, together, LANES):
                     move(b, source + i * b_k + j, scratch, panels + j // COLUMNS * size + i * COLUMNS + j % COLUMNS)
             ahead = source + deep * b_k if b_n == 1 else b_at + (block + COLUMNS) * b_n + first * COLUMNS
@@ -182,7 +180,7 @@ def adapter_gradients(
     dy (m, n), h and dh (m, r), p (m, k), b (n, r); db (r, n) is the transpose of b's gradient, da (r, k). ``written`` is scratch,
     and ``dh_written`` dh, to be read.
     """
-    zero, width = one - one, panel_width(min(r, COLUMNS))
+    zero, width = one - one, panel_width(r)
     ragged = ROWS * COLUMNS + aligned(scratch)
     panels = ragged + NEAR * COLUMNS
     for j in range(0, r, COLUMNS):

@@ -36,7 +36,10 @@ def exp(x: Any) -> Any:
 
 @kernel
 def largest(x: Array) -> Any:
-    """max(x), NaN if there is one: of whole numbers in the same order, since of float32 LLVM would make no vectors."""
+    """max(x), of whole numbers in the same order, since of float32 LLVM would make no vectors.
+
+    A NaN counts as +∞ or, if its sign is set, as −∞: what is then computed from all of x is NaN in either case.
+    """
     bits = x.view(np.int32)
     best = np.int32(-(2**31))
     for i in range(bits.size):

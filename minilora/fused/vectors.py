@@ -80,7 +80,8 @@ def _tile(columns: int) -> Any:
         """c[c_at + m·c_row + n] = (or, with add, +=) the sum above for m < rows.
 
         a[m, k] is a[at + m·row + k·step], more (…, more_depth) has whole rows, lines of the panel are ``line`` apart. Rows from
-        ``rows`` on are computed as copies of the last one: c must have room for ROWS of them.
+        ``rows`` on are computed as copies of the last one: c must have room for ROWS of them. With each k of a the line of the
+        cache that holds ahead[ahead_at + k·ahead_step] is asked for.
         """
 
         def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:

@@ -1,6 +1,6 @@
 """What all packed weights share: products that decode one tile of rows at a time, and never keep the dense matrix.
 
-Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a small scratch of its thread and goes to BLAS.
+Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a scratch of its thread, and is multiplied there.
 """
 
 from __future__ import annotations
