@@ -453,7 +453,9 @@ def test_each_kernel_compiles_one_signature_or_two_where_scales_differ():
     """A second signature is another part of the user's first minute; a read-only array is another type to Numba."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "PYTHONPATH": root}
-    run = subprocess.run([sys.executable, "-c", COUNT_SIGNATURES], env=environment, capture_output=True, text=True, check=True)
+    for _ in range(2):  # from the cache: a kernel that is compiled here would bring those with it that it calls
+        command = [sys.executable, "-c", COUNT_SIGNATURES]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     for found in json.loads(run.stdout):  # after the warm-up, and after all that a weight can do
         public = {name: n for name, n in found.items() if "._" not in name}
         used = {name: n for name, n in public.items() if n}

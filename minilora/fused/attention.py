@@ -61,8 +61,8 @@ def times_keys(
 ) -> None:  # fmt: skip
     """scratch[place + i·stride + j] = q_i · k_j for m queries and the first ``seen`` keys."""
     for j in range(0, seen, COLUMNS):
-        times_panel(q, at, row, one, D, q, at, one - one, written, keys + j * D, columns, columns, q, at, one - one, scratch,
-                    scratch, place + j, stride, m, min(COLUMNS, seen - j), one < 1)
+        times_panel(q, at, row, one, D, q, at, one - one, written, keys + j * D, columns, columns, scratch, scratch,
+                    place + j, stride, m, min(COLUMNS, seen - j), one < 1)
 
 
 @kernel
@@ -72,8 +72,8 @@ def times_values(
 ) -> None:  # fmt: skip
     """y_i (+)= Σ_j P[i, j] v_j for m rows P[i, j] = written[p + i·p_row + j·p_step] and the first ``seen`` of ``deep`` values."""
     for j in range(0, D, COLUMNS):
-        times_panel(written, p, p_row, p_step, seen, written, p, one - one, written, values + j * deep, width, width, written, p,
-                    one - one, scratch, y, at + j, row, m, min(COLUMNS, D - j), add)
+        times_panel(written, p, p_row, p_step, seen, written, p, one - one, written, values + j * deep, width, width, scratch, y,
+                    at + j, row, m, min(COLUMNS, D - j), add)
 
 
 @kernel

@@ -5,7 +5,7 @@ product, sums added to what is there, and the same bits in a row whatever rows s
 
 and ``adapter_backward``, the three gradients of the low-rank path in one pass over dy.
 
-The right factor is rearranged into panels, DEPTH × COLUMNS numbers that stay in the second-level cache while all rows pass
+The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left one pass
 (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
 rows, and processors without vectors are left to NumPy.
 """
@@ -22,8 +22,11 @@ from minilora.jit import kernel
 Array = np.ndarray
 Pair = tuple[Array, Array]
 
-DEPTH, BREADTH, BLOCK, SHALLOW = 640, 1024, 192 * 1024, 128
-"""The largest block of the right factor, in numbers a side and altogether; the depth at which few rows of the left one pass."""
+DEPTH, BREADTH, SOME = 640, 256, 192
+"""A block of the right factor, DEPTH × BREADTH numbers in panels, and so many rows of the left one stay in the second-level cache
+while they are multiplied."""
+SHALLOW = 128
+"""The depth of a block that few rows pass."""
 NEAR = 96
 """Rows whose gradients for an adapter are taken together."""
 TURNED = 256
@@ -71,28 +74,23 @@ def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Arr
 @kernel
 def times_panel(
     a: Array, at: int, row: int, step: int, k: int, more: Array, more_at: int, more_k: int, panel: Array, panel_at: int,
-    line: int, width: int, ahead: Array, ahead_at: int, ahead_step: int, edge: Array, c: Array, c_at: int, c_row: int, m: int,
-    n: int, add: bool,
+    line: int, width: int, edge: Array, c: Array, c_at: int, c_row: int, m: int, n: int, add: bool,
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] panel[k, j] + Σ_l more[i, l] panel[k + l, j] for i < m, j < n.
 
-    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS. For each k ``ahead_step`` numbers of
-    ``ahead`` are asked for from memory.
+    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS.
     """
     for i in range(0, m, ROWS):
         rows = min(ROWS, m - i)
         whole = rows == ROWS and n == width
         out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, width)
-        left, left2, adds, soon = at + i * row, more_at + i * more_k, add and whole, ahead_at + i // ROWS * k * ahead_step
+        left, left2, adds = at + i * row, more_at + i * more_k, add and whole
         if width == LANES:
-            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
-                   out_row, rows, adds)
+            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
         elif width == 2 * LANES:
-            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
-                   out_row, rows, adds)
+            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
         else:
-            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, ahead, soon, ahead_step, out, out_at,
-                   out_row, rows, adds)
+            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
         if not whole:
             for r in range(rows):
                 to = c_at + (i + r) * c_row
@@ -109,8 +107,7 @@ def multiply(
     """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] b2[l, j] over flat arrays.
 
     a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[b_at + k·b_k + j·b_n], likewise b2; more (m, rank); c's rows c_row apart.
-    b is rearranged in blocks of ``depth`` × ``breadth``, read from memory in the order in which they lie there; while one is
-    multiplied by the rows of a, the next is asked for. ``scratch`` holds an edge, the panels and, where a is read by columns, a
+    b is rearranged in blocks of ``depth`` × ``breadth``. ``scratch`` holds an edge, the panels and, where a is read by columns, a
     part of its transpose; ``written`` is the same memory, read-only as all that is read: of what is called, Numba would otherwise
     compile a version for each mixture.
     """
@@ -118,37 +115,32 @@ def multiply(
     panels, size = ROWS * COLUMNS + aligned(scratch), (depth + rank) * COLUMNS
     rows = panels + size * (breadth // COLUMNS)
     turned = scratch.size >= rows + LANES  # dyᵀ x: what the tile reads as a row lies far apart in memory
-    tiles = (m + ROWS - 1) // ROWS
-    ahead_step = (COLUMNS + tiles - 1) // tiles if tiles < COLUMNS and (b_k == 1 or n <= breadth) else 0
-    zero = m * 0  # a variable: for constants, too, there would be versions
-    for block in range(0, n, breadth):
-        broad = min(breadth, n - block)
-        for first in range(0, k, depth):
-            deep = min(depth, k - first)
-            more_k = rank if first + deep == k else 0
-            left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
-            if turned:
-                pack_panel(a, left_at, a_row, a_step, m, deep, scratch, rows, deep)
-                left, left_at, left_row, left_step = written, rows, deep, 1
-            source = b_at + first * b_k + block * b_n
-            together = broad // COLUMNS * COLUMNS if b_n == 1 and not in_place else 0  # whole panels, row by row
-            for i in range(deep):
-                for j in range(0, together, LANES):
-                    move(b, source + i * b_k + j, scratch, panels + j // COLUMNS * size + i * COLUMNS + j % COLUMNS)
-            ahead = source + deep * b_k if b_n == 1 else b_at + (block + COLUMNS) * b_n + first * COLUMNS
-            for j in range(0, broad, COLUMNS):
-                columns = min(COLUMNS, broad - j)
-                width, panel = panel_width(columns), panels + j // COLUMNS * size
-                right, right_at, line = written, panel, width
-                if in_place and columns == width:
-                    right, right_at, line = b, source + j, b_k
-                elif j >= together:
-                    pack_panel(b, source + j * b_n, b_k, b_n, deep, columns, scratch, panel, width)
+    for first in range(0, k, depth):
+        deep = min(depth, k - first)
+        more_k = rank if first + deep == k else 0
+        left, left_at, left_row, left_step = a, a_at + first * a_step, a_row, a_step
+        if turned:
+            pack_panel(a, left_at, a_row, a_step, m, deep, scratch, rows, deep)
+            left, left_at, left_row, left_step = written, rows, deep, 1
+        for block in range(0, n, breadth):
+            end = min(n, block + breadth)
+            for j in range(block, end, COLUMNS):
+                columns, place = min(COLUMNS, n - j), panels + (j - block) // COLUMNS * size
+                width = panel_width(columns)
+                if not in_place or columns < width:
+                    pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, deep, columns, scratch, place, width)
                 if more_k:
-                    pack_panel(b2, (block + j) * b2_n, b2_k, b2_n, rank, columns, scratch, panel + deep * width, width)
-                times_panel(left, left_at, left_row, left_step, deep, more, zero, more_k, right, right_at, line, width, b,
-                            ahead + j // COLUMNS * tiles * deep * ahead_step, ahead_step, scratch, c, c_at + block + j, c_row, m,
-                            columns, add or first > 0)
+                    pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, place + deep * width, width)
+            for i in range(0, m, SOME):
+                for j in range(block, end, COLUMNS):
+                    columns = min(COLUMNS, n - j)
+                    width = panel_width(columns)
+                    right, right_at, line = written, panels + (j - block) // COLUMNS * size, width
+                    if in_place and columns == width:
+                        right, right_at, line = b, b_at + first * b_k + j, b_k
+                    times_panel(left, left_at + i * left_row, left_row, left_step, deep, more, i * more_k, more_k, right,
+                                right_at, line, width, scratch, c, c_at + i * c_row + j, c_row, min(SOME, m - i), columns,
+                                add or first > 0)
 
 
 @kernel
@@ -162,12 +154,11 @@ def add_outer(
         n = min(COLUMNS, width - j)
         columns = panel_width(n)
         if n == columns:
-            times_panel(a, at, one, r, rows, a, at, zero, x, x_at + j, width, columns, x, x_at, zero, scratch, out, j, width, r,
-                        n, add)
+            times_panel(a, at, one, r, rows, a, at, zero, x, x_at + j, width, columns, scratch, out, j, width, r, n, add)
         else:
             pack_panel(x, x_at + j, width, one, rows, n, scratch, ragged, columns)
-            times_panel(a, at, one, r, rows, a, at, zero, written, ragged, columns, columns, x, x_at, zero, scratch, out, j,
-                        width, r, n, add)
+            times_panel(a, at, one, r, rows, a, at, zero, written, ragged, columns, columns, scratch, out, j, width, r,
+                        n, add)
 
 
 @kernel
@@ -188,8 +179,8 @@ def adapter_gradients(
     for first in range(0, m, NEAR):
         rows = min(NEAR, m - first)
         for j in range(0, r, COLUMNS):
-            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, dy, zero, zero, scratch,
-                        dh, first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
+            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, scratch, dh,
+                        first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
         add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)
         add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da, first > 0)
 
@@ -216,16 +207,16 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
               k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
     """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
     rank = pair[0].shape[-1] if pair else 0
-    breadth = COLUMNS if b_k == 1 else -(-min(n, BREADTH) // COLUMNS) * COLUMNS
-    depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else min(DEPTH, max(LANES, BLOCK // breadth))
+    depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else DEPTH
     depth = -(-k // -(-k // depth) // LANES) * LANES  # all blocks equally deep
+    breadth = COLUMNS if m <= SOME else min(BREADTH, -(-n // COLUMNS) * COLUMNS)
     turned = m * depth if a_row == 1 and m > COLUMNS else 0
     scratch = np.empty(ROWS * COLUMNS + LANES - 1 + (depth + rank) * breadth + turned, np.float32, like=c)
     if isinstance(c, np.ndarray):
         more, b2 = map(flat, pair) if pair else (NONE, NONE)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
-        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, depth, breadth,
-                 flat(scratch), scratch, c.reshape(-1), c_at, c.shape[-1])
+        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, depth,
+                 breadth, flat(scratch), scratch, c.reshape(-1), c_at, c.shape[-1])
 
 
 def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:

@@ -22,9 +22,9 @@ import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.core.datamodel.models import PrimitiveModel
-from numba.core.registry import cpu_target
 from numba.extending import register_model
 
+from minilora.jit import FEATURES
 from minilora.quant.kernels import Array, kernel
 from minilora.quant.vectors import (
     _FLAGS,
@@ -49,8 +49,7 @@ _I32x32, _F32x8, _F32x16, _F32x32 = (ir.VectorType(t, n) for t, n in ((_I32, 32)
 @cache
 def available() -> bool:
     """Whether Numba compiles for a processor with AVX2, fused multiply-add and conversion of float16."""
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    return {"+avx2", "+fma", "+f16c"} <= set(features)
+    return {"+avx2", "+fma", "+f16c"} <= FEATURES
 
 
 # ---- kernels: arguments as in the blocks module

@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 
-from minilora.jit import kernel
+from minilora.jit import FEATURES, kernel
 from minilora.quant.kernels import SMALLEST_ABSMAX, Array
 from minilora.quant.vectors import (
     _all,
@@ -40,7 +40,6 @@ from minilora.quant.vectors import (
     _tables,
     _times,
     _weights,
-    features,
     wide,
 )
 
@@ -58,7 +57,7 @@ LONG = 1024
 @cache
 def available() -> bool:
     """Whether Numba compiles for a processor with AVX2, fused multiply-add and conversion of float16."""
-    return {"+avx2", "+fma", "+f16c"} <= features()
+    return {"+avx2", "+fma", "+f16c"} <= FEATURES
 
 
 # ---- kernels: arguments as in the kernels module, but of 4 bits, and starts, sizes and block sizes are multiples of 32

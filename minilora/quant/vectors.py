@@ -6,28 +6,22 @@ additions, do not reach these operations: an operation that has flags of its own
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import extending
 from numba.core import cgutils, types
 from numba.core.datamodel.models import PrimitiveModel
-from numba.core.registry import cpu_target
 from numba.extending import register_model
+
+from minilora.jit import FEATURES
 
 intrinsic: Any = extending.intrinsic
 
 
-@cache
-def features() -> frozenset[str]:
-    """What Numba compiles for, as "+avx2"; its cache on disk goes by the same list."""
-    return frozenset(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-
-
 def wide() -> bool:
     """Whether operations use AVX-512, else AVX2."""
-    return "+avx512f" in features()
+    return "+avx512f" in FEATURES
 
 
 # ---- the type; helpers that write LLVM code
