@@ -13,7 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 settings: Any = numba.config
 if settings.CPU_FEATURES is None and "+avx512f" in codegen.get_host_cpu_features():
-    # LLVM would fill only half of each vector, for the first processors that had such long ones: a step takes 3 % longer
+    # LLVM would fill only half of each vector, for the first processors that had such long ones: a step takes 1 to 2 % longer
     settings.CPU_FEATURES = codegen.get_host_cpu_features() + ",-prefer-256-bit"
 TRIPLE, _, _FEATURES = cpu_target.target_context.codegen().magic_tuple()
 FEATURES = frozenset(_FEATURES.split(","))

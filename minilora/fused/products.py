@@ -5,7 +5,7 @@ product, sums added to what is there, and the same bits in a row whatever rows s
 
 and ``adapter_backward``, the three gradients of the low-rank path in one pass over dy.
 
-The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left one pass
+The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left pass
 (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
 rows, and processors without vectors are left to NumPy.
 """

@@ -30,8 +30,8 @@ ROWS = 6
 COLUMNS = (2 if AVX2 and not AVX512 else 4) * LANES
 """Rows and columns of a full tile: 24 vectors of sums in 32 registers, with AVX2 12 in 16."""
 TURN = 4
-"""Steps of k in a turn of a tile's loop: with a panel in the second-level cache a tenth faster than one. With steps and lines that
-are no constants LLVM would run out of registers for their addresses."""
+"""Steps of k in a turn of a tile's loop: with a panel in the second-level cache a tenth faster than one. With steps and lines
+that are no constants LLVM would run out of registers for their addresses."""
 
 _I32, _I64, _F32 = ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VECTOR = ir.VectorType(_F32, LANES)
