@@ -13,7 +13,8 @@ import numpy as np
 from minilora import functional
 from minilora.functional import cross_entropy_backward, gelu_backward, gelu_forward, group_repeat, rope_tables, softmax
 from minilora.fused import attention, rows
-from minilora.fused.products import adapter_backward, compiled, flat, outer, product, product_t
+from minilora.fused.adapters import adapter_backward
+from minilora.fused.products import compiled, flat, outer, product, product_t
 
 Array = np.ndarray
 Cache = tuple[Any, ...]

@@ -3,8 +3,6 @@ product, sums added to what is there, and the same bits in a row whatever rows s
 
     product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
 
-and ``adapter_backward``, the three gradients of the low-rank path in one pass over dy.
-
 The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left pass
 (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
 rows, and processors without vectors are left to NumPy.
@@ -16,7 +14,20 @@ from typing import Any
 
 import numpy as np
 
-from minilora.fused.vectors import AVAILABLE, COLUMNS, LANES, ROWS, move, tile_1, tile_2, tile_4, transpose
+from minilora.fused.vectors import (
+    AVAILABLE,
+    COLUMNS,
+    FEW_ROWS,
+    LANES,
+    ROWS,
+    few_2,
+    few_4,
+    move,
+    tile_1,
+    tile_2,
+    tile_4,
+    transpose,
+)
 from minilora.jit import kernel
 
 Array = np.ndarray
@@ -27,8 +38,6 @@ DEPTH, BREADTH, SOME = 640, 256, 192
 while they are multiplied."""
 SHALLOW = 128
 """The depth of a block that few rows pass."""
-NEAR = 96
-"""Rows whose gradients for an adapter are taken together."""
 TURNED = 256
 """Rows of dyᵀ that are turned at a time: half a megabyte."""
 FEW = 8
@@ -144,45 +153,50 @@ def multiply(
 
 
 @kernel
-def add_outer(
-    a: Array, at: int, r: int, x: Array, x_at: int, width: int, rows: int, one: int, scratch: Array, written: Array, ragged: int,
-    out: Array, add: bool,
-) -> None:  # fmt: skip
-    """out (r, width) (+)= Σ_n a[at + n·r + i] x[x_at + n·width + j] over a few rows n, with x where it lies."""
-    zero = one - one
-    for j in range(0, width, COLUMNS):
-        n = min(COLUMNS, width - j)
-        columns = panel_width(n)
-        if n == columns:
-            times_panel(a, at, one, r, rows, a, at, zero, x, x_at + j, width, columns, scratch, out, j, width, r, n, add)
-        else:
-            pack_panel(x, x_at + j, width, one, rows, n, scratch, ragged, columns)
-            times_panel(a, at, one, r, rows, a, at, zero, written, ragged, columns, columns, scratch, out, j, width, r,
-                        n, add)
+def groups_of(n: int, k: int) -> int:
+    """Steps of k that share a vector with n columns: 4, 2, or 1 if there are too many columns, or k is odd."""
+    return 4 if 4 * n <= LANES and k % 4 == 0 else 2 if 2 * n <= LANES and k % 2 == 0 else 1
 
 
 @kernel
-def adapter_gradients(
-    dy: Array, h: Array, p: Array, b: Array, written: Array, dh_written: Array, m: int, n: int, k: int, r: int, one: int,
-    scratch: Array, dh: Array, db: Array, da: Array,
-) -> None:  # fmt: skip
-    """dh = dy b, db = hᵀ dy, da = dhᵀ p, NEAR rows after the other, so that dy is read from memory once.
+def pack_few(b: Array, b_k: int, b_n: int, k: int, n: int, group: int, panel: Array, panel_at: int) -> None:
+    """Rearrange b (k, n) for ``times_few``, with 0 for the columns that a vector has room for beside n."""
+    for i in range(k):
+        at = panel_at + i // group * LANES + i % group
+        for j in range(n):
+            panel[at + j * group] = b[i * b_k + j * b_n]
+        for j in range(n, LANES // group):
+            panel[at + j * group] = 0
 
-    dy (m, n), h and dh (m, r), p (m, k), b (n, r); db (r, n) is the transpose of b's gradient, da (r, k). ``written`` is scratch,
-    and ``dh_written`` dh, to be read.
-    """
-    zero, width = one - one, panel_width(r)
-    ragged = ROWS * COLUMNS + aligned(scratch)
-    panels = ragged + NEAR * COLUMNS
-    for j in range(0, r, COLUMNS):
-        pack_panel(b, j, r, one, n, min(COLUMNS, r - j), scratch, panels + j * n, width)
-    for first in range(0, m, NEAR):
-        rows = min(NEAR, m - first)
-        for j in range(0, r, COLUMNS):
-            times_panel(dy, first * n, n, one, n, dy, zero, zero, written, panels + j * n, width, width, scratch, dh,
-                        first * r + j, r, rows, min(COLUMNS, r - j), one < 1)
-        add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)
-        add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da, first > 0)
+
+@kernel
+def times_few(
+    a: Array, at: int, k: int, panel: Array, panel_at: int, group: int, edge: Array, c: Array, c_at: int, m: int, n: int
+) -> None:
+    """c[i, j] = Σ_k a[i, k] b[k, j] for m rows and few columns, b from ``pack_few``; rows of a and c follow one another."""
+    columns = LANES // group
+    for i in range(0, m, FEW_ROWS):
+        rows = min(FEW_ROWS, m - i)
+        whole = rows == FEW_ROWS and n == columns
+        out, out_at = (c, c_at + i * n) if whole else (edge, 0)
+        if group == 4:
+            few_4(a, at + i * k, k, k // 4, panel, panel_at, out, out_at, rows)
+        else:
+            few_2(a, at + i * k, k, k // 2, panel, panel_at, out, out_at, rows)
+        if not whole:
+            for r in range(rows):
+                for j in range(n):
+                    c[c_at + (i + r) * n + j] = edge[r * columns + j]
+
+
+@kernel
+def multiply_few(
+    a: Array, b: Array, b_k: int, b_n: int, m: int, n: int, k: int, written: Array, scratch: Array, c: Array
+) -> None:
+    """c (m, n) = a (m, k) times few columns b[k, j] = b[k·b_k + j·b_n]."""
+    group, panel = groups_of(n, k), ROWS * COLUMNS + aligned(scratch)
+    pack_few(b, b_k, b_n, k, n, group, scratch, panel)
+    times_few(a, m * 0, k, written, panel, group, scratch, c, m * 0, m, n)
 
 
 # ---- from NumPy
@@ -207,6 +221,11 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
               k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
     """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
     rank = pair[0].shape[-1] if pair else 0
+    if (a_row, a_step, c.shape[-1]) == (k, 1, n) and not (rank or add) and groups_of(n, k) > 1:
+        scratch = np.empty(ROWS * COLUMNS + LANES - 1 + k * LANES, np.float32, like=c)
+        if isinstance(c, np.ndarray):
+            multiply_few(flat(a), flat(b), b_k, b_n, m, n, k, flat(scratch), scratch, c.reshape(-1))
+        return
     depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else DEPTH
     depth = -(-k // -(-k // depth) // LANES) * LANES  # all blocks equally deep
     breadth = COLUMNS if m <= SOME else min(BREADTH, -(-n // COLUMNS) * COLUMNS)
@@ -277,25 +296,3 @@ def outer(dy: Array, x: Array) -> Array:
     for first in range(0, m, TURNED):
         _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n)
     return dw
-
-
-def adapter_backward(dy: Array, h: Array, p: Array, b: Array) -> tuple[Array, Array, Array]:
-    """The gradients of y = h bᵀ with h = p aᵀ: dh = dy b, db = dyᵀ h, da = dhᵀ p.
-
-    Shapes: dy (…, out), h (…, r), p (…, in), b (out, r) → dh (…, r), db (out, r), da (r, in).
-
-    >>> [g.tolist() for g in adapter_backward(np.ones((2, 3)), np.ones((2, 1)), np.ones((2, 4)), np.ones((3, 1)))]
-    [[[3.0], [3.0]], [[2.0], [2.0], [2.0]], [[6.0, 6.0, 6.0, 6.0]]]
-    """
-    (n, r), k = b.shape, p.shape[-1]
-    m = dy.size // n
-    if m <= FEW or not compiled(dy, h, p, b):
-        dh = dy @ b
-        return dh, dy.reshape(-1, n).T @ h.reshape(-1, r), dh.reshape(-1, r).T @ p.reshape(-1, k)
-    dh, db, da = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
-    size = ROWS * COLUMNS + LANES - 1 + NEAR * COLUMNS + n * -(-r // COLUMNS) * COLUMNS
-    scratch = np.empty(size, np.float32, like=dy)
-    if isinstance(dy, np.ndarray):
-        adapter_gradients(flat(dy), flat(h), flat(p), flat(b), flat(scratch), flat(dh), m, n, k, r, 1, scratch, dh.reshape(-1),
-                          db.reshape(-1), da.reshape(-1))
-    return dh, db.T.copy(), da

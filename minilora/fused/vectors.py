@@ -29,6 +29,10 @@ LANES = 16 if AVX512 else 8 if AVX2 else 4
 ROWS = 6
 COLUMNS = (2 if AVX2 and not AVX512 else 4) * LANES
 """Rows and columns of a full tile: 24 vectors of sums in 32 registers, with AVX2 12 in 16."""
+TALL, BROAD = (4 if AVX2 and not AVX512 else 8), 3 * LANES
+"""Rows and columns of a tile for the gradients of an adapter, whose rows are its rank."""
+FEW_ROWS = 8
+"""Rows of a tile for few columns."""
 TURN = 4
 """Steps of k in a turn of a tile's loop: with a panel in the second-level cache a tenth faster than one. With steps and lines
 that are no constants LLVM would run out of registers for their addresses."""
@@ -52,15 +56,37 @@ def _vector_at(builder: Any, place: Any, index: int = 0) -> Any:
     return builder.bitcast(builder.gep(place, [_number(index)]), _VECTOR.as_pointer())
 
 
-def _spread(builder: Any, value: Any) -> Any:
-    one = builder.insert_element(ir.Constant(_VECTOR, ir.Undefined), value, ir.Constant(_I32, 0))
-    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(_I32, LANES), [0] * LANES))
+def _shuffle(builder: Any, value: Any, order: list[int]) -> Any:
+    return builder.shuffle_vector(value, value, ir.Constant(ir.VectorType(_I32, len(order)), order))
+
+
+def _spread(builder: Any, place: Any, group: int) -> Any:
+    """A vector that repeats the ``group`` numbers at a place."""
+    numbers = builder.load(builder.bitcast(place, ir.VectorType(_F32, group).as_pointer()), align=4)
+    return _shuffle(builder, numbers, [i % group for i in range(LANES)])
+
+
+def _folded(builder: Any, value: Any, group: int) -> Any:
+    """The sums of each ``group`` neighbours of a vector."""
+    for n in (LANES // 2, LANES // 4)[: group // 2]:
+        value = builder.fadd(*(_shuffle(builder, value, [2 * i + odd for i in range(n)]) for odd in (0, 1)))
+    return value
+
+
+def _rows(builder: Any, height: int, rows: Any) -> list[Any]:
+    """0 … rows − 1, and the last again, to the height of a tile."""
+    last = builder.sub(rows, _number(1))
+    return [builder.select(builder.icmp_signed("<", _number(m), last), _number(m), last) for m in range(height)]
 
 
 def _sweep(
-    builder: Any, sums: list[Any], starts: list[Any], step: Any, panel: Any, line: Any, first: Any, end: Any, turn: int
-) -> list[Any]:
-    """sums[m, j] += Σ_k starts[m][k·step] · panel[k·line + j·LANES …] for first ≤ k < end, ``turn`` of them at once."""
+    builder: Any, sums: list[Any], starts: list[Any], step: Any, panel: Any, line: Any, first: Any, end: Any, turn: int,
+    group: int = 1,
+) -> list[Any]:  # fmt: skip
+    """sums[m, j] += Σ_k starts[m][k·step] · panel[k·line + j·LANES …] for first ≤ k < end, ``turn`` of them at once.
+
+    With a group it is so many numbers from starts[m][k·step] on, repeated, by which a line of the panel is multiplied.
+    """
     vectors, before = len(sums) // len(starts), builder.block
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
     loop, body, after = (builder.append_basic_block(name) for name in ("k", "k.body", "k.end"))
@@ -76,7 +102,7 @@ def _sweep(
         numbers, place = builder.gep(panel, [builder.mul(next_k, line)]), builder.mul(next_k, step)
         right = [builder.load(_vector_at(builder, numbers, LANES * j), align=4) for j in range(vectors)]
         for m, start in enumerate(starts):
-            left = _spread(builder, builder.load(builder.gep(start, [place])))
+            left = _spread(builder, builder.gep(start, [place]), group)
             for j in range(vectors):
                 new[m * vectors + j] = builder.call(fma, [left, right[j], new[m * vectors + j]])
         next_k = builder.add(next_k, _number(1))
@@ -87,8 +113,8 @@ def _sweep(
     return old
 
 
-def _tile(columns: int) -> Any:
-    """The intrinsic of a tile of ROWS × columns."""
+def _tile(height: int, columns: int) -> Any:
+    """The intrinsic of a tile of height × columns."""
     vectors = columns // LANES
 
     @intrinsic
@@ -99,17 +125,16 @@ def _tile(columns: int) -> Any:
         """c[c_at + m·c_row + n] = (or, with add, +=) the sum above for m < rows.
 
         a[m, k] is a[at + m·row + k·step], more (…, more_depth) has whole rows, lines of the panel are ``line`` apart. Rows from
-        ``rows`` on are computed as copies of the last one: c must have room for ROWS of them.
+        ``rows`` on are computed as copies of the last one: c must have room for ``height`` of them.
         """
 
         def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
             _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, c_row, rows, add = v
-            last = builder.sub(rows, _number(1))
-            index = [builder.select(builder.icmp_signed("<", _number(m), last), _number(m), last) for m in range(ROWS)]
+            index = _rows(builder, height, rows)
             a, more, panel, c = (_pointer(context, builder, signature, v, i) for i in (0, 5, 8, 11))
             starts = [builder.gep(a, [builder.mul(i, row)]) for i in index]
             starts2 = [builder.gep(more, [builder.mul(i, more_depth)]) for i in index]
-            sums = [ir.Constant(_VECTOR, [0.0] * LANES)] * (ROWS * vectors)
+            sums = [ir.Constant(_VECTOR, [0.0] * LANES)] * (height * vectors)
             zero, one, width = _number(0), _number(1), _number(columns)
             usual = builder.and_(builder.icmp_signed("==", step, one), builder.icmp_signed("==", line, width))
             whole = builder.select(usual, builder.and_(depth, _number(-TURN)), zero)
@@ -119,7 +144,7 @@ def _tile(columns: int) -> Any:
             with builder.if_else(add) as (then, otherwise):
                 for branch, adds in ((then, True), (otherwise, False)):
                     with branch:
-                        for m in range(ROWS):
+                        for m in range(height):
                             numbers = builder.gep(c, [builder.mul(_number(m), c_row)])
                             for j in range(vectors):
                                 place, value = _vector_at(builder, numbers, LANES * j), sums[m * vectors + j]
@@ -133,7 +158,41 @@ def _tile(columns: int) -> Any:
     return tile
 
 
-tile_1, tile_2, tile_4 = _tile(LANES), _tile(2 * LANES), _tile(COLUMNS)
+tile_1, tile_2, tile_4 = _tile(ROWS, LANES), _tile(ROWS, 2 * LANES), _tile(ROWS, COLUMNS)
+tall = _tile(TALL, BROAD)
+
+
+def _few(group: int) -> Any:
+    """The intrinsic of a tile of FEW_ROWS × LANES / group columns, whose panel has ``group`` steps of k in a line."""
+
+    @intrinsic
+    def few(typing: Any, a: Any, at: Any, row: Any, groups: Any, panel: Any, panel_at: Any, c: Any, c_at: Any, rows: Any) -> Any:
+        """c[c_at + m·LANES/group + n] = Σ_k a[at + m·row + k] · panel[panel_at + k//group·LANES + n·group + k%group] for m < rows.
+
+        The sum runs over ``groups`` lines. Rows from ``rows`` on are computed as copies of the last one.
+        """
+
+        def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
+            _, _, row, groups, _, _, _, _, rows = v
+            a, panel, c = (_pointer(context, builder, signature, v, i) for i in (0, 4, 6))
+            starts = [builder.gep(a, [builder.mul(i, row)]) for i in _rows(builder, FEW_ROWS, rows)]
+            sums = [ir.Constant(_VECTOR, [0.0] * LANES)] * FEW_ROWS
+            whole, line = builder.and_(groups, _number(-TURN)), _number(LANES)
+            sums = _sweep(builder, sums, starts, _number(group), panel, line, _number(0), whole, TURN, group)
+            sums = _sweep(builder, sums, starts, _number(group), panel, line, whole, groups, 1, group)
+            for m, value in enumerate(sums):
+                value = _folded(builder, value, group)
+                place = builder.gep(c, [_number(m * LANES // group)])
+                builder.store(value, builder.bitcast(place, value.type.as_pointer()), align=4)
+            return context.get_dummy_value()
+
+        i = types.intp
+        return types.void(a, i, i, i, panel, i, c, i, i), build
+
+    return few
+
+
+few_2, few_4 = _few(2), _few(4)
 
 
 @intrinsic
