@@ -68,8 +68,8 @@ def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Arr
         done = k
     elif b_k == 1:
         done = k // LANES * LANES
-        for i in range(0, done, LANES):
-            for j in range(0, whole, LANES):
+        for j in range(0, whole, LANES):  # a few rows of b at a time, each read on and on: the processor sees that, and reads ahead
+            for i in range(0, done, LANES):
                 transpose(b, at + i + j * b_n, b_n, panel, panel_at + i * width + j, width)
     if done < k or whole < width:
         for i in range(k):
