@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from minilora.fused.products import aligned, pack_panel, panel_width, times_panel
+from minilora.fused.products import aligned, pack_panel, times_narrow
 from minilora.fused.rows import ONE, exp, largest
-from minilora.fused.vectors import COLUMNS, LANES, ROWS
+from minilora.fused.vectors import LANES, LOW, NARROW
 from minilora.jit import kernel
 
 Array = np.ndarray
@@ -25,55 +25,54 @@ QUERIES = 64
 NO_SEGMENTS = np.empty(0, np.int64)
 
 
-def sizes(T: int, D: int) -> tuple[int, int, int, int, int]:
-    """Columns of a panel of values and of keys; the size of a head's panels; numbers from one row of scores to the next; 1."""
-    width = panel_width(D)
-    whole = -(-T // COLUMNS) * COLUMNS
+def sizes(T: int, D: int) -> tuple[int, int, int]:
+    """The size of a head's panels; numbers from one row of scores to the next; 1."""
+    whole = -(-T // NARROW) * NARROW
     stride = whole + 16  # not a power of two, whose rows would share a place in the cache
-    return width, COLUMNS, whole * -(-D // width) * width, stride, 1
+    return whole * -(-D // NARROW) * NARROW, stride, 1
 
 
 def scratch_size(T: int, D: int, panels: int, blocks: int) -> int:
     """What a kernel needs: an edge, panels, and blocks of scores."""
-    _, _, size, stride, _ = sizes(T, D)
-    return ROWS * COLUMNS + LANES - 1 + panels * size + blocks * min(QUERIES, T) * stride
+    size, stride, _ = sizes(T, D)
+    return LOW * NARROW + LANES - 1 + panels * size + blocks * min(QUERIES, T) * stride
 
 
 @kernel
-def pack_keys(x: Array, b: int, head: int, T: int, K: int, D: int, one: int, columns: int, scratch: Array, place: int) -> None:
-    """The transposed keys of a head as panels of COLUMNS keys, D deep: what a query is multiplied by."""
-    for j in range(0, T, COLUMNS):
+def pack_keys(x: Array, b: int, head: int, T: int, K: int, D: int, one: int, scratch: Array, place: int) -> None:
+    """The transposed keys of a head as panels of NARROW keys, D deep: what a query is multiplied by."""
+    for j in range(0, T, NARROW):
         at = ((b * T + j) * K + head) * D
-        pack_panel(x, at, one, K * D, D, min(COLUMNS, T - j), scratch, place + j * D, columns)
+        pack_panel(x, at, one, K * D, D, min(NARROW, T - j), scratch, place + j * D, NARROW * one)
 
 
 @kernel
-def pack_values(x: Array, at: int, row: int, m: int, D: int, one: int, width: int, scratch: Array, place: int) -> None:
-    """m rows of D numbers as panels of up to COLUMNS of them: what a row of probabilities is multiplied by."""
-    for j in range(0, D, COLUMNS):
-        pack_panel(x, at + j, row, one, m, min(COLUMNS, D - j), scratch, place + j * m, width)
+def pack_values(x: Array, at: int, row: int, m: int, D: int, one: int, scratch: Array, place: int) -> None:
+    """m rows of D numbers as panels of up to NARROW of them: what a row of probabilities is multiplied by."""
+    for j in range(0, D, NARROW):
+        pack_panel(x, at + j, row, one, m, min(NARROW, D - j), scratch, place + j * m, NARROW * one)
 
 
 @kernel
 def times_keys(
-    q: Array, at: int, row: int, m: int, D: int, seen: int, one: int, columns: int, written: Array, keys: int, scratch: Array,
-    place: int, stride: int,
+    q: Array, at: int, row: int, m: int, D: int, seen: int, one: int, written: Array, keys: int, scratch: Array, place: int,
+    stride: int,
 ) -> None:  # fmt: skip
     """scratch[place + i·stride + j] = q_i · k_j for m queries and the first ``seen`` keys."""
-    for j in range(0, seen, COLUMNS):
-        times_panel(q, at, row, one, D, q, at, one - one, written, keys + j * D, columns, columns, scratch, scratch,
-                    place + j, stride, m, min(COLUMNS, seen - j), one < 1)
+    for j in range(0, seen, NARROW):
+        times_narrow(q, at, row, one, D, written, keys + j * D, NARROW * one, scratch, scratch, place + j, stride, m,
+                     min(NARROW, seen - j), one < 1)
 
 
 @kernel
 def times_values(
-    written: Array, p: int, p_row: int, p_step: int, m: int, seen: int, values: int, deep: int, D: int, one: int, width: int,
-    scratch: Array, y: Array, at: int, row: int, add: bool,
+    written: Array, p: int, p_row: int, p_step: int, m: int, seen: int, values: int, deep: int, D: int, one: int, scratch: Array,
+    y: Array, at: int, row: int, add: bool,
 ) -> None:  # fmt: skip
     """y_i (+)= Σ_j P[i, j] v_j for m rows P[i, j] = written[p + i·p_row + j·p_step] and the first ``seen`` of ``deep`` values."""
-    for j in range(0, D, COLUMNS):
-        times_panel(written, p, p_row, p_step, seen, written, p, one - one, written, values + j * deep, width, width, scratch, y,
-                    at + j, row, m, min(COLUMNS, D - j), add)
+    for j in range(0, D, NARROW):
+        times_narrow(written, p, p_row, p_step, seen, written, values + j * deep, NARROW * one, scratch, y, at + j, row, m,
+                     min(NARROW, D - j), add)
 
 
 @kernel
@@ -88,23 +87,23 @@ def mask(segments: Array, b: int, T: int, i: int, row: Array) -> None:
 
 @kernel
 def attention_forward(
-    q: Array, k: Array, v: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int, width: int,
-    columns: int, size: int, stride: int, one: int, scratch: Array, y: Array, lse: Array,
+    q: Array, k: Array, v: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int, size: int,
+    stride: int, one: int, scratch: Array, y: Array, lse: Array,
 ) -> None:  # fmt: skip
     """Write y and lse, with two panels and one block of scores."""
-    keys = ROWS * COLUMNS + aligned(scratch)
+    keys = LOW * NARROW + aligned(scratch)
     values, p = keys + size, keys + 2 * size
     scale = ONE / np.sqrt(np.float32(D))
     for b in range(B):
         for group in range(K):
-            pack_keys(k, b, group, T, K, D, one, columns, scratch, keys)
-            pack_values(v, (b * T * K + group) * D, K * D, T, D, one, width, scratch, values)
+            pack_keys(k, b, group, T, K, D, one, scratch, keys)
+            pack_values(v, (b * T * K + group) * D, K * D, T, D, one, scratch, values)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
                     seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    times_keys(q, at, H * D, m, D, seen, one, columns, written, keys, scratch, p, stride)
+                    times_keys(q, at, H * D, m, D, seen, one, written, keys, scratch, p, stride)
                     for i in range(m):
                         row = scratch[p + i * stride : p + i * stride + seen]
                         mask(segments, b, T, first + i, row)
@@ -112,20 +111,22 @@ def attention_forward(
                         for j in range(seen):
                             row[j] = exp((row[j] - top) * scale)
                             total += row[j]
-                        inverse = ONE / total
-                        for j in range(seen):
-                            row[j] *= inverse
+                        scratch[p + i * stride + stride - 1] = ONE / total  # behind the row, until y is there
                         lse[(b * H + h) * T + first + i] = top * scale + np.log(total)
-                    times_values(written, p, stride, one, m, seen, values, T, D, one, width, scratch, y, at, H * D, one < 1)
+                    times_values(written, p, stride, one, m, seen, values, T, D, one, scratch, y, at, H * D, one < 1)
+                    for i in range(m):
+                        inverse = scratch[p + i * stride + stride - 1]
+                        for d in range(at + i * H * D, at + i * H * D + D):
+                            y[d] *= inverse
 
 
 @kernel
 def attention_backward(
     dy: Array, q: Array, k: Array, v: Array, lse: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int,
-    width: int, columns: int, size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
+    size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
     """Write dq, dk and dv, with four panels and two blocks of scores."""
-    keys_t = ROWS * COLUMNS + aligned(scratch)
+    keys_t = LOW * NARROW + aligned(scratch)
     values_t, keys, few, p = keys_t + size, keys_t + 2 * size, keys_t + 3 * size, keys_t + 4 * size
     dp = p + min(QUERIES, T) * stride
     scale = ONE / np.sqrt(np.float32(D))
@@ -134,16 +135,16 @@ def attention_backward(
     for b in range(B):
         for group in range(K):
             key_at = (b * T * K + group) * D
-            pack_keys(k, b, group, T, K, D, one, columns, scratch, keys_t)
-            pack_keys(v, b, group, T, K, D, one, columns, scratch, values_t)
-            pack_values(k, key_at, K * D, T, D, one, width, scratch, keys)
+            pack_keys(k, b, group, T, K, D, one, scratch, keys_t)
+            pack_keys(v, b, group, T, K, D, one, scratch, values_t)
+            pack_values(k, key_at, K * D, T, D, one, scratch, keys)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
                     seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    times_keys(q, at, H * D, m, D, seen, one, columns, written, keys_t, scratch, p, stride)
-                    times_keys(dy, at, H * D, m, D, seen, one, columns, written, values_t, scratch, dp, stride)
+                    times_keys(q, at, H * D, m, D, seen, one, written, keys_t, scratch, p, stride)
+                    times_keys(dy, at, H * D, m, D, seen, one, written, values_t, scratch, dp, stride)
                     for i in range(m):
                         row = scratch[p + i * stride : p + i * stride + seen]
                         drow = scratch[dp + i * stride : dp + i * stride + seen]
@@ -154,9 +155,9 @@ def attention_backward(
                             pull += row[j] * drow[j]
                         for j in range(seen):
                             drow[j] = row[j] * (drow[j] - pull) * scale
-                    times_values(written, dp, stride, one, m, seen, keys, T, D, one, width, scratch, dq, at, H * D, one < 1)
+                    times_values(written, dp, stride, one, m, seen, keys, T, D, one, scratch, dq, at, H * D, one < 1)
                     # the queries, and heads, that look at a key add up
-                    pack_values(dy, at, H * D, m, D, one, width, scratch, few)
-                    times_values(written, p, one, stride, seen, m, few, m, D, one, width, scratch, dv, key_at, K * D, one > 0)
-                    pack_values(q, at, H * D, m, D, one, width, scratch, few)
-                    times_values(written, dp, one, stride, seen, m, few, m, D, one, width, scratch, dk, key_at, K * D, one > 0)
+                    pack_values(dy, at, H * D, m, D, one, scratch, few)
+                    times_values(written, p, one, stride, seen, m, few, m, D, one, scratch, dv, key_at, K * D, one > 0)
+                    pack_values(q, at, H * D, m, D, one, scratch, few)
+                    times_values(written, dp, one, stride, seen, m, few, m, D, one, scratch, dk, key_at, K * D, one > 0)

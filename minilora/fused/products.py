@@ -19,6 +19,8 @@ from minilora.fused.vectors import (
     COLUMNS,
     FEW_ROWS,
     LANES,
+    LOW,
+    NARROW,
     ROWS,
     few_2,
     few_4,
@@ -26,6 +28,7 @@ from minilora.fused.vectors import (
     tile_1,
     tile_2,
     tile_4,
+    tile_low,
     transpose,
 )
 from minilora.jit import kernel
@@ -47,7 +50,7 @@ FEW = 8
 @kernel
 def panel_width(n: int) -> int:
     """The narrowest tile for n columns."""
-    return LANES if n <= LANES else 2 * LANES if n <= 2 * LANES else COLUMNS
+    return LANES if n <= LANES else NARROW if n <= NARROW else COLUMNS
 
 
 @kernel
@@ -68,7 +71,7 @@ def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Arr
         done = k
     elif b_k == 1:
         done = k // LANES * LANES
-        for j in range(0, whole, LANES):  # a few rows of b at a time, each read on and on: the processor sees that, and reads ahead
+        for j in range(0, whole, LANES):  # a few rows of b at a time, in which the processor can read ahead
             for i in range(0, done, LANES):
                 transpose(b, at + i + j * b_n, b_n, panel, panel_at + i * width + j, width)
     if done < k or whole < width:
@@ -96,7 +99,7 @@ def times_panel(
         left, left2, adds = at + i * row, more_at + i * more_k, add and whole
         if width == LANES:
             tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
-        elif width == 2 * LANES:
+        elif width == NARROW:
             tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
         else:
             tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
@@ -105,6 +108,24 @@ def times_panel(
                 to = c_at + (i + r) * c_row
                 for j in range(n):
                     c[to + j] = edge[r * width + j] + (c[to + j] if add else np.float32(0))
+
+
+@kernel
+def times_narrow(
+    a: Array, at: int, row: int, step: int, k: int, panel: Array, panel_at: int, line: int, edge: Array, c: Array, c_at: int,
+    c_row: int, m: int, n: int, add: bool,
+) -> None:  # fmt: skip
+    """c[i, j] (+)= Σ_k a[i, k] panel[k, j] for i < m, j < n ≤ NARROW, in tiles of LOW rows; as ``times_panel`` otherwise."""
+    for i in range(0, m, LOW):
+        rows = min(LOW, m - i)
+        whole = rows == LOW and n == NARROW
+        out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, NARROW)
+        tile_low(a, at + i * row, row, step, k, a, at, 0, panel, panel_at, line, out, out_at, out_row, rows, add and whole)
+        if not whole:
+            for r in range(rows):
+                to = c_at + (i + r) * c_row
+                for j in range(n):
+                    c[to + j] = edge[r * NARROW + j] + (c[to + j] if add else np.float32(0))
 
 
 @kernel

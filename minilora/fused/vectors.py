@@ -29,8 +29,8 @@ LANES = 16 if AVX512 else 8 if AVX2 else 4
 ROWS = 6
 COLUMNS = (2 if AVX2 and not AVX512 else 4) * LANES
 """Rows and columns of a full tile: 24 vectors of sums in 32 registers, with AVX2 12 in 16."""
-TALL, BROAD = (4 if AVX2 and not AVX512 else 8), 3 * LANES
-"""Rows and columns of a tile for the gradients of an adapter, whose rows are its rank."""
+LOW, NARROW = (4 if AVX2 and not AVX512 else 8), 2 * LANES
+"""Rows and columns of a tile for what comes in multiples of 8, as ranks and a block of queries do, and in heads of 32 or 64."""
 FEW_ROWS = 8
 """Rows of a tile for few columns."""
 TURN = 4
@@ -158,8 +158,8 @@ def _tile(height: int, columns: int) -> Any:
     return tile
 
 
-tile_1, tile_2, tile_4 = _tile(ROWS, LANES), _tile(ROWS, 2 * LANES), _tile(ROWS, COLUMNS)
-tall = _tile(TALL, BROAD)
+tile_1, tile_2, tile_4 = _tile(ROWS, LANES), _tile(ROWS, NARROW), _tile(ROWS, COLUMNS)
+tile_low = _tile(LOW, NARROW)
 
 
 def _few(group: int) -> Any:
@@ -167,7 +167,7 @@ def _few(group: int) -> Any:
 
     @intrinsic
     def few(typing: Any, a: Any, at: Any, row: Any, groups: Any, panel: Any, panel_at: Any, c: Any, c_at: Any, rows: Any) -> Any:
-        """c[c_at + m·LANES/group + n] = Σ_k a[at + m·row + k] · panel[panel_at + k//group·LANES + n·group + k%group] for m < rows.
+        """c[c_at + m·LANES/group + n] = Σ_k a[at + m·row + k] panel[panel_at + k//group·LANES + n·group + k%group] for m < rows.
 
         The sum runs over ``groups`` lines. Rows from ``rows`` on are computed as copies of the last one.
         """
