@@ -155,8 +155,8 @@ def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
 def workers(say: Any, runs: list[Any] | None = None, n_jobs: int = N_JOBS) -> Rows:
     """One row a run of the demonstration, cut short: its process, what was resident before, and the peak."""
     from minilora.study.presets import demo_runs
-    from minilora.study.run import warm_kernels
     from minilora.study.sweep import run_sweep
+    from minilora.study.warm import warm_kernels
 
     runs = demo_runs(steps=SWEEP_STEPS) if runs is None else runs
     warm_kernels()  # as `minilora sweep` does before it starts workers: they load what is compiled

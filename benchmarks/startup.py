@@ -21,7 +21,7 @@ PEER_IMPORTS = {
     "import torch, transformers, peft": "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model",
 }
 COMPILE = """
-from minilora.study.run import warm_kernels
+from minilora.study.warm import warm_kernels
 import json
 print(json.dumps(warm_kernels()))
 """

@@ -238,7 +238,8 @@ def test_the_peers_train_the_same_grid() -> None:
 WARM = """
 import sys
 from minilora.study.presets import demo_runs
-from minilora.study.run import run, warm_kernels
+from minilora.study.run import run
+from minilora.study.warm import warm_kernels
 
 def signatures():
     return {(name, str(s)) for module in list(sys.modules.values()) if module.__name__.startswith("minilora")

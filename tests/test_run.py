@@ -23,10 +23,10 @@ from minilora.study.run import (
     load_run,
     make_run_task,
     run,
-    warm_kernels,
     write,
 )
 from minilora.study.settings import RunConfig
+from minilora.study.warm import warm_kernels
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
 METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.fused.vectors import fma, from_bits, power_of_two
+from minilora.fused.vectors import fma, from_bits, power_of_two, to_bits
 from minilora.jit import kernel
 
 Array = np.ndarray
@@ -40,10 +40,11 @@ def largest(x: Array) -> Any:
 
     A NaN counts as +∞ or, if its sign is set, as −∞: what is then computed from all of x is NaN in either case.
     """
-    bits = x.view(np.int32)
     best = np.int32(-(2**31))
-    for i in range(bits.size):
-        best = max(best, bits[i] ^ ((bits[i] >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+    for i in range(x.size):
+        bits = to_bits(x[i])
+        ordered = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+        best = ordered if ordered > best else best
     return from_bits(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 

@@ -257,6 +257,12 @@ def power_of_two(typing: Any, n: Any) -> Any:
 
 
 @intrinsic
+def to_bits(typing: Any, x: Any) -> Any:
+    """The 32 bits of a float32 number."""
+    return types.int32(types.float32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], _I32)
+
+
+@intrinsic
 def from_bits(typing: Any, bits: Any) -> Any:
     """The float32 number of 32 bits."""
     return types.float32(types.int32), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], _F32)

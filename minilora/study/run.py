@@ -19,12 +19,8 @@ import minilora
 from minilora import memory
 from minilora.config import (
     ADAPTERS,
-    AFFINE_TYPES,
-    CODEBOOK_TYPES,
     LoraConfig,
-    ModelConfig,
     QuantConfig,
-    TrainConfig,
     expand_modules,
     require,
 )
@@ -41,11 +37,11 @@ from minilora.quant.blocks import BLOCK, BlockWeight
 from minilora.quantize import dequantize_model, quantize_model
 from minilora.study.inputs import base_of, check_memory, make_run_task
 from minilora.study.settings import DEFAULT_RATES, NAMES, TINY, RunConfig
+from minilora.study.warm import warm_kernels
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
-from minilora.training.optimizers import clip_, make_optimizer
 from minilora.training.trainer import CHECKPOINT, Trainer, batch_indices
-from minilora.transformer import Transformer, init_model
+from minilora.transformer import Transformer
 
 ADAPTER = "adapter"
 """Where a run's folder keeps its adapter, as PEFT does."""
@@ -339,32 +335,6 @@ def estimate_seconds(configs: Sequence[RunConfig]) -> float:
             looks = loss * (1 + adapter) + text * texts
             total += looks + step * c.steps * c.gradient_accumulation_steps * (c.method in DEFAULT_RATES)
     return total / len(configs)
-
-
-def warm_kernels() -> float:
-    """Compile (or load from disk) every kernel that a sweep of the tiny base needs; returns the seconds it took.
-
-    Kernels are compiled for types, not for sizes: a toy model takes the steps of all methods, over weights of all kinds.
-    """
-    shape = ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
-
-    def touch() -> None:
-        toy = init_model(shape, np.random.default_rng(0))
-        ids = np.arange(32).reshape(2, 16)
-        batch = Batch(ids, ids, np.ones(ids.shape, bool))
-        models = [full(toy)]
-        for kind in (None, *CODEBOOK_TYPES, *AFFINE_TYPES):
-            frozen = toy if kind is None else quantize_model(toy, QuantConfig(kind))
-            models.append(inject_lora(frozen, LoraConfig(use_qalora=kind in AFFINE_TYPES), np.random.default_rng(0)))
-        with single_blas(), Workers(1) as one:
-            for model in models:
-                grads = loss_and_grads(model, batch, one)[1]
-                clip_(grads, 1.0)
-                make_optimizer(model.trainable(), TrainConfig()).step(grads, 0.0)
-                evaluate(model, [batch])
-                generate(model, [[1, 2]], 2, threads=1)
-
-    return _seconds(touch)
 
 
 def _seconds(work: Callable[[], Any]) -> float:
