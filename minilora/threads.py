@@ -62,11 +62,19 @@ class Workers:
         self.threads = available_threads() if threads is None else threads
         if self.threads < 1:
             raise ValueError(f"threads={threads}: must be at least 1")
-        self._pool = ThreadPoolExecutor(self.threads, "minilora") if self.threads > 1 else None
+        self._pool = ThreadPoolExecutor(self.threads - 1, "minilora") if self.threads > 1 else None
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """[function(item) for item in items], in parallel where there are threads."""
-        return [function(item) for item in items] if self._pool is None else list(self._pool.map(function, items))
+        """[function(item) for item in items], in parallel where there are threads, of which the caller's is one."""
+        if self._pool is None:
+            return [function(item) for item in items]
+        todo = [(item, self._pool.submit(function, item)) for item in items]
+        try:
+            own = {i: function(item) for i, (item, future) in reversed(list(enumerate(todo))) if future.cancel()}
+            return [own[i] if i in own else future.result() for i, (_, future) in enumerate(todo)]
+        finally:
+            for _, future in todo:  # after an error nothing more is begun
+                future.cancel()
 
     def close(self) -> None:
         """Stop the threads."""

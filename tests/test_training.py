@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -681,6 +683,23 @@ def test_workers_keep_the_order_and_pass_errors_on(threads):
         with pytest.raises(ZeroDivisionError):
             workers.map(lambda x: 1 // x, [1, 0, 2])
         assert workers.map(str, []) == []
+
+
+def test_the_caller_is_one_of_the_threads_and_an_error_ends_all():
+    with Workers(2) as workers:
+        together = threading.Barrier(2, timeout=30)  # both items at once, or never
+        found = workers.map(lambda _: (together.wait() >= 0, threading.get_ident()), range(2))
+        assert all(ok for ok, _ in found) and {ident for _, ident in found} > {threading.get_ident()}
+        begun = []
+
+        def fail(item):
+            begun.append(item)
+            time.sleep(0.01)
+            raise KeyError(item)
+
+        with pytest.raises(KeyError):
+            workers.map(fail, range(1000))
+        assert len(begun) < 500
 
 
 @pytest.mark.parametrize("threads", [0, -1])
