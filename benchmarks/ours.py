@@ -107,8 +107,8 @@ class Ours:
 
     def _step(self, **memory: Any) -> None:
         _, grads = self._loss_and_grads(**memory)
-        clip_(grads, workload.MAX_NORM)
-        self.optimizer.step(grads, workload.LEARNING_RATE)
+        clip_(grads, workload.MAX_NORM, self.workers(self.threads))
+        self.optimizer.step(grads, workload.LEARNING_RATE, self.workers(self.threads))
 
     def loss(self) -> tuple[float, list[str]]:
         """Loss, and the names of the arrays that have a gradient, which ``gradient`` returns one by one."""

@@ -68,11 +68,6 @@ class Gradients(dict[Parameter, Array]):
         """Add to the gradient of a trainable parameter."""
         self[parameter] += gradient
 
-    def add_all(self, others: Gradients) -> None:
-        """Add those of another shard."""
-        for parameter, gradient in others.items():
-            self[parameter] += gradient
-
 
 class Weight(Protocol):
     """What a Linear asks of its weight W (out, in); how the numbers are stored is the weight's own business."""

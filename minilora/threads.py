@@ -10,14 +10,18 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
+import numpy as np
 from threadpoolctl import ThreadpoolController
 
+ENOUGH = 2**18
+"""Numbers from which a second thread repays being woken: one takes 0.1 ms to add them."""
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -75,6 +79,18 @@ class Workers:
         finally:
             for _, future in todo:  # after an error nothing more is begun
                 future.cancel()
+
+    def map_arrays(self, function: Callable[[T], R], items: Sequence[T], sizes: Sequence[int]) -> list[R]:
+        """``map`` for what is done in no time unless arrays are large: each thread takes neighbours, about as many numbers each.
+
+        Below ENOUGH numbers in all it would take longer to hand them on.
+        """
+        ends = np.cumsum(sizes)
+        if self._pool is None or not len(items) or ends[-1] < ENOUGH:
+            return [function(item) for item in items]
+        cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, self.threads) / self.threads), len(items)]
+        parts = [items[first:end] for first, end in pairwise(cuts)]
+        return list(chain.from_iterable(self.map(lambda part: [function(item) for item in part], parts)))
 
     def close(self) -> None:
         """Stop the threads."""

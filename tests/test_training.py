@@ -329,8 +329,10 @@ def test_training_learns(make):
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
+@pytest.mark.parametrize("enough", [minilora.threads.ENOUGH, 1])  # 1: gradients are added, clipped and applied by all threads
 @every_model
-def test_same_bytes_for_1_2_and_3_threads(make):
+def test_same_bytes_for_1_2_and_3_threads(make, enough, monkeypatch):
+    monkeypatch.setattr(minilora.threads, "ENOUGH", enough)
     found = set()
     for threads in (1, 2, 3):
         model = make()
@@ -683,6 +685,15 @@ def test_workers_keep_the_order_and_pass_errors_on(threads):
         with pytest.raises(ZeroDivisionError):
             workers.map(lambda x: 1 // x, [1, 0, 2])
         assert workers.map(str, []) == []
+
+
+@pytest.mark.parametrize("sizes", [[], [1], [0, 0], [5, 0, 1], [2**20], [1, 2**20, 1], [2**20] * 7, [2**19, 1, 2**19, 2**19]])
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_arrays_are_shared_out_once_each_in_order(threads, sizes):
+    with Workers(threads) as workers:
+        done = []
+        assert workers.map_arrays(lambda i: done.append(i) or -i, range(len(sizes)), sizes) == [-i for i in range(len(sizes))]
+        assert sorted(done) == list(range(len(sizes)))
 
 
 def test_the_caller_is_one_of_the_threads_and_an_error_ends_all():

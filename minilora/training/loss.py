@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from minilora import fused as F
 from minilora.data.tasks import Batch
-from minilora.layers import Array, Gradients, Key
+from minilora.layers import Array, Gradients, Key, Parameter
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 
@@ -93,11 +93,19 @@ def loss_and_grads(model: Transformer, batches: Batch | Sequence[Batch], workers
         for shard_loss_, grads in workers.map(one, list(enumerate(split(batch, shards), start=i * shards))):
             loss += shard_loss_
             if total:
-                total.add_all(grads)
+                _add_all(total, grads, workers)
             else:
                 total = grads
         del grads  # the next batch begins without the last shard's
     return loss, total
+
+
+def _add_all(total: Gradients, grads: Gradients, workers: Workers) -> None:
+    def add(p: Parameter) -> None:
+        with np.errstate(over="ignore", invalid="ignore"):
+            total.add(p, grads[p])
+
+    workers.map_arrays(add, list(grads), [p.data.size for p in grads])
 
 
 @single_blas()

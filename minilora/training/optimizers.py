@@ -13,6 +13,7 @@ from minilora.config import OPTIMIZERS, TrainConfig, require
 from minilora.jit import kernel
 from minilora.layers import Array, Gradients, Parameter
 from minilora.quant.codebooks import dynamic_map
+from minilora.threads import Workers
 from minilora.training.states import (
     CHUNK,
     MIN_8BIT_SIZE,
@@ -60,16 +61,23 @@ class AdamW:
         quantized = any(a.dtype == np.uint8 for a in self._arrays.values())
         return [dynamic_map(signed) for signed in (True, False)] if quantized else []
 
-    def step(self, grads: Gradients, lr: float) -> None:
-        """Update every parameter in place."""
+    def step(self, grads: Gradients, lr: float, workers: Workers | None = None) -> None:
+        """Update every parameter in place; states that are decoded by one thread, since each would need memory for it."""
         self.t += 1
         numbers: dict[Any, _Numbers] = {}  # once a step for each type and rate, not once a parameter
-        for p, m, v, cuts in zip(self.parameters, self._m, self._v, self._cuts, strict=True):
+        for p in self.parameters:
             key = p.data.dtype, _rate(p, lr, self.config)
             if key not in numbers:
                 numbers[key] = _Numbers.at(self.t, self.config, *key)
+
+        def one(job: tuple[Parameter, Moment, Moment, list[slice]]) -> None:
+            p, m, v, cuts = job
             for where in cuts:
-                _step_piece(where, p.data, grads[p], m, v, numbers[key])
+                _step_piece(where, p.data, grads[p], m, v, numbers[p.data.dtype, _rate(p, lr, self.config)])
+
+        jobs = list(zip(self.parameters, self._m, self._v, self._cuts, strict=True))
+        several = workers if workers is not None and self.config.optimizer == "adamw" else Workers(1)
+        several.map_arrays(one, jobs, [p.data.size for p in self.parameters])
 
 
 class _Numbers(NamedTuple):
@@ -128,8 +136,8 @@ class SGD:
         """None: nothing is quantized."""
         return []
 
-    def step(self, grads: Gradients, lr: float) -> None:
-        """Update every parameter in place."""
+    def step(self, grads: Gradients, lr: float, workers: Workers | None = None) -> None:
+        """Update every parameter in place, in this thread."""
         c = self.config
         self.t += 1
         for i, p in enumerate(self.parameters):
@@ -228,10 +236,11 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def clip_(grads: Gradients, max_norm: float) -> float:
+def clip_(grads: Gradients, max_norm: float, workers: Workers | None = None) -> float:
     """Scale all gradients so that their joint norm is at most ``max_norm`` (arXiv 1211.5063); return the norm before."""
-    norm = math.sqrt(sum(float(np.vdot(g, g)) for g in grads.values()))
+    several, arrays = workers or Workers(1), list(grads.values())
+    sizes = [g.size for g in arrays]
+    norm = math.sqrt(sum(several.map_arrays(lambda g: float(np.vdot(g, g)), arrays, sizes)))
     if max_norm < norm < math.inf:  # infinity is left for the trainer to report
-        for g in grads.values():
-            g *= g.dtype.type(max_norm / norm)
+        several.map_arrays(lambda g: np.multiply(g, g.dtype.type(max_norm / norm), out=g), arrays, sizes)
     return norm

@@ -105,11 +105,11 @@ class Trainer:
         batches = [self.task.batch(part) for part in np.split(chosen, c.gradient_accumulation_steps)]
         loss, grads = loss_and_grads(self.model, batches, workers, shards=c.shards, stream=(c.seed, self.step),
                                      checkpoint=c.gradient_checkpointing, logits_chunk=c.logits_chunk)
-        norm = clip_(grads, c.max_grad_norm)
+        norm = clip_(grads, c.max_grad_norm, workers)
         if not (np.isfinite(loss) and np.isfinite(norm)):
             raise NonFiniteError(self._explain(loss, norm, batches, grads))
         rate = learning_rate(self.step, c)
-        self.optimizer.step(grads, rate)
+        self.optimizer.step(grads, rate, workers)
         self.step += 1
         info = {"loss": loss, "learning_rate": rate, "grad_norm": norm, "seconds": time.perf_counter() - start,
                 "tokens": float(sum(batch.ids.size for batch in batches))}
