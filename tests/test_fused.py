@@ -57,6 +57,7 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
 
 @pytest.mark.parametrize(("m", "n", "k", "r"), [
     (9, 5, 3, 1), (100, 128, 64, 8), (97, 259, 40, 6), (200, 30, 150, 16), (250, 64, 70, 33), (130, 80, 90, 70),
+    (50, 36, 33, 4), (61, 32, 70, 3), (57, 34, 31, 5), (17, 2, 64, 2),
 ])  # fmt: skip
 def test_gradients_of_an_adapter_are_what_float64_gives(m, n, k, r):
     rng = np.random.default_rng(m)
@@ -66,6 +67,17 @@ def test_gradients_of_an_adapter_are_what_float64_gives(m, n, k, r):
     within(db, double(dy).T @ double(h), sum_bound(dy.T, h, m))
     within(da, double(dh[0]).T @ double(p), sum_bound(dh[0].T, p, m))
     assert db.flags.c_contiguous
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 6, 16, 18, 21, 132])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 8, 9])
+def test_few_columns(n, k):
+    """Of which several steps of a sum share a vector, if it has whole groups of them."""
+    rng = np.random.default_rng(k)
+    for m in (9, 16, 43):
+        x, w = normal(rng, m, k), normal(rng, n, k)
+        within(fused.product(x, w), double(x) @ double(w).T, sum_bound(x, w.T, k))
+        within(fused.product_t(x, w.T.copy()), double(x) @ double(w).T, sum_bound(x, w.T, k))
 
 
 @pytest.mark.parametrize("k", [640, 641, 1300, 2000])

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
-from minilora.fused.products import Pair, product, product_t
+from minilora.fused.products import FEW, Pair, product, product_t
 from minilora.quant import codebooks, kernels, simd
 
 Array = NDArray[Any]
@@ -235,12 +235,16 @@ class CodedWeight(PackedWeight):
         scales, offsets = self._window(start, start + out.size)
         self._kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
 
+    @property
+    def _few(self) -> int:
+        return FEW if self._kernels is simd else 1
+
     def _multiply_few(self, x: Array, out: Array) -> None:
         width = self.shape[1]
         for first, last in self._tiles(TILE if self._decodes_scales else self.shape[0] * width):
             scales, offsets = self._window(first * width, last * width)
-            self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, first * width, x[0],
-                                 out[0, first:last])  # fmt: skip
+            for row, y in zip(x, out[:, first:last], strict=True):
+                self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, first * width, row, y)
 
 
 def checked(w: Array) -> Array:
