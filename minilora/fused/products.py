@@ -4,8 +4,9 @@ product, sums added to what is there, and the same bits in a row whatever rows s
     product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
 
 The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left pass
-(Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Other dtypes, a few
-rows, and processors without vectors are left to NumPy.
+(Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Where it has few
+columns, as an adapter's has, several steps of a sum share a vector. Other dtypes, a few rows, and processors without vectors are
+left to NumPy.
 """
 
 from __future__ import annotations
