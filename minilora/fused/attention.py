@@ -6,7 +6,7 @@
 as in FlashAttention (arXiv 2205.14135), but with whole rows of scores, which the cache holds. All arrays are flat float32: q, y
 and their gradients (B, T, H, D), k and v (B, T, K, D), lse (B, H, T); ``segments`` (B·T,) or empty.
 
-``scratch`` holds an edge (see ``times_panel``), panels and blocks of scores; ``written`` is the same memory, read-only, since of
+``scratch`` holds an edge (see ``times_narrow``), panels and blocks of scores; ``written`` is the same memory, read-only, since of
 what is called Numba would compile a version for each mixture of arrays, and for each constant: so ``one`` is a variable.
 """
 

@@ -1,12 +1,13 @@
 """Vectors of float32 for Numba, which knows none: each ``@intrinsic`` writes the LLVM code of one operation.
 
-``tile`` is the heart of all products. It holds ROWS × ``columns`` sums in registers, and for each k adds one number of each row
-times one vector of each ``LANES`` columns, a fused multiply-add:
+``tile`` is the heart of all products. It holds height × ``columns`` sums in registers, and for each k adds one number of each
+row times one vector of each ``LANES`` columns, a fused multiply-add:
 
     c[m, n] = Σ_k a[m, k] · panel[k, n]  +  Σ_j more[m, j] · panel[depth + j, n]
 
 The order of the sum is that of k, whatever lies around the tile: an element of a product does not depend on how rows are
-divided among tiles, shards or threads. The instructions are LLVM's own, not a processor's: AVX-512, AVX2 and NEON differ in
+divided among tiles, shards or threads. ``few``, for few columns, adds every second or fourth k, and those sums at the end: that,
+too, depends on k and the columns alone. The instructions are LLVM's own, not a processor's: AVX-512, AVX2 and NEON differ in
 ``LANES`` and in how many vectors of columns find room in the registers.
 """
 
@@ -45,11 +46,10 @@ def _number(i: int) -> Any:
     return ir.Constant(_I64, i)
 
 
-def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, array: int, kind: Any = None) -> Any:
+def _pointer(context: Any, builder: Any, signature: Any, arguments: Any, array: int) -> Any:
     """Pointer to element arguments[array + 1] of the flat array arguments[array]."""
     data = context.make_array(signature.args[array])(context, builder, arguments[array]).data
-    place = builder.gep(data, [arguments[array + 1]])
-    return place if kind is None else builder.bitcast(place, kind.as_pointer())
+    return builder.gep(data, [arguments[array + 1]])
 
 
 def _vector_at(builder: Any, place: Any, index: int = 0) -> Any:
