@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 
 import numpy as np
 
 from minilora import functional as F
 from minilora.decoding import Decoder
-from minilora.layers import Array
-from minilora.threads import single_blas
+from minilora.layers import Array, Block
+from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 
 
@@ -22,6 +24,12 @@ class KVCache:
         shape = (c.num_hidden_layers, batch, c.num_key_value_heads, slots, c.head_dim)
         self.keys, self.values = np.zeros(shape, dtype), np.zeros(shape, dtype)
 
+    def part(self, rows: slice) -> KVCache:
+        """Some of the sequences, in the same memory."""
+        new = copy.copy(self)
+        new.keys, new.values = self.keys[:, rows], self.values[:, rows]
+        return new
+
     def keep(self, rows: Array) -> None:
         """Drop all sequences but ``rows``, which are in ascending order."""
         for layers in (self.keys, self.values):
@@ -30,46 +38,74 @@ class KVCache:
         self.keys, self.values = self.keys[:, : len(rows)], self.values[:, : len(rows)]
 
 
+WIDE = 256
+"""Hidden size from which tokens are divided among threads, and sequences are rows of one product, which reads each weight once.
+In a smaller model, whose weights are in the cache anyway, each sequence is a product of its own; the other way would change last
+bits of the results that we keep."""
+
+
+def cut(count: int, least: int, most: int) -> list[slice]:
+    """Pieces of ``count`` tokens or sequences: two if each has ``least`` at least, and more if one would have more than ``most``.
+
+    The number of threads does not count: where rows are few, the last bits of a product depend on how many there are.
+
+    >>> cut(7, 4, 32), cut(10, 4, 32)
+    ([slice(0, 7, None)], [slice(0, 5, None), slice(5, 10, None)])
+    """
+    pieces = max(min(2, count // least), -(-count // most))
+    return [slice(first, end) for first, end in pairwise(count * i // pieces for i in range(pieces + 1))]
+
+
 PREFILL = 512
 """Positions of a prompt that are run at once: scores and hidden layers of a long prompt would not fit otherwise."""
 
 
-def prefill(model: Transformer, ids: Array, kv_cache: KVCache) -> Array:
+def prefill(model: Transformer, ids: Array, kv_cache: KVCache, workers: Workers | None = None) -> Array:
     """Run right-padded prompts (B, T) through the blocks, store their keys and values, return hidden states (B, T, C).
 
     Long prompts run ``PREFILL`` positions at a time, which see what is stored before them: the same numbers up to rounding.
     """
-    parts = []
+    parts, workers = [], workers or Workers(1)
     for start in range(0, ids.shape[1], PREFILL):
         part = ids[:, start : start + PREFILL]
-        parts.append(_extend(model, part, np.arange(start, start + part.shape[1]), kv_cache))
+        parts.append(_extend(model, part, np.arange(start, start + part.shape[1]), kv_cache, workers))
     return parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1)
 
 
-def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache) -> Array:
-    """Tokens (B, T) at neighbouring positions (T,), the same for all sequences: hidden states (B, T, C)."""
-    B, T = ids.shape
-    first, last = int(positions[0]), int(positions[-1]) + 1
-    x, _ = model.embedding.forward(ids)
-    rope = model.rope(positions)
+def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache, workers: Workers) -> Array:
+    """Tokens (B, T) at neighbouring positions (T,), the same for all sequences: hidden states (B, T, C).
+
+    In each block all pieces of the text store their keys and values before any of them looks at them.
+    """
+    pieces = cut(ids.shape[1], 32, 128) if model.config.hidden_size >= WIDE else [slice(None)]
+    places = [positions[piece] for piece in pieces]
+    xs = [model.embedding.forward(ids[:, piece])[0] for piece in pieces]  # (B, a piece's T, C)
+    ropes = [model.rope(place) for place in places]
     for i, block in enumerate(model.blocks):
-        attention = block.attention
-        q, k, v, _ = attention.project(block.input_norm.forward(x)[0], rope)  # (B, T, H or K, D)
         keys, values = kv_cache.keys[i], kv_cache.values[i]
-        keys[:, :, first:last] = k.transpose(0, 2, 1, 3)
-        values[:, :, first:last] = v.transpose(0, 2, 1, 3)
-        if first == 0:
-            mixed, _ = F.attention_forward(q, k, v)
-        else:
-            mixed = cached_attention(q, keys[:, :, :last], values[:, :, :last], np.broadcast_to(positions, (B, T)))
-        x = x + attention.o_proj.forward(mixed.reshape(B, T, -1))[0]
-        x = x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
+        qs = workers.map(partial(_project, block, keys, values), list(zip(xs, places, ropes, strict=True)))
+        xs = workers.map(partial(_finish, block, keys, values), list(zip(xs, places, qs, strict=True)))
+    x = xs[0] if len(xs) == 1 else np.concatenate(xs, axis=1)
     return model.norm.forward(x)[0]
 
 
-WIDE = 256
-"""Hidden size from which sequences are rows of one product, which reads each weight once. In a smaller model, whose weights are
-in the cache anyway, each sequence is a product of its own; the other way would change last bits of the results that we keep."""
+def _project(block: Block, keys: Array, values: Array, piece: tuple[Array, Array, tuple[Array, Array]]) -> Array:
+    """A piece's queries (B, T, H, D); its keys and values are stored."""
+    x, positions, rope = piece
+    q, k, v, _ = block.attention.project(block.input_norm.forward(x)[0], rope)  # (B, T, H or K, D)
+    keys[:, :, positions[0] : positions[-1] + 1] = k.transpose(0, 2, 1, 3)
+    values[:, :, positions[0] : positions[-1] + 1] = v.transpose(0, 2, 1, 3)
+    return q
+
+
+def _finish(block: Block, keys: Array, values: Array, piece: tuple[Array, Array, Array]) -> Array:
+    """The block's result for a piece (B, T, C), from its queries and all that is stored up to its end."""
+    x, positions, q = piece
+    B, T = q.shape[:2]
+    seen = positions[-1] + 1
+    mixed = cached_attention(q, keys[:, :, :seen], values[:, :, :seen], np.broadcast_to(positions, (B, T)))
+    x = x + block.attention.o_proj.forward(mixed.reshape(B, T, -1))[0]
+    return x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
 
 
 def decode(model: Transformer, tokens: Array, positions: Array, kv_cache: KVCache) -> Array:
@@ -147,8 +183,8 @@ def generate(
     """Continue each prompt; returns the new tokens only, without the one of ``eos`` that ended them.
 
     Stops at ``eos``, a token or several, after ``max_new_tokens``, or when the context is full. Greedy results do not depend
-    on which other prompts share the call, up to rounding. A single text from a model of GGUF blocks is made by ``threads``, by
-    default one a core, with the same bytes for any number.
+    on which other prompts share the call, up to rounding. ``threads``, by default one a core, share prompts, sequences and, of a
+    model of GGUF blocks, a single text, with the same bytes for any number.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -199,7 +235,8 @@ def _decoded(
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
     kv_cache = KVCache(model, len(prompts), room)
-    hidden = prefill(model, ids, kv_cache)[np.arange(len(prompts)), lengths - 1]  # (B, C) at each prompt's last token
+    workers = Workers(threads)
+    hidden = prefill(model, ids, kv_cache, workers)[np.arange(len(prompts)), lengths - 1]  # (B, C) at each prompt's last token
 
     alive, positions, count = np.arange(len(prompts)), lengths.copy(), 0
     logits = model.head.forward(hidden)[0]
@@ -222,9 +259,12 @@ def _decoded(
             if decoder is not None:
                 logits = decoder.step(int(tokens[0]), int(positions[0]))[None]
             else:
-                logits = model.head.forward(decode(model, tokens, positions, kv_cache))[0]
+                pieces = cut(len(alive), 4, 32) if model.config.hidden_size >= WIDE else [slice(None)]
+                parts = [(tokens[rows], positions[rows], kv_cache.part(rows)) for rows in pieces]
+                logits = np.concatenate(workers.map(lambda part: model.head.forward(decode(model, *part))[0], parts))
             positions = positions + 1
     finally:
+        workers.close()
         if decoder is not None:
             decoder.close()
 

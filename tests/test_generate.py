@@ -12,6 +12,7 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.generation import KVCache, decode, generate, prefill, sample, stream
 from minilora.lora import inject_lora
 from minilora.quantize import quantize_model
+from minilora.threads import Workers
 
 LENGTH = GQA.context_length
 PROMPTS = [[1, 2, 3], [4], [5, 6, 0, 7, 8, 2], [2, 2]]
@@ -349,3 +350,28 @@ def test_bad_settings_are_refused(changes, message):
     settings = {"prompts": [[1]], "max_new_tokens": 2, "rng": np.random.default_rng(0)} | changes
     with pytest.raises(ValueError, match=f"^{message}"):
         generate(make_model(GQA), settings.pop("prompts"), settings.pop("max_new_tokens"), **settings)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, monkeypatch):
+    """However a wide model's work is cut, hidden states are those of one piece; how many threads take the pieces never matters."""
+    cut = generation.cut
+    monkeypatch.setattr(generation, "WIDE", 1)
+    monkeypatch.setattr(generation, "cut", lambda count, least, most: cut(count, 3, 5))  # small models have short contexts
+    model = make_model(config, dtype=dtype)
+    ids = np.random.default_rng(3).integers(config.vocab_size, size=(7, 11))
+    assert [piece.start for piece in generation.cut(11, 32, 128)] == [0, 3, 7]
+    caches, found = [KVCache(model, 7, 12) for _ in range(3)], []
+    for threads, cache in enumerate(caches, start=1):
+        with Workers(threads) as workers:
+            found.append(prefill(model, ids, cache, workers))
+            assert cache.keys.tobytes() == caches[0].keys.tobytes() and cache.values.tobytes() == caches[0].values.tobytes()
+    assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
+    texts = [generate(model, [row[:n] for row, n in zip(ids.tolist(), (4, 11, 7, 1, 9, 10, 2), strict=True)], 12, threads=n)
+             for n in (1, 2, 3)]  # fmt: skip
+    assert texts[0] == texts[1] == texts[2]
+    monkeypatch.setattr(generation, "WIDE", 10**9)
+    whole = KVCache(model, 7, 12)
+    rtol = close_rtol(dtype, *[config.intermediate_size] * 9 * config.num_hidden_layers)
+    assert_close(found[0], prefill(model, ids, whole), rtol)
+    assert_close(caches[0].keys, whole.keys, rtol)

@@ -37,12 +37,18 @@ from minilora.quant.vectors import (
     _plus,
     _pointer,
     _prefetch,
+    _spread,
     _store,
     _times,
     intrinsic,
+    wide,
 )
 
+AHEAD = 4096
+"""Bytes from a block to the one that is asked for: left alone, the processor waits for memory half of the time."""
+
 _I8, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(32), ir.HalfType(), ir.FloatType()
+LANES = 16 if wide() else 8
 _I32x32, _F32x8, _F32x16, _F32x32 = (ir.VectorType(t, n) for t, n in ((_I32, 32), (_F32, 8), (_F32, 16), (_F32, 32)))
 
 
@@ -106,6 +112,7 @@ def multiply_rows(blocks: Array, size: int, x: Array, block_sums: Array, first: 
         for b in range(block_sums.size):
             codes = _bytes(blocks, at + 2) if size == 34 else _nibbles_in_place(blocks, at + size - 16)
             sums = _add_block(sums, blocks, at, codes, _load(x, 32 * b), block_sums[b])
+            _prefetch(blocks, at + AHEAD)
             at += size
         out[r] = _total(sums, size)
 
@@ -124,6 +131,7 @@ def _multiply_four(blocks: Array, size: int, x: Array, block_sums: Array, first:
             s1 = _add_block(s1, blocks, at, codes, _load(flat, width + c), flat_sums[per_row + b])
             s2 = _add_block(s2, blocks, at, codes, _load(flat, 2 * width + c), flat_sums[2 * per_row + b])
             s3 = _add_block(s3, blocks, at, codes, _load(flat, 3 * width + c), flat_sums[3 * per_row + b])
+            _prefetch(blocks, at + AHEAD)
             at += size
         for i in range(len(out)):
             out[i, r] = _total(s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3, size)
@@ -133,8 +141,8 @@ def _multiply_four(blocks: Array, size: int, x: Array, block_sums: Array, first:
 def _total(sums: Any, size: int) -> Any:
     """Return the product: Σ d·Σx and Σ m·Σx lie beside the sums, and Q4_0's m is -8·d."""
     if size == 20:
-        return _sum(sums) + _lane(sums, 9)
-    return _sum(sums) + (np.float32(-8) * _lane(sums, 8) if size == 18 else np.float32(0))
+        return _sum(sums) + _lane(sums, LANES + 1)
+    return _sum(sums) + (np.float32(-8) * _lane(sums, LANES) if size == 18 else np.float32(0))
 
 
 @kernel
@@ -158,16 +166,16 @@ def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
 
 
 class _Sums(types.Type):
-    """Numba's type of 16 float32 numbers: eight sums of d·q·x, and eight of block headers times Σx."""
+    """Numba's type of 2·LANES float32 numbers: sums of d·q·x, and of block headers times Σx."""
 
 
 @register_model(_Sums)
 class _SumsModel(PrimitiveModel):
     def __init__(self, manager: Any, kind: Any):
-        super().__init__(manager, kind, _F32x16)
+        super().__init__(manager, kind, ir.VectorType(_F32, 2 * LANES))
 
 
-_SUMS = _Sums("float32 x 16")
+_SUMS = _Sums(f"float32 x {2 * LANES}")
 
 
 @intrinsic
@@ -199,11 +207,11 @@ def _nibbles_in_place(typing: Any, array: Any, at: Any) -> Any:
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         four = builder.load(_pointer(context, builder, ir.VectorType(_I32, 4), signature.args[0], *arguments), align=1)
-        twice = _pick(builder, four, [0, 1, 2, 3, 0, 1, 2, 3])
-        upper = builder.lshr(twice, _ints(_I32, [16] * 8))
-        masks = [_ints(_I32, [0xF] * 4 + [0xF0] * 4), _ints(_I32, [0xF00] * 4 + [0xF000] * 4)]
-        eights = [builder.sitofp(builder.and_(v, mask), _F32x8) for v in (twice, upper) for mask in masks]
-        return _concatenate(builder, eights)
+        lower = _pick(builder, four, [0, 1, 2, 3] * 4)
+        upper = builder.lshr(lower, _ints(_I32, [16] * 16))
+        mask = _ints(_I32, [0xF << 4 * (i // 4) for i in range(16)])
+        low, high = (builder.sitofp(builder.and_(v, mask), _F32x16) for v in (lower, upper))
+        return _pick(builder, low, range(32), high)
 
     return _FLOATS(array, at), build
 
@@ -221,38 +229,39 @@ def _bytes(typing: Any, array: Any, at: Any) -> Any:
 
 @intrinsic
 def _zeros(typing: Any) -> Any:
-    """Return 16 zeros."""
-    return _SUMS(), lambda context, builder, signature, arguments: ir.Constant(_F32x16, [0.0] * 16)
+    """Return 2·LANES zeros."""
+    return _SUMS(), lambda context, builder, signature, arguments: ir.Constant(ir.VectorType(_F32, 2 * LANES), [0.0] * 2 * LANES)
 
 
 @intrinsic
 def _add_block(typing: Any, sums: Any, blocks: Any, at: Any, codes: Any, x: Any, total: Any) -> Any:
-    """Return the sums with a block added: d·q·x in eight lanes, and the header, which is d, m and six others, times Σx."""
+    """Return the sums with a block added: d·q·x in LANES lanes, and the header, which is d, m and six others, times Σx."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, blocks, at, codes, x, total = arguments
         halves = builder.load(_pointer(context, builder, ir.VectorType(_F16, 8), signature.args[1], blocks, at), align=1)
         header = builder.fpext(halves, _F32x8)
-        product = builder.fmul(*(_pick(builder, v, range(8)) for v in (codes, x)), flags=_FLAGS)
-        for k in (8, 16, 24):
-            eights = (_pick(builder, v, range(k, k + 8)) for v in (codes, x))
-            product = _call(builder, "llvm.fma.v8f32", _F32x8, *eights, product)
-        dots, others = _pick(builder, sums, range(8)), _pick(builder, sums, range(8, 16))
-        dots = _call(builder, "llvm.fma.v8f32", _F32x8, product, _pick(builder, header, [0] * 8), dots)
-        every = builder.insert_element(ir.Constant(_F32x8, ir.Undefined), total, ir.Constant(_I32, 0))
-        others = _call(builder, "llvm.fma.v8f32", _F32x8, header, _pick(builder, every, [0] * 8), others)
-        return _pick(builder, dots, range(16), others)
+        whole = _pick(builder, header, range(LANES), ir.Constant(_F32x8, ir.Undefined))
+        kind, fma = ir.VectorType(_F32, LANES), f"llvm.fma.v{LANES}f32"
+        product = builder.fmul(*(_pick(builder, v, range(LANES)) for v in (codes, x)), flags=_FLAGS)
+        for k in range(LANES, 32, LANES):
+            product = _call(builder, fma, kind, *(_pick(builder, v, range(k, k + LANES)) for v in (codes, x)), product)
+        dots, others = (_pick(builder, sums, range(k, k + LANES)) for k in (0, LANES))
+        dots = _call(builder, fma, kind, product, _pick(builder, header, [0] * LANES), dots)
+        others = _call(builder, fma, kind, whole, _spread(builder, total, LANES), others)
+        return _pick(builder, dots, range(2 * LANES), others)
 
     return _SUMS(sums, blocks, at, codes, x, types.float32), build
 
 
 @intrinsic
 def _sum(typing: Any, sums: Any) -> Any:
-    """Return the sum of the first eight numbers, halves and halves."""
+    """Return the sum of the first LANES numbers, halves and halves."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total = _pick(builder, arguments[0], range(8))
-        for n in (4, 2, 1):
+        total, n = _pick(builder, arguments[0], range(LANES)), LANES
+        while n > 1:
+            n //= 2
             total = builder.fadd(_pick(builder, total, range(n)), _pick(builder, total, range(n, 2 * n)), flags=_FLAGS)
         return builder.extract_element(total, ir.Constant(_I32, 0))
 
@@ -261,10 +270,6 @@ def _sum(typing: Any, sums: Any) -> Any:
 
 @intrinsic
 def _lane(typing: Any, sums: Any, k: Any) -> Any:
-    """Return number k of 16."""
+    """Return number k of 2·LANES."""
     return types.float32(sums, k), lambda context, builder, signature, arguments: builder.extract_element(*arguments)
 
-
-def _concatenate(builder: Any, eights: list[Any]) -> Any:
-    a, b = (_pick(builder, eights[i], range(16), eights[i + 1]) for i in (0, 2))
-    return _pick(builder, a, range(32), b)
