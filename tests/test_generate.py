@@ -354,7 +354,7 @@ def test_bad_settings_are_refused(changes, message):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, monkeypatch):
-    """However a wide model's work is cut, hidden states are those of one piece; how many threads take the pieces never matters."""
+    """However a wide model's work is cut, hidden states are those of one piece; who takes which piece never matters."""
     cut = generation.cut
     monkeypatch.setattr(generation, "WIDE", 1)
     monkeypatch.setattr(generation, "cut", lambda count, least, most: cut(count, 3, 5))  # small models have short contexts

@@ -1,4 +1,4 @@
-"""Causal attention head by head: scores exist for QUERIES rows at a time, and only up to the diagonal.
+"""Causal attention head by head: scores exist for QUERIES rows at a time, and, but for tiles that it cuts, up to the diagonal.
 
     forward    S = q kᵀ / √D,  P = softmax(S) with lse = log Σ exp S kept,  y = P v
     backward   P = exp(S − lse) again;  dv = Pᵀ dy,  dP = dy vᵀ,  dS = P (dP − Σ P dP) / √D,  dq = dS k,  dk = dSᵀ q
@@ -12,6 +12,8 @@ what is called Numba would compile a version for each mixture of arrays, and for
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora.fused.products import aligned, pack_panel, times_narrow
@@ -22,6 +24,8 @@ from minilora.jit import kernel
 Array = np.ndarray
 
 QUERIES = 64
+WHOLE = max(LANES, LOW)
+"""A row of scores is computed up to a multiple of this behind its query: whole vectors, and whole tiles of rows."""
 NO_SEGMENTS = np.empty(0, np.int64)
 
 
@@ -55,34 +59,53 @@ def pack_values(x: Array, at: int, row: int, m: int, D: int, one: int, scratch: 
 
 @kernel
 def times_keys(
-    q: Array, at: int, row: int, m: int, D: int, seen: int, one: int, written: Array, keys: int, scratch: Array, place: int,
+    q: Array, at: int, row: int, m: int, D: int, first: int, one: int, written: Array, keys: int, scratch: Array, place: int,
     stride: int,
 ) -> None:  # fmt: skip
-    """scratch[place + i·stride + j] = q_i · k_j for m queries and the first ``seen`` keys."""
-    for j in range(0, seen, NARROW):
-        times_narrow(q, at, row, one, D, written, keys + j * D, NARROW * one, scratch, scratch, place + j, stride, m,
-                     min(NARROW, seen - j), one < 1)
+    """scratch[place + i·stride + j] = q_i · k_j for m queries from ``first`` on and keys up to theirs, in whole tiles."""
+    for j in range(0, first + m, NARROW):
+        above = max(0, j - first) // LOW * LOW  # queries before key j
+        times_narrow(q, at + above * row, row, one, D, written, keys + j * D, NARROW * one, scratch, scratch,
+                     place + above * stride + j, stride, m - above, min(NARROW, first + m - j), one < 1)
 
 
 @kernel
 def times_values(
-    written: Array, p: int, p_row: int, p_step: int, m: int, seen: int, values: int, deep: int, D: int, one: int, scratch: Array,
-    y: Array, at: int, row: int, add: bool,
+    written: Array, p: int, stride: int, m: int, first: int, values: int, deep: int, D: int, one: int, scratch: Array,
+    y: Array, at: int, row: int,
 ) -> None:  # fmt: skip
-    """y_i (+)= Σ_j P[i, j] v_j for m rows P[i, j] = written[p + i·p_row + j·p_step] and the first ``seen`` of ``deep`` values."""
-    for j in range(0, D, NARROW):
-        times_narrow(written, p, p_row, p_step, seen, written, values + j * deep, NARROW * one, scratch, y, at + j, row, m,
-                     min(NARROW, D - j), add)
+    """y_i = Σ_j P[i, j] v_j for m queries from ``first`` on, with P[i, j] = written[p + i·stride + j], ``deep`` values packed."""
+    for i in range(0, m, LOW):
+        rows = min(LOW, m - i)
+        for j in range(0, D, NARROW):
+            times_narrow(written, p + i * stride, stride, one, first + i + rows, written, values + j * deep, NARROW * one,
+                         scratch, y, at + i * row + j, row, rows, min(NARROW, D - j), one < 1)
 
 
 @kernel
-def mask(segments: Array, b: int, T: int, i: int, row: Array) -> None:
-    """−∞ where query i may not look: at later keys, and at those of another segment."""
+def times_queries(
+    written: Array, p: int, stride: int, m: int, first: int, queries: int, D: int, one: int, scratch: Array, y: Array, at: int,
+    row: int,
+) -> None:  # fmt: skip
+    """y_j += Σ_i P[i, j] q_i for keys up to those of m queries from ``first`` on, all of which are packed."""
+    for j in range(0, first + m, LOW):
+        above, rows = max(0, j - first), min(LOW, first + m - j)  # queries before key j
+        for d in range(0, D, NARROW):
+            times_narrow(written, p + above * stride + j, one, stride, m - above, written,
+                         queries + d * m + above * NARROW, NARROW * one, scratch, y, at + j * row + d, row, rows,
+                         min(NARROW, D - d), one > 0)
+
+
+@kernel
+def visible(segments: Array, b: int, T: int, i: int, end: int, row: Array) -> Any:
+    """The part of query i's row that is computed further: −∞ where it may not look, at later keys and at other segments' keys."""
+    row = row[: min(end, i // WHOLE * WHOLE + WHOLE)]
     for j in range(i + 1, row.size):
         row[j] = -np.inf
     for j in range(min(i, segments.size)):
         if segments[b * T + j] != segments[b * T + i]:
             row[j] = -np.inf
+    return row
 
 
 @kernel
@@ -101,19 +124,17 @@ def attention_forward(
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
-                    seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    times_keys(q, at, H * D, m, D, seen, one, written, keys, scratch, p, stride)
+                    times_keys(q, at, H * D, m, D, first, one, written, keys, scratch, p, stride)
                     for i in range(m):
-                        row = scratch[p + i * stride : p + i * stride + seen]
-                        mask(segments, b, T, first + i, row)
+                        row = visible(segments, b, T, first + i, first + m, scratch[p + i * stride : p + (i + 1) * stride])
                         top, total = largest(row), np.float32(0)
-                        for j in range(seen):
+                        for j in range(row.size):
                             row[j] = exp((row[j] - top) * scale)
                             total += row[j]
                         scratch[p + i * stride + stride - 1] = ONE / total  # behind the row, until y is there
                         lse[(b * H + h) * T + first + i] = top * scale + np.log(total)
-                    times_values(written, p, stride, one, m, seen, values, T, D, one, scratch, y, at, H * D, one < 1)
+                    times_values(written, p, stride, m, first, values, T, D, one, scratch, y, at, H * D)
                     for i in range(m):
                         inverse = scratch[p + i * stride + stride - 1]
                         for d in range(at + i * H * D, at + i * H * D + D):
@@ -141,23 +162,21 @@ def attention_backward(
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
                     m = min(QUERIES, T - first)
-                    seen = first + m
                     at = ((b * T + first) * H + h) * D
-                    times_keys(q, at, H * D, m, D, seen, one, written, keys_t, scratch, p, stride)
-                    times_keys(dy, at, H * D, m, D, seen, one, written, values_t, scratch, dp, stride)
+                    times_keys(q, at, H * D, m, D, first, one, written, keys_t, scratch, p, stride)
+                    times_keys(dy, at, H * D, m, D, first, one, written, values_t, scratch, dp, stride)
                     for i in range(m):
-                        row = scratch[p + i * stride : p + i * stride + seen]
-                        drow = scratch[dp + i * stride : dp + i * stride + seen]
-                        mask(segments, b, T, first + i, row)
+                        row = visible(segments, b, T, first + i, first + m, scratch[p + i * stride : p + (i + 1) * stride])
+                        drow = scratch[dp + i * stride : dp + i * stride + row.size]
                         known, pull = lse[(b * H + h) * T + first + i], np.float32(0)
-                        for j in range(seen):
+                        for j in range(row.size):
                             row[j] = exp(row[j] * scale - known)
                             pull += row[j] * drow[j]
-                        for j in range(seen):
+                        for j in range(row.size):
                             drow[j] = row[j] * (drow[j] - pull) * scale
-                    times_values(written, dp, stride, one, m, seen, keys, T, D, one, scratch, dq, at, H * D, one < 1)
+                    times_values(written, dp, stride, m, first, keys, T, D, one, scratch, dq, at, H * D)
                     # the queries, and heads, that look at a key add up
                     pack_values(dy, at, H * D, m, D, one, scratch, few)
-                    times_values(written, p, one, stride, seen, m, few, m, D, one, scratch, dv, key_at, K * D, one > 0)
+                    times_queries(written, p, stride, m, first, few, D, one, scratch, dv, key_at, K * D)
                     pack_values(q, at, H * D, m, D, one, scratch, few)
-                    times_values(written, dp, one, stride, seen, m, few, m, D, one, scratch, dk, key_at, K * D, one > 0)
+                    times_queries(written, dp, stride, m, first, few, D, one, scratch, dk, key_at, K * D)
