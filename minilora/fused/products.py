@@ -20,15 +20,18 @@ from minilora.fused.vectors import (
     COLUMNS,
     FEW_ROWS,
     LANES,
+    LINE,
     LOW,
     NARROW,
     ROWS,
+    TURN,
     few_2,
     few_4,
     move,
     tile_1,
     tile_2,
     tile_4,
+    tile_ahead,
     tile_low,
     transpose,
 )
@@ -87,23 +90,32 @@ def pack_panel(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Arr
 @kernel
 def times_panel(
     a: Array, at: int, row: int, step: int, k: int, more: Array, more_at: int, more_k: int, panel: Array, panel_at: int,
-    line: int, width: int, edge: Array, c: Array, c_at: int, c_row: int, m: int, n: int, add: bool,
+    line: int, width: int, edge: Array, c: Array, c_at: int, c_row: int, m: int, n: int, add: bool, later: Array, soon_at: int,
+    soon_row: int,
 ) -> None:  # fmt: skip
     """c[i, j] (+)= Σ_k a[i, k] panel[k, j] + Σ_l more[i, l] panel[k + l, j] for i < m, j < n.
 
-    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS.
+    Lines of the panel are ``line`` apart; ``edge`` begins with scratch for ROWS·COLUMNS. Unless soon_row is 0, memory from
+    later[soon_at] on is asked for (see ``_sweep``).
     """
     for i in range(0, m, ROWS):
         rows = min(ROWS, m - i)
         whole = rows == ROWS and n == width
         out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, width)
-        left, left2, adds = at + i * row, more_at + i * more_k, add and whole
+        left, left2, adds, soon = at + i * row, more_at + i * more_k, add and whole, soon_at
         if width == LANES:
-            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_1(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds, later,
+                   soon, soon_row)
         elif width == NARROW:
-            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_2(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds, later,
+                   soon, soon_row)
+        elif soon_row:
+            soon += i // ROWS * (k // TURN // (COLUMNS // LINE)) * soon_row
+            tile_ahead(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds, later,
+                       soon, soon_row)
         else:
-            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds)
+            tile_4(a, left, row, step, k, more, left2, more_k, panel, panel_at, line, out, out_at, out_row, rows, adds, later,
+                   soon, soon_row)
         if not whole:
             for r in range(rows):
                 to = c_at + (i + r) * c_row
@@ -121,7 +133,8 @@ def times_narrow(
         rows = min(LOW, m - i)
         whole = rows == LOW and n == NARROW
         out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, NARROW)
-        tile_low(a, at + i * row, row, step, k, a, at, 0, panel, panel_at, line, out, out_at, out_row, rows, add and whole)
+        tile_low(a, at + i * row, row, step, k, a, at, 0, panel, panel_at, line, out, out_at, out_row, rows, add and whole,
+                 a, at, 0)
         if not whole:
             for r in range(rows):
                 to = c_at + (i + r) * c_row
@@ -169,9 +182,12 @@ def multiply(
                     right, right_at, line = written, panels + (j - block) // COLUMNS * size, width
                     if in_place and columns == width:
                         right, right_at, line = b, b_at + first * b_k + j, b_k
+                    soon, soon_row = b_at + first * b_k + (j + COLUMNS) * b_n, COLUMNS if b_k == 1 else b_k  # the next panel
+                    if j + COLUMNS >= n:
+                        soon = b_at + (first + depth) * b_k
                     times_panel(left, left_at + i * left_row, left_row, left_step, deep, more, i * more_k, more_k, right,
                                 right_at, line, width, scratch, c, c_at + i * c_row + j, c_row, min(SOME, m - i), columns,
-                                add or first > 0)
+                                add or first > 0, b, soon, soon_row if m <= SOME and not in_place else 0)
 
 
 @kernel

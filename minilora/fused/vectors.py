@@ -34,6 +34,8 @@ LOW, NARROW = (4 if AVX2 and not AVX512 else 8), 2 * LANES
 """Rows and columns of a tile for what comes in multiples of 8, as ranks and a block of queries do, and in heads of 32 or 64."""
 FEW_ROWS = 8
 """Rows of a tile for few columns."""
+LINE = 16
+"""Numbers in a line of the cache."""
 TURN = 4
 """Steps of k in a turn of a tile's loop: with a panel in the second-level cache a tenth faster than one. With steps and lines
 that are no constants LLVM would run out of registers for their addresses."""
@@ -73,6 +75,15 @@ def _folded(builder: Any, value: Any, group: int) -> Any:
     return value
 
 
+def _fetch(builder: Any, place: Any) -> None:
+    """Ask for the line of the cache around a place, for the second level; the place may lie outside of all arrays."""
+    byte = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
+    read, second_level, data = (ir.Constant(_I32, flag) for flag in (0, 2, 1))
+    name = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    builder.call(name, [builder.bitcast(place, byte), read, second_level, data])
+
+
 def _rows(builder: Any, height: int, rows: Any) -> list[Any]:
     """0 … rows − 1, and the last again, to the height of a tile."""
     last = builder.sub(rows, _number(1))
@@ -81,11 +92,12 @@ def _rows(builder: Any, height: int, rows: Any) -> list[Any]:
 
 def _sweep(
     builder: Any, sums: list[Any], starts: list[Any], step: Any, panel: Any, line: Any, first: Any, end: Any, turn: int,
-    group: int = 1,
+    group: int = 1, soon: Any = None, soon_row: Any = None,
 ) -> list[Any]:  # fmt: skip
     """sums[m, j] += Σ_k starts[m][k·step] · panel[k·line + j·LANES …] for first ≤ k < end, ``turn`` of them at once.
 
-    With a group it is so many numbers from starts[m][k·step] on, repeated, by which a line of the panel is multiplied.
+    With a group it is so many numbers from starts[m][k·step] on, repeated, by which a line of the panel is multiplied. With
+    ``soon`` each turn asks for 64 bytes that are read later: of COLUMNS numbers there, then of those ``soon_row`` further on, ….
     """
     vectors, before = len(sums) // len(starts), builder.block
     fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_VECTOR, [_VECTOR] * 3), f"llvm.fma.v{LANES}f32")
@@ -98,6 +110,10 @@ def _sweep(
     builder.cbranch(builder.icmp_signed("<", k, end), body, after)
     builder.position_at_end(body)
     new, next_k = list(old), k
+    if soon is not None:
+        turns = builder.udiv(k, _number(TURN))
+        row, part = (divide(turns, _number(COLUMNS // LINE)) for divide in (builder.udiv, builder.urem))
+        _fetch(builder, builder.gep(soon, [builder.add(builder.mul(row, soon_row), builder.mul(part, _number(LINE)))]))
     for _ in range(turn):
         numbers, place = builder.gep(panel, [builder.mul(next_k, line)]), builder.mul(next_k, step)
         right = [builder.load(_vector_at(builder, numbers, LANES * j), align=4) for j in range(vectors)]
@@ -113,14 +129,14 @@ def _sweep(
     return old
 
 
-def _tile(height: int, columns: int) -> Any:
-    """The intrinsic of a tile of height × columns."""
+def _tile(height: int, columns: int, ahead: bool = False) -> Any:
+    """The intrinsic of a tile of height × columns, ``ahead`` with the memory that its last three arguments say."""
     vectors = columns // LANES
 
     @intrinsic
     def tile(
         typing: Any, a: Any, at: Any, row: Any, step: Any, depth: Any, more: Any, more_at: Any, more_depth: Any, panel: Any,
-        panel_at: Any, line: Any, c: Any, c_at: Any, c_row: Any, rows: Any, add: Any,
+        panel_at: Any, line: Any, c: Any, c_at: Any, c_row: Any, rows: Any, add: Any, later: Any, soon_at: Any, soon_row: Any,
     ) -> Any:  # fmt: skip
         """c[c_at + m·c_row + n] = (or, with add, +=) the sum above for m < rows.
 
@@ -129,7 +145,7 @@ def _tile(height: int, columns: int) -> Any:
         """
 
         def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
-            _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, c_row, rows, add = v
+            _, _, row, step, depth, _, _, more_depth, _, _, line, _, _, c_row, rows, add, _, _, soon_row = v
             index = _rows(builder, height, rows)
             a, more, panel, c = (_pointer(context, builder, signature, v, i) for i in (0, 5, 8, 11))
             starts = [builder.gep(a, [builder.mul(i, row)]) for i in index]
@@ -138,7 +154,8 @@ def _tile(height: int, columns: int) -> Any:
             zero, one, width = _number(0), _number(1), _number(columns)
             usual = builder.and_(builder.icmp_signed("==", step, one), builder.icmp_signed("==", line, width))
             whole = builder.select(usual, builder.and_(depth, _number(-TURN)), zero)
-            sums = _sweep(builder, sums, starts, one, panel, width, zero, whole, TURN)
+            soon = _pointer(context, builder, signature, v, 16) if ahead else None
+            sums = _sweep(builder, sums, starts, one, panel, width, zero, whole, TURN, 1, soon, soon_row)
             sums = _sweep(builder, sums, starts, step, panel, line, whole, depth, 1)
             sums = _sweep(builder, sums, starts2, one, builder.gep(panel, [builder.mul(depth, line)]), line, zero, more_depth, 1)
             with builder.if_else(add) as (then, otherwise):
@@ -153,12 +170,13 @@ def _tile(height: int, columns: int) -> Any:
             return context.get_dummy_value()
 
         i = types.intp
-        return types.void(a, i, i, i, i, more, i, i, panel, i, i, c, i, i, i, types.boolean), build
+        return types.void(a, i, i, i, i, more, i, i, panel, i, i, c, i, i, i, types.boolean, later, i, i), build
 
     return tile
 
 
 tile_1, tile_2, tile_4 = _tile(ROWS, LANES), _tile(ROWS, NARROW), _tile(ROWS, COLUMNS)
+tile_ahead = _tile(ROWS, COLUMNS, ahead=True)
 tile_low = _tile(LOW, NARROW)
 
 
