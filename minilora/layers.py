@@ -205,9 +205,9 @@ class RMSNorm:
         """x (…, C) → y (…, C)."""
         return F.rms_norm_forward(x, self.weight.data, self.eps)
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
-        """dy (…, C) → dx (…, C)."""
-        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable)
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
+        """dy (…, C) → dx (…, C), which may take dy's place."""
+        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable, in_place)
         if dweight is not None:
             grads.add(self.weight, dweight)
         return dx
@@ -227,7 +227,8 @@ class Attention:
         k, cache_k = self.k_proj.forward(x, key)
         v, cache_v = self.v_proj.forward(x, key)
         q, k, v = (z.reshape(B, T, -1, self.config.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
-        return F.rope_forward(q, *rope), F.rope_forward(k, *rope), v, (cache_q, cache_k, cache_v)
+        q, k = F.rope_forward(q, *rope, in_place=True), F.rope_forward(k, *rope, in_place=True)
+        return q, k, v, (cache_q, cache_k, cache_v)
 
     def forward(
         self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
@@ -252,7 +253,7 @@ class Attention:
         B, T, _ = dy.shape
         dmixed = self.o_proj.backward(dy, cache_o, grads).reshape(B, T, -1, self.config.head_dim)
         dq, dk, dv = F.attention_backward(dmixed, cache_mix)
-        dq, dk = F.rope_backward(dq, *rope), F.rope_backward(dk, *rope)
+        dq, dk = F.rope_backward(dq, *rope, in_place=True), F.rope_backward(dk, *rope, in_place=True)
         # q, k and v read the same x, so their gradients add up
         dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads, last)
         for linear, dz, cache_z in ((self.k_proj, dk, cache_k), (self.v_proj, dv, cache_v)):
@@ -294,7 +295,7 @@ class MLP:
         dhidden = self.down_proj.backward(dy, cache_down, grads)
         if self.gate_proj is None:
             return self.up_proj.backward(F.gelu_backward(dhidden, cache_act), cache_up, grads)
-        dgate, dup = F.swiglu_backward(dhidden, cache_act)
+        dgate, dup = F.swiglu_backward(dhidden, cache_act, in_place=True)
         dx = self.gate_proj.backward(dgate, cache_gate, grads)
         dx += self.up_proj.backward(dup, cache_up, grads)
         return dx
@@ -342,7 +343,7 @@ class Block:
         """dy (B, T, C) → dmixed (B, T, C)."""
         cache_norm, cache_mlp = cache
         # y = mixed + mlp(norm(mixed)): the gradient takes both ways
-        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads)
+        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads, in_place=True)
         dmixed += dy
         return dmixed
 
@@ -354,7 +355,7 @@ class Block:
         dnormed = self.attention.backward(dmixed, cache_attention, grads, last)
         if last:
             return None
-        dx = self.input_norm.backward(dnormed, cache_norm, grads)
+        dx = self.input_norm.backward(dnormed, cache_norm, grads, in_place=True)
         dx += dmixed
         return dx
 

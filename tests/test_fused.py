@@ -233,6 +233,24 @@ def test_functions_of_rows_are_what_float64_gives(case, B, T):
             within(a, b, (32 + B * T) * EPS * np.abs(b).max())
 
 
+@pytest.mark.parametrize("need_dweight", [True, False])
+def test_in_place_gives_the_same_bytes_where_the_argument_lay(need_dweight):
+    rng = np.random.default_rng(11)
+    x, dy, weight, gate = normal(rng, 2, 5, 3, 8), normal(rng, 2, 5, 24), normal(rng, 24), normal(rng, 2, 5, 24)
+    tables = functional.rope_tables(np.arange(5), 8, 1e4, np.float32)
+    norm, act = fused.rms_norm_forward(gate, weight, 1e-5)[1], fused.swiglu_forward(gate, 2 * gate)[1]
+    for function, argument, others, place in (
+        (fused.rope_forward, x, tables, None), (fused.rope_backward, x, tables, None), (fused.swiglu_backward, dy, (act,), 1),
+        (fused.rms_norm_backward, dy, (weight, norm, need_dweight), 0),
+    ):  # fmt: skip
+        before, own = argument.copy(), argument.copy()
+        apart, there = function(argument, *others), function(own, *others, in_place=True)
+        assert np.array_equal(argument, before)
+        assert (there if place is None else there[place]) is own
+        for a, b in zip((apart,) if place is None else apart, (there,) if place is None else there, strict=True):
+            assert (a is None and b is None) or a.tobytes() == b.tobytes()
+
+
 def test_rope_backward_turns_back():
     rng = np.random.default_rng(8)
     x, tables = normal(rng, 2, 7, 3, 16), functional.rope_tables(np.arange(7), 16, 1e4, np.float32)

@@ -1,6 +1,7 @@
 """The functions of ``minilora.functional`` again, each in one pass of compiled code over float32: read those first.
 
-Names, arguments and results are the same, up to float32 rounding; where a cache holds something else, it is said. Layers call
+Names, arguments and results are the same, up to float32 rounding; where a cache holds something else, it is said. With
+``in_place`` the result may take the place of the first argument, which saves memory that a processor must fetch. Layers call
 these; float64, as in gradient checks, and a processor without vectors take the mathematics of ``functional`` itself.
 """
 
@@ -43,28 +44,29 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
     return y, (x, rstd)
 
 
-def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool = True) -> tuple[Array, Array | None]:
+def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool = True,
+                      in_place: bool = False) -> tuple[Array, Array | None]:  # fmt: skip
     """Return dx (…, C) and, unless the weight is frozen, dweight (C,)."""
     x, rstd = cache
     if not compiled(dy, weight, x):
         return functional.rms_norm_backward(dy, weight, cache, need_dweight)
-    dx, dweight = np.empty_like(x), np.zeros_like(weight) if need_dweight else None
-    _run(rows.rms_norm_backward, (dy, weight, x, rstd), (), (dx, rows.EMPTY if dweight is None else dweight))
+    dx, dweight = dy if in_place else dy.copy(), np.zeros_like(weight) if need_dweight else None
+    _run(rows.rms_norm_backward, (weight, x, rstd), (), (dx, rows.EMPTY if dweight is None else dweight))
     return dx, dweight
 
 
-def rope_forward(x: Array, cos: Array, sin: Array, turn: int = 1) -> Array:
+def rope_forward(x: Array, cos: Array, sin: Array, turn: int = 1, *, in_place: bool = False) -> Array:
     """Rotate x (B, T, H, D) by cos and sin (T, D/2) or (B, T, D/2); with ``turn`` −1 back."""
     if not compiled(x, cos, sin):
         return functional.rope_forward(x, cos, turn * sin)
-    y = np.empty_like(x)
-    _run(rows.rope, (x, cos, sin), (*x.shape[2:], turn), (y,))
+    y = x if in_place else x.copy()
+    _run(rows.rope, (cos, sin), (*x.shape[2:], turn), (y,))
     return y
 
 
-def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
+def rope_backward(dy: Array, cos: Array, sin: Array, *, in_place: bool = False) -> Array:
     """A rotation's transpose is the rotation back."""
-    return rope_forward(dy, cos, sin, -1)
+    return rope_forward(dy, cos, sin, -1, in_place=in_place)
 
 
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
@@ -114,12 +116,12 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
     return y, (gate, up)
 
 
-def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
-    """Return dgate and dup (…, F)."""
+def swiglu_backward(dy: Array, cache: Cache, *, in_place: bool = False) -> tuple[Array, Array]:
+    """Return dgate and dup (…, F), of which dup takes dy's place."""
     if not compiled(dy, *cache):
         return functional.swiglu_backward(dy, cache)
-    dgate, dup = np.empty_like(dy), np.empty_like(dy)
-    _run(rows.swiglu_backward, (dy, *cache), (), (dgate, dup))
+    dgate, dup = np.empty_like(dy), dy if in_place else dy.copy()
+    _run(rows.swiglu_backward, cache, (), (dgate, dup))
     return dgate, dup
 
 

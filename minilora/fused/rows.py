@@ -64,23 +64,23 @@ def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array)
 
 
 @kernel
-def rms_norm_backward(dy: Array, weight: Array, x: Array, rstd: Array, dx: Array, dweight: Array) -> None:
-    """dx = rstd (dxhat − xhat · mean(dxhat · xhat)), dxhat = dy · weight; dweight = Σ dy · xhat unless it is empty."""
+def rms_norm_backward(weight: Array, x: Array, rstd: Array, dx: Array, dweight: Array) -> None:
+    """dx = rstd (dxhat − xhat · mean(dxhat · xhat)), dxhat = dy · weight; dweight = Σ dy · xhat unless empty; dx begins as dy."""
     C = weight.size
     for n in range(rstd.size):
-        row, dout, out = x[n * C : (n + 1) * C], dy[n * C : (n + 1) * C], dx[n * C : (n + 1) * C]
+        row, out = x[n * C : (n + 1) * C], dx[n * C : (n + 1) * C]
         scale, pull = rstd[n], np.float32(0)
         for c in range(C):
-            pull += dout[c] * weight[c] * row[c]
+            pull += out[c] * weight[c] * row[c]
         pull *= scale * scale / np.float32(C)
-        for c in range(C):
-            out[c] = scale * (dout[c] * weight[c] - row[c] * pull)
         for c in range(dweight.size):
-            dweight[c] += dout[c] * row[c] * scale
+            dweight[c] += out[c] * row[c] * scale
+        for c in range(C):
+            out[c] = scale * (out[c] * weight[c] - row[c] * pull)
 
 
 @kernel
-def rope(x: Array, cos: Array, sin: Array, heads: int, D: int, sign: float, y: Array) -> None:
+def rope(cos: Array, sin: Array, heads: int, D: int, sign: float, x: Array) -> None:
     """(first, second) → (first · cos − second · sin, second · cos + first · sin) in each head; ``sign`` −1 turns back.
 
     The tables hold D/2 numbers for each position; a table of one sequence serves all.
@@ -88,16 +88,15 @@ def rope(x: Array, cos: Array, sin: Array, heads: int, D: int, sign: float, y: A
     half = D // 2
     places = cos.size // half
     turn = np.float32(sign)
-    for n in range(y.size // (heads * D)):
+    for n in range(x.size // (heads * D)):
         c = cos[n % places * half : (n % places + 1) * half]
         s = sin[n % places * half : (n % places + 1) * half]
         for h in range(n * heads, (n + 1) * heads):
             first, second = x[h * D : h * D + half], x[h * D + half : (h + 1) * D]
-            out_first, out_second = y[h * D : h * D + half], y[h * D + half : (h + 1) * D]
             for i in range(half):
                 a, b, sine = first[i], second[i], turn * s[i]
-                out_first[i] = a * c[i] - b * sine
-                out_second[i] = b * c[i] + a * sine
+                first[i] = a * c[i] - b * sine
+                second[i] = b * c[i] + a * sine
 
 
 @kernel
@@ -108,12 +107,12 @@ def swiglu_forward(gate: Array, up: Array, y: Array) -> None:
 
 
 @kernel
-def swiglu_backward(dy: Array, gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """dup = dy · silu(gate), dgate = dy · up · σ (1 + gate (1 − σ))."""
-    for i in range(dy.size):
-        sigma = ONE / (ONE + exp(-gate[i]))
-        dup[i] = dy[i] * gate[i] * sigma
-        dgate[i] = dy[i] * up[i] * sigma * (ONE + gate[i] * (ONE - sigma))
+def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
+    """dup = dy · silu(gate), dgate = dy · up · σ (1 + gate (1 − σ)); dup begins as dy."""
+    for i in range(dup.size):
+        sigma, dy = ONE / (ONE + exp(-gate[i])), dup[i]
+        dup[i] = dy * gate[i] * sigma
+        dgate[i] = dy * up[i] * sigma * (ONE + gate[i] * (ONE - sigma))
 
 
 @kernel
