@@ -234,14 +234,12 @@ def _decoded(
     ids = np.zeros((len(prompts), int(lengths.max())), np.int64)
     for row, prompt in zip(ids, prompts, strict=True):
         row[: len(prompt)] = prompt
-    kv_cache = KVCache(model, len(prompts), room)
-    workers = Workers(threads)
-    hidden = prefill(model, ids, kv_cache, workers)[np.arange(len(prompts)), lengths - 1]  # (B, C) at each prompt's last token
-
+    kv_cache, workers = KVCache(model, len(prompts), room), Workers(threads)
     alive, positions, count = np.arange(len(prompts)), lengths.copy(), 0
-    logits = model.head.forward(hidden)[0]
     decoder: Decoder | None = None
     try:
+        hidden = prefill(model, ids, kv_cache, workers)[alive, lengths - 1]  # (B, C) at each prompt's last token
+        logits = model.head.forward(hidden)[0]
         while True:
             tokens = choose(logits)
             count += 1

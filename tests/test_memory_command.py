@@ -37,7 +37,7 @@ def test_the_issues_example_counts_in_full(capsys):
     text = capsys.readouterr().out
     assert text == f"{plan('llama-7b', method='lora', r=64)}\n"
     for part in ("trainable params: 159,907,840 || all params: 6,898,323,456", "26,953,662,464", "639,631,360",
-                 "layers.0 to 30, each", "q_proj: input kept for dA; shared with k_proj, v_proj"):  # fmt: skip
+                 "layers.0 to 31, each", "q_proj: input kept for dA; shared with k_proj, v_proj"):  # fmt: skip
         assert part in text
 
 
