@@ -1,4 +1,4 @@
-"""Causal attention head by head: scores exist for QUERIES rows at a time, and, but for tiles that it cuts, up to the diagonal.
+"""Causal attention head by head: scores exist for QUERIES rows at a time, and only up to the diagonal, in whole tiles.
 
     forward    S = q kᵀ / √D,  P = softmax(S) with lse = log Σ exp S kept,  y = P v
     backward   P = exp(S − lse) again;  dv = Pᵀ dy,  dP = dy vᵀ,  dS = P (dP − Σ P dP) / √D,  dq = dS k,  dk = dSᵀ q
