@@ -77,6 +77,7 @@ def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache,
 
     In each block all pieces of the text store their keys and values before any of them looks at them.
     """
+    # pieces of fewer than 32 tokens would spend their time on decoding the weights, each for itself
     pieces = cut(ids.shape[1], 32, 128) if model.config.hidden_size >= WIDE else [slice(None)]
     places = [positions[piece] for piece in pieces]
     xs = [model.embedding.forward(ids[:, piece])[0] for piece in pieces]  # (B, a piece's T, C)
@@ -257,6 +258,7 @@ def _decoded(
             if decoder is not None:
                 logits = decoder.step(int(tokens[0]), int(positions[0]))[None]
             else:
+                # four sequences share the decoding of a block
                 pieces = cut(len(alive), 4, 32) if model.config.hidden_size >= WIDE else [slice(None)]
                 parts = [(tokens[rows], positions[rows], kv_cache.part(rows)) for rows in pieces]
                 logits = np.concatenate(workers.map(lambda part: model.head.forward(decode(model, *part))[0], parts))

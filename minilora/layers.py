@@ -207,7 +207,7 @@ class RMSNorm:
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
         """dy (…, C) → dx (…, C), which may take dy's place."""
-        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable, in_place)
+        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable, in_place=in_place)
         if dweight is not None:
             grads.add(self.weight, dweight)
         return dx

@@ -44,7 +44,7 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
     return y, (x, rstd)
 
 
-def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool = True,
+def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool = True, *,
                       in_place: bool = False) -> tuple[Array, Array | None]:  # fmt: skip
     """Return dx (…, C) and, unless the weight is frozen, dweight (C,)."""
     x, rstd = cache

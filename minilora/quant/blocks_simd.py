@@ -49,6 +49,7 @@ AHEAD = 4096
 
 _I8, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(32), ir.HalfType(), ir.FloatType()
 LANES = 16 if wide() else 8
+"""Numbers of a vector: AVX-512 gains nothing where codes have 4 bits, and a third where they have 8."""
 _I32x32, _F32x8, _F32x16, _F32x32 = (ir.VectorType(t, n) for t, n in ((_I32, 32), (_F32, 8), (_F32, 16), (_F32, 32)))
 
 
@@ -272,4 +273,3 @@ def _sum(typing: Any, sums: Any) -> Any:
 def _lane(typing: Any, sums: Any, k: Any) -> Any:
     """Return number k of 2·LANES."""
     return types.float32(sums, k), lambda context, builder, signature, arguments: builder.extract_element(*arguments)
-
