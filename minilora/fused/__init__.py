@@ -77,10 +77,11 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     if not compiled(q, k, v):
         return functional.attention_forward(q, k, v, segments)
     B, T, H, D = q.shape
-    y, lse = np.empty_like(q), np.empty((B, H, T), q.dtype, like=q)
+    y, lse, totals = np.empty_like(q), *(np.empty((B, H, T), q.dtype, like=q) for _ in range(2))
     scratch = np.empty(attention.scratch_size(T, D, 2, 1), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    _run(attention.attention_forward, (q, k, v, _numbers(segments), scratch), numbers, (scratch, y, lse))
+    _run(attention.attention_forward, (q, k, v, _numbers(segments), scratch), numbers, (scratch, y, lse, totals))
+    lse += np.log(totals, out=totals)  # compiled, a logarithm would be one number at a time
     return y, (q, k, v, (lse, segments))
 
 

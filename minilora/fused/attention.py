@@ -24,8 +24,6 @@ from minilora.jit import kernel
 Array = np.ndarray
 
 QUERIES = 64
-WHOLE = max(LANES, LOW)
-"""A row of scores is computed up to a multiple of this behind its query: whole vectors, and whole tiles of rows."""
 NO_SEGMENTS = np.empty(0, np.int64)
 
 
@@ -97,23 +95,61 @@ def times_queries(
 
 
 @kernel
-def visible(segments: Array, b: int, T: int, i: int, end: int, row: Array) -> Any:
-    """The part of query i's row that is computed further: −∞ where it may not look, at later keys and at other segments' keys."""
-    row = row[: min(end, i // WHOLE * WHOLE + WHOLE)]
-    for j in range(i + 1, row.size):
-        row[j] = -np.inf
-    for j in range(min(i, segments.size)):
-        if segments[b * T + j] != segments[b * T + i]:
+def row_of(x: Array, p: int, stride: int, first: int, m: int, i: int) -> Any:
+    """What is computed of row i of a block of scores: up to its query, in whole tiles."""
+    return x[p + i * stride : p + i * stride + min(first + m, (first + i) // NARROW * NARROW + NARROW)]
+
+
+@kernel
+def hide(segments: Array, at: int, first: int, m: int, stride: int, scratch: Array, p: int) -> None:
+    """Make scores −∞ where a query may not look: at later keys, and at other segments' keys (the sequence's are from ``at`` on).
+
+    All rows before the first is read: a vector whose last numbers have just been written one by one must wait for them.
+    """
+    for i in range(m):
+        row = row_of(scratch, p, stride, first, m, i)
+        for j in range(first + i + 1, row.size):
             row[j] = -np.inf
-    return row
+        for j in range(min(first + i, segments.size)):
+            if segments[at + j] != segments[at + first + i]:
+                row[j] = -np.inf
+
+
+@kernel
+def softmax_forward(
+    first: int, m: int, scale: Any, stride: int, at: int, scratch: Array, p: int, tops: Array, totals: Array
+) -> None:  # fmt: skip
+    """scratch = exp(S / √D − top) in place of S, for m queries from ``first`` on; their top and total = Σ from tops[at] on."""
+    for i in range(m):
+        row = row_of(scratch, p, stride, first, m, i)
+        top, total = largest(row), np.float32(0)
+        for j in range(row.size):
+            row[j] = exp((row[j] - top) * scale)
+            total += row[j]
+        tops[at + i], totals[at + i] = top * scale, total
+
+
+@kernel
+def softmax_backward(
+    first: int, m: int, scale: Any, stride: int, at: int, lse: Array, scratch: Array, p: int, dp: int
+) -> None:  # fmt: skip
+    """P in place of S and dS in place of dP for m queries from ``first`` on, whose lse begin at a place."""
+    for i in range(m):
+        row, drow = row_of(scratch, p, stride, first, m, i), row_of(scratch, dp, stride, first, m, i)
+        known, pull = lse[at + i], np.float32(0)
+        for j in range(row.size):
+            row[j] = exp(row[j] * scale - known)
+            pull += row[j] * drow[j]
+        for j in range(row.size):
+            drow[j] = row[j] * (drow[j] - pull) * scale
 
 
 @kernel
 def attention_forward(
     q: Array, k: Array, v: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int, size: int,
-    stride: int, one: int, scratch: Array, y: Array, lse: Array,
+    stride: int, one: int, scratch: Array, y: Array, tops: Array, totals: Array,
 ) -> None:  # fmt: skip
-    """Write y and lse, with two panels and one block of scores."""
+    """Write y and, of which lse = top + log total, tops and totals, with two panels and one block of scores."""
     keys = LOW * NARROW + aligned(scratch)
     values, p = keys + size, keys + 2 * size
     scale = ONE / np.sqrt(np.float32(D))
@@ -123,20 +159,14 @@ def attention_forward(
             pack_values(v, (b * T * K + group) * D, K * D, T, D, one, scratch, values)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
-                    m = min(QUERIES, T - first)
+                    m, query = min(QUERIES, T - first), (b * H + h) * T + first
                     at = ((b * T + first) * H + h) * D
                     times_keys(q, at, H * D, m, D, first, one, written, keys, scratch, p, stride)
-                    for i in range(m):
-                        row = visible(segments, b, T, first + i, first + m, scratch[p + i * stride : p + (i + 1) * stride])
-                        top, total = largest(row), np.float32(0)
-                        for j in range(row.size):
-                            row[j] = exp((row[j] - top) * scale)
-                            total += row[j]
-                        scratch[p + i * stride + stride - 1] = ONE / total  # behind the row, until y is there
-                        lse[(b * H + h) * T + first + i] = top * scale + np.log(total)
+                    hide(segments, b * T, first, m, stride, scratch, p)
+                    softmax_forward(first, m, scale, stride, query, scratch, p, tops, totals)
                     times_values(written, p, stride, m, first, values, T, D, one, scratch, y, at, H * D)
                     for i in range(m):
-                        inverse = scratch[p + i * stride + stride - 1]
+                        inverse = ONE / totals[query + i]
                         for d in range(at + i * H * D, at + i * H * D + D):
                             y[d] *= inverse
 
@@ -161,19 +191,12 @@ def attention_backward(
             pack_values(k, key_at, K * D, T, D, one, scratch, keys)
             for h in range(group * (H // K), (group + 1) * (H // K)):
                 for first in range(0, T, QUERIES):
-                    m = min(QUERIES, T - first)
+                    m, query = min(QUERIES, T - first), (b * H + h) * T + first
                     at = ((b * T + first) * H + h) * D
                     times_keys(q, at, H * D, m, D, first, one, written, keys_t, scratch, p, stride)
                     times_keys(dy, at, H * D, m, D, first, one, written, values_t, scratch, dp, stride)
-                    for i in range(m):
-                        row = visible(segments, b, T, first + i, first + m, scratch[p + i * stride : p + (i + 1) * stride])
-                        drow = scratch[dp + i * stride : dp + i * stride + row.size]
-                        known, pull = lse[(b * H + h) * T + first + i], np.float32(0)
-                        for j in range(row.size):
-                            row[j] = exp(row[j] * scale - known)
-                            pull += row[j] * drow[j]
-                        for j in range(row.size):
-                            drow[j] = row[j] * (drow[j] - pull) * scale
+                    hide(segments, b * T, first, m, stride, scratch, p)
+                    softmax_backward(first, m, scale, stride, query, lse, scratch, p, dp)
                     times_values(written, dp, stride, m, first, keys, T, D, one, scratch, dq, at, H * D)
                     # the queries, and heads, that look at a key add up
                     pack_values(dy, at, H * D, m, D, one, scratch, few)
