@@ -3,7 +3,8 @@
     y, cache = layer.forward(x)
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
-With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is None.
+With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is None. With ``onto``
+a linear adds its dx to another's, inside of the product.
 
 ``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run twice or in two
 threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
@@ -79,8 +80,8 @@ class Weight(Protocol):
     def matmul(self, x: Array, pair: Pair | None = None) -> Array:
         """x Wᵀ: (…, in) → (…, out); with a pair (h, b), of rank r, x Wᵀ + h bᵀ: h (…, r), b (out, r)."""
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
-        """dy W: (…, out) → (…, in); with a pair (dh, a) dy W + dh a: dh (…, r), a (r, in)."""
+    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
+        """dy W: (…, out) → (…, in); with a pair (dh, a) dy W + dh a: dh (…, r), a (r, in). With ``onto`` added to that array."""
 
     def rows(self, ids: Array) -> Array:
         """Rows of W in floating point, for embeddings."""
@@ -117,9 +118,9 @@ class DenseWeight:
         """x Wᵀ (+ h bᵀ)."""
         return F.product(x, self.param.data, pair)
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
+    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
         """dy W (+ dh a)."""
-        return F.product_t(dy, self.param.data, pair)
+        return F.product_t(dy, self.param.data, pair, onto)
 
     def rows(self, ids: Array) -> Array:
         """W[ids]."""
@@ -158,13 +159,13 @@ class Linear:
         """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when it runs again."""
         return (x,) if self.weight.trainable else ()
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None) -> Any:
         """dy (…, out) → dx (…, in)."""
         if cache:
             (x,) = cache
             # y = x Wᵀ  →  dW = dyᵀ x
             grads.add(self.weight.param, F.outer(dy, x))
-        return None if last else self.weight.matmul_t(dy)
+        return None if last else self.weight.matmul_t(dy, onto=onto)
 
 
 class Embedding:
@@ -256,11 +257,8 @@ class Attention:
         dq, dk = F.rope_backward(dq, *rope, in_place=True), F.rope_backward(dk, *rope, in_place=True)
         # q, k and v read the same x, so their gradients add up
         dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads, last)
-        for linear, dz, cache_z in ((self.k_proj, dk, cache_k), (self.v_proj, dv, cache_v)):
-            part = linear.backward(dz.reshape(B, T, -1), cache_z, grads, last)
-            if not last:
-                dx += part
-        return dx
+        dx = self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads, last, onto=dx)
+        return self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads, last, onto=dx)
 
 
 class MLP:
@@ -297,8 +295,7 @@ class MLP:
             return self.up_proj.backward(F.gelu_backward(dhidden, cache_act), cache_up, grads)
         dgate, dup = F.swiglu_backward(dhidden, cache_act, in_place=True)
         dx = self.gate_proj.backward(dgate, cache_gate, grads)
-        dx += self.up_proj.backward(dup, cache_up, grads)
-        return dx
+        return self.up_proj.backward(dup, cache_up, grads, onto=dx)
 
 
 class Block:

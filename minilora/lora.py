@@ -115,7 +115,7 @@ class LoraLinear:
         rng = np.random.default_rng([*key, zlib.crc32(self.name.encode())])
         return rng.random(p.shape, np.float32) >= self.dropout
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
+    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None) -> Any:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
         p, h, mask, *stretched = cache
         if self.magnitude is not None:
@@ -133,12 +133,12 @@ class LoraLinear:
             return None
         # p = pool(x), and x also went through the base
         if mask is None:
-            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool)))
+            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool)), onto)
         # p = keep ∘ p / (1 − dropout)
         dp = product_t(dh, self.lora_A.data)
         dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
         dp *= dp.dtype.type(1 / (1 - self.dropout))
-        dx = self.base.weight.matmul_t(dy)
+        dx = self.base.weight.matmul_t(dy, onto=onto)
         dx += group_repeat(dp, self.pool)
         return dx
 

@@ -113,7 +113,7 @@ def test_products_are_added_and_take_columns():
     rng = np.random.default_rng(2)
     dy, w, out = normal(rng, 30, 50), normal(rng, 20, 40), normal(rng, 30, 40)
     before = out.copy()
-    assert fused.product_t(dy, w, out=out, column=7) is out
+    assert fused.product_t(dy, w, onto=out, column=7) is out
     within(out, before + double(dy[:, 7:27]) @ double(w), sum_bound(dy[:, 7:27], w, 21) + EPS * np.abs(out))
 
 

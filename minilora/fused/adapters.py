@@ -51,15 +51,15 @@ def adapter_gradients(
     group = groups_of(r, n)
     ragged = LOW * NARROW + aligned(scratch)
     panels = ragged + NEAR * NARROW
-    if group > 1:
+    if group:
         pack_few(b, r, one, n, r, group, scratch, panels)
-    for j in range(0, r if group == 1 else 0, NARROW):
+    for j in range(0, 0 if group else r, NARROW):
         pack_panel(b, j, r, one, n, min(NARROW, r - j), scratch, panels + j * n, NARROW * one)
     for first in range(0, m, NEAR):
         rows = min(NEAR, m - first)
-        if group > 1:
+        if group:
             times_few(dy, first * n, n, written, panels, group, scratch, dh, first * r, rows, r)
-        for j in range(0, r if group == 1 else 0, NARROW):
+        for j in range(0, 0 if group else r, NARROW):
             times_narrow(dy, first * n, n, one, n, written, panels + j * n, NARROW * one, scratch, dh, first * r + j, r, rows,
                          min(NARROW, r - j), one < 1)
         add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)

@@ -25,6 +25,7 @@ from minilora.fused.vectors import (
     NARROW,
     ROWS,
     TURN,
+    few_1,
     few_2,
     few_4,
     move,
@@ -192,8 +193,8 @@ def multiply(
 
 @kernel
 def groups_of(n: int, k: int) -> int:
-    """Steps of k that share a vector with n columns: 4, 2, or 1 if there are too many columns, or k is odd."""
-    return 4 if 4 * n <= LANES and k % 4 == 0 else 2 if 2 * n <= LANES and k % 2 == 0 else 1
+    """Steps of k that share a vector with n columns: 4, 2 or 1, and 0 for more columns than a vector has."""
+    return 4 if 4 * n <= LANES and k % 4 == 0 else 2 if 2 * n <= LANES and k % 2 == 0 else 1 if n <= LANES else 0
 
 
 @kernel
@@ -219,8 +220,10 @@ def times_few(
         out, out_at = (c, c_at + i * n) if whole else (edge, 0)
         if group == 4:
             few_4(a, at + i * k, k, k // 4, panel, panel_at, out, out_at, rows)
-        else:
+        elif group == 2:
             few_2(a, at + i * k, k, k // 2, panel, panel_at, out, out_at, rows)
+        else:
+            few_1(a, at + i * k, k, k, panel, panel_at, out, out_at, rows)
         if not whole:
             for r in range(rows):
                 for j in range(n):
@@ -259,7 +262,7 @@ def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, 
               k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
     """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
     rank = pair[0].shape[-1] if pair else 0
-    if (a_row, a_step, c.shape[-1]) == (k, 1, n) and not (rank or add) and groups_of(n, k) > 1:
+    if (a_row, a_step, c.shape[-1]) == (k, 1, n) and not (rank or add) and groups_of(n, k):
         scratch = np.empty(ROWS * COLUMNS + LANES - 1 + k * LANES, np.float32, like=c)
         if isinstance(c, np.ndarray):
             multiply_few(flat(a), flat(b), b_k, b_n, m, n, k, flat(scratch), scratch, c.reshape(-1))
@@ -296,10 +299,10 @@ def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = No
     return y
 
 
-def product_t(dy: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:
+def product_t(dy: Array, w: Array, pair: Pair | None = None, onto: Array | None = None, column: int = 0) -> Array:
     """dy w, with a pair (dh, a) dy w + dh a: dy (…, out), w (out, in), dh (…, r), a (r, in) → (…, in).
 
-    With ``out`` (N, in) it is added there. dy may have more columns, of which those from ``column`` on are meant.
+    It is added onto an array (…, in), if one is given. dy may have more columns, of which those from ``column`` on are meant.
 
     >>> product_t(np.ones((1, 2)), np.ones((2, 3)), (np.ones((1, 1)), np.ones((1, 3)))).tolist()
     [[3.0, 3.0, 3.0]]
@@ -307,15 +310,15 @@ def product_t(dy: Array, w: Array, pair: Pair | None = None, out: Array | None =
     k, n = w.shape
     m = dy.size // dy.shape[-1]
     if m > FEW and compiled(dy, w, *(pair or ())):
-        dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if out is None else out
-        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, pair, m, n, k, dx, add=out is not None)
+        dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if onto is None else onto
+        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, pair, m, n, k, dx, add=onto is not None)
         return dx
     dx = dy[..., column : column + k] @ w
     if pair:
         dx += pair[0] @ pair[1]
-    if out is not None:
-        out += dx
-    return dx if out is None else out
+    if onto is not None:
+        onto += dx
+    return dx if onto is None else onto
 
 
 def outer(dy: Array, x: Array) -> Array:

@@ -210,7 +210,7 @@ def _few(group: int) -> Any:
     return few
 
 
-few_2, few_4 = _few(2), _few(4)
+few_1, few_2, few_4 = _few(1), _few(2), _few(4)
 
 
 @intrinsic

@@ -107,16 +107,15 @@ class PackedWeight(ABC):
                 product(x2, self._decode(first, last), part, out=y, column=first)
         return y.reshape(*x.shape[:-1], out_features)
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None) -> Array:
-        """Return dy W, with a pair (dh, a) dy W + dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in)."""
+    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
+        """Return dy W, with a pair (dh, a) dy W + dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in); added onto an array."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
         if pair:
             pair = pair[0].reshape(len(dy2), -1), pair[1]
-        (_, first), *others = self._tiles(TILE)
-        dx = product_t(dy2, self._decode(0, first), pair)
-        for first, last in others:
-            product_t(dy2, self._decode(first, last), out=dx, column=first)
+        dx: Any = None if onto is None else onto.reshape(-1, in_features)
+        for first, last in self._tiles(TILE):
+            dx = product_t(dy2, self._decode(first, last), pair if first == 0 else None, dx, first)
         return dx.reshape(*dy.shape[:-1], in_features)
 
     def rows(self, ids: Array) -> Array:
