@@ -19,6 +19,13 @@ Array = np.ndarray
 Cache = tuple[Any, ...]
 
 
+def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
+    """y = table[ids]: each row of dy (…, C) is added to the row of dtable (V, C) that its token, of ids (…), took."""
+    dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
+    np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
+    return dtable
+
+
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
     """Root-mean-square normalisation, y = weight · x / √(mean(x²) + eps) over the last axis (arXiv 1910.07467, eq. 4).
 

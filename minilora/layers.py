@@ -164,7 +164,7 @@ class Linear:
         if cache:
             (x,) = cache
             # y = x Wᵀ  →  dW = dyᵀ x
-            grads.add(self.weight.param, F.outer(dy, x))
+            F.outer(dy, x, grads[self.weight.param])
         return None if last else self.weight.matmul_t(dy, onto=onto)
 
 
@@ -187,9 +187,7 @@ class Embedding:
         """Token ids have no gradient; a trainable table adds each row's dy to that row."""
         if cache:
             (ids,) = cache
-            dtable = np.zeros_like(self.weight.param.data)
-            np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
-            grads.add(self.weight.param, dtable)
+            grads.add(self.weight.param, F.embedding_backward(dy, ids, self.weight.shape[0]))
 
 
 class RMSNorm:

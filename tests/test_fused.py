@@ -53,6 +53,9 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
     left, right = np.concatenate([dy, h], 1), np.concatenate([w, a], 0)
     within(fused.product_t(dy, w, pair_t), double(left) @ double(right), sum_bound(left, right, n + r))
     within(fused.outer(dy, x), double(dy).T @ double(x), sum_bound(dy.T, x, m))
+    onto = w.copy()
+    assert fused.outer(dy, x, onto) is onto
+    within(onto, double(w) + double(dy).T @ double(x), sum_bound(dy.T, x, m) + EPS * np.abs(w))
 
 
 @pytest.mark.parametrize(("m", "n", "k", "r"), [
@@ -231,6 +234,16 @@ def test_functions_of_rows_are_what_float64_gives(case, B, T):
             both = [b(d, c[1]) for b, d, c in zip(backward, (dy, double(dy)), (found, expected), strict=True)]
         for a, b in zip(*both, strict=True):
             within(a, b, (32 + B * T) * EPS * np.abs(b).max())
+
+
+def test_rows_of_the_embedding_s_gradient_are_added_token_by_token():
+    rng = np.random.default_rng(5)
+    ids, dy = rng.integers(0, 7, (3, 11)), normal(rng, 3, 11, 19)
+    found = fused.embedding_backward(dy, ids, 9)
+    expected = np.zeros((9, 19), np.float32)
+    for token, row in zip(ids.reshape(-1), dy.reshape(-1, 19), strict=True):
+        expected[token] += row
+    assert found.tobytes() == expected.tobytes() == functional.embedding_backward(dy, ids, 9).tobytes()
 
 
 @pytest.mark.parametrize("need_dweight", [True, False])

@@ -22,8 +22,8 @@ Cache = tuple[Any, ...]
 
 __all__ = [
     "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward",
-    "cross_entropy_forward", "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer", "product",
-    "product_t", "rms_norm_backward", "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax",
+    "cross_entropy_forward", "embedding_backward", "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer",
+    "product", "product_t", "rms_norm_backward", "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax",
     "swiglu_backward", "swiglu_forward",
 ]  # fmt: skip
 
@@ -33,6 +33,15 @@ def _run(kernel: Any, inputs: tuple[Array, ...], numbers: tuple[float, ...], out
     if not isinstance(outputs[0], np.ndarray):
         return 0.0
     return kernel(*map(flat, inputs), *numbers, *(a.reshape(-1) for a in outputs))
+
+
+def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
+    """Each row of dy (…, C) is added to the row of dtable (V, C) that its token, of ids (…), took."""
+    if not compiled(dy):
+        return functional.embedding_backward(dy, ids, V)
+    dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
+    _run(rows.embedding_backward, (ids.astype(np.int64), dy), (dy.shape[-1],), (dtable,))
+    return dtable
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:

@@ -321,19 +321,20 @@ def product_t(dy: Array, w: Array, pair: Pair | None = None, onto: Array | None 
     return dx if onto is None else onto
 
 
-def outer(dy: Array, x: Array) -> Array:
-    """dyᵀ x over all rows: dy (…, out), x (…, in) → (out, in), the gradient of w in y = x wᵀ.
+def outer(dy: Array, x: Array, onto: Array | None = None) -> Array:
+    """dyᵀ x over all rows: dy (…, out), x (…, in) → (out, in), the gradient of w in y = x wᵀ; added onto an array, if given.
 
     >>> outer(np.ones((5, 2)), np.ones((5, 3))).tolist()
     [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
     """
     m, n = dy.shape[-1], x.shape[-1]
     k = x.size // n
-    if k <= FEW or not compiled(dy, x):
-        return dy.reshape(-1, m).T @ x.reshape(-1, n)
-    if n <= COLUMNS < m:  # few rows are multiplied in place, few columns are not
-        return outer(x, dy).T.copy()
-    dw = np.empty((m, n), np.float32, like=x)
-    for first in range(0, m, TURNED):
-        _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n)
+    dw = np.zeros((m, n), dy.dtype, like=dy) if onto is None else onto
+    if k <= FEW or not compiled(dy, x, dw):
+        dw += dy.reshape(-1, m).T @ x.reshape(-1, n)
+    elif n <= COLUMNS < m:  # few rows are multiplied in place, few columns are not
+        dw += outer(x, dy).T
+    else:
+        for first in range(0, m, TURNED):
+            _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n, add=True)
     return dw

@@ -49,6 +49,15 @@ def largest(x: Array) -> Any:
 
 
 @kernel
+def embedding_backward(ids: Array, dy: Array, C: int, dtable: Array) -> None:
+    """dtable[ids[n]] += dy[n]."""
+    for n in range(ids.size):
+        row, out = dy[n * C : (n + 1) * C], dtable[ids[n] * C : (ids[n] + 1) * C]
+        for c in range(C):
+            out[c] += row[c]
+
+
+@kernel
 def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
     """y = weight · x · rstd, rstd = 1/√(mean(x²) + eps)."""
     C = weight.size
