@@ -27,7 +27,7 @@ from minilora.config import ModelConfig
 Array = np.ndarray
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
-Pair = tuple[Array, Array]
+LowRank = tuple[Array, Array, float]
 
 
 class Parameter:
@@ -77,11 +77,11 @@ class Weight(Protocol):
     dtype: np.dtype[Any]
     trainable: bool
 
-    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
-        """x Wᵀ: (…, in) → (…, out); with a pair (h, b), of rank r, x Wᵀ + h bᵀ: h (…, r), b (out, r)."""
+    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
+        """x Wᵀ: (…, in) → (…, out); with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: h (…, r), b (out, r)."""
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
-        """dy W: (…, out) → (…, in); with a pair (dh, a) dy W + dh a: dh (…, r), a (r, in). With ``onto`` added to that array."""
+    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
+        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added ``onto`` it, if given."""
 
     def rows(self, ids: Array) -> Array:
         """Rows of W in floating point, for embeddings."""
@@ -114,13 +114,13 @@ class DenseWeight:
         """Whether a Linear must keep its input for dW."""
         return self.param.trainable
 
-    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
-        """x Wᵀ (+ h bᵀ)."""
-        return F.product(x, self.param.data, pair)
+    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
+        """x Wᵀ (+ s·h bᵀ)."""
+        return F.product(x, self.param.data, path)
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
-        """dy W (+ dh a)."""
-        return F.product_t(dy, self.param.data, pair, onto)
+    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
+        """dy W (+ s·dh a)."""
+        return F.product_t(dy, self.param.data, path, onto)
 
     def rows(self, ids: Array) -> Array:
         """W[ids]."""

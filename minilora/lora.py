@@ -90,7 +90,7 @@ class LoraLinear:
         DoRA also keeps its result before it is stretched: the price of the lengths.
         """
         p, h, mask = self._down(x, key)
-        y = self.base.weight.matmul(x, (h, self.lora_B.data * h.dtype.type(self.scaling)))  # base(x) + h (s B)ᵀ in one product
+        y = self.base.weight.matmul(x, (h, self.lora_B.data, self.scaling))  # base(x) + s·h Bᵀ in one product
         if self.magnitude is None:
             return y, (p, h, mask)
         n = self.row_norms()  # (out,)
@@ -123,21 +123,17 @@ class LoraLinear:
             z, n = stretched
             grads.add(self.magnitude, (dy * z).reshape(-1, dy.shape[-1]).sum(axis=0) / n)
             dy = dy * (self.magnitude.data / n)
-        s = dy.dtype.type(self.scaling)
-        # y = base(x) + h (s B)ᵀ with h = p Aᵀ
-        dh, db, da = adapter_backward(dy, h, p, self.lora_B.data * s)
-        db *= s
-        grads.add(self.lora_B, db)
-        grads.add(self.lora_A, da)
+        # y = base(x) + s·h Bᵀ with h = p Aᵀ; dh is the gradient of s·h
+        dh = adapter_backward(dy, h, p, self.lora_B.data, self.scaling, grads[self.lora_B], grads[self.lora_A])
         if last:
             return None
         # p = pool(x), and x also went through the base
         if mask is None:
-            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool)), onto)
+            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool), self.scaling), onto)
         # p = keep ∘ p / (1 − dropout)
         dp = product_t(dh, self.lora_A.data)
         dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
-        dp *= dp.dtype.type(1 / (1 - self.dropout))
+        dp *= dp.dtype.type(self.scaling / (1 - self.dropout))
         dx = self.base.weight.matmul_t(dy, onto=onto)
         dx += group_repeat(dp, self.pool)
         return dx

@@ -47,11 +47,12 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
     rng = np.random.default_rng(seed)
     x, w, dy = normal(rng, m, k), normal(rng, n, k), normal(rng, m, n)
     h, b, a = normal(rng, m, r), normal(rng, n, r), normal(rng, r, k)
-    pair, pair_t = ((h, b), (h, a)) if r else (None, None)
+    path, path_t = ((h, b, 0.7), (h, a, 0.7)) if r else (None, None)
+    b, a = np.float32(0.7) * b, np.float32(0.7) * a
     left, right = np.concatenate([x, h], 1), np.concatenate([w, b], 1)
-    within(fused.product(x, w, pair), double(left) @ double(right).T, sum_bound(left, right.T, k + r))
+    within(fused.product(x, w, path), double(left) @ double(right).T, sum_bound(left, right.T, k + r))
     left, right = np.concatenate([dy, h], 1), np.concatenate([w, a], 0)
-    within(fused.product_t(dy, w, pair_t), double(left) @ double(right), sum_bound(left, right, n + r))
+    within(fused.product_t(dy, w, path_t), double(left) @ double(right), sum_bound(left, right, n + r))
     within(fused.outer(dy, x), double(dy).T @ double(x), sum_bound(dy.T, x, m))
     onto = w.copy()
     assert fused.outer(dy, x, onto) is onto
@@ -65,11 +66,12 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
 def test_gradients_of_an_adapter_are_what_float64_gives(m, n, k, r):
     rng = np.random.default_rng(m)
     dy, h, p, b = normal(rng, m, n), normal(rng, m, r), normal(rng, m, k), normal(rng, n, r)
-    dh, db, da = fused.adapter_backward(dy.reshape(1, m, n), h.reshape(1, m, r), p.reshape(1, m, k), b)
+    s, before, db, da = 0.7, normal(rng, n, r), normal(rng, n, r), np.zeros((r, k), np.float32)
+    db[...] = before
+    dh = fused.adapter_backward(dy.reshape(1, m, n), h.reshape(1, m, r), p.reshape(1, m, k), b, s, db, da)
     within(dh[0], double(dy) @ double(b), sum_bound(dy, b, n))
-    within(db, double(dy).T @ double(h), sum_bound(dy.T, h, m))
-    within(da, double(dh[0]).T @ double(p), sum_bound(dh[0].T, p, m))
-    assert db.flags.c_contiguous
+    within(db, before + s * double(dy).T @ double(h), sum_bound(dy.T, h, m + 1) + EPS * np.abs(before))
+    within(da, s * double(dh[0]).T @ double(p), sum_bound(dh[0].T, p, m + 1))
 
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6, 16, 18, 21, 132])
@@ -103,12 +105,12 @@ def test_a_row_has_the_same_bits_however_many_stand_beside_it():
     """What shards of any size, and tiles of a quantized weight, rely on."""
     rng = np.random.default_rng(1)
     x, w, h, b = normal(rng, 61, 700), normal(rng, 83, 700), normal(rng, 61, 3), normal(rng, 83, 3)
-    whole = fused.product(x, w, (h, b))
+    whole = fused.product(x, w, (h, b, 2.0))
     for first, last in [(0, 9), (9, 22), (30, 61)]:
-        assert np.array_equal(fused.product(x[first:last].copy(), w, (h[first:last].copy(), b)), whole[first:last])
+        assert np.array_equal(fused.product(x[first:last].copy(), w, (h[first:last].copy(), b, 2.0)), whole[first:last])
     out = np.zeros((61, 83), np.float32)
     for first, last in [(0, 8), (8, 72), (72, 83)]:
-        fused.product(x, w[first:last], (h, b[first:last]), out=out, column=first)
+        fused.product(x, w[first:last], (h, b[first:last], 2.0), out=out, column=first)
     assert np.array_equal(out, whole)
 
 
@@ -146,11 +148,11 @@ def test_quantized_products_take_the_low_rank_path_in(quant_type):
     w = weight.dense()
     for shape in [(3, 7), (1,), (2, 40)]:
         x, h, b = normal(rng, *shape, 64), normal(rng, *shape, 5), normal(rng, 80, 5)
-        y, left, right = weight.matmul(x, (h, b)), np.concatenate([x, h], -1), np.concatenate([w, b], -1)
+        y, left, right = weight.matmul(x, (h, b, 1.0)), np.concatenate([x, h], -1), np.concatenate([w, b], -1)
         within(y, double(left) @ double(right).T, sum_bound(left, right.T, 2 * 69))
         dy, a = normal(rng, *shape, 80), normal(rng, 5, 64)
         left, right = np.concatenate([dy, h], -1), np.concatenate([w, a], 0)
-        within(weight.matmul_t(dy, (h, a)), double(left) @ double(right), sum_bound(left, right, 2 * 85))
+        within(weight.matmul_t(dy, (h, a, 1.0)), double(left) @ double(right), sum_bound(left, right, 2 * 85))
 
 
 def test_nan_and_infinity_survive():
@@ -300,16 +302,17 @@ def test_attention_is_what_float64_gives(B, T, H, K, D, segmented):
     bound = 8 * EPS * (D**0.5 + T**0.5 + 8)
     within(y, expected, bound * np.abs(v).max())
     again, cache_again = fused.attention_again(*cache[:3], segments)
-    assert np.array_equal(again, y) and np.array_equal(cache[3][0], cache_again[3][0])
+    assert np.array_equal(again, y) and all(map(np.array_equal, cache[3][:2], cache_again[3][:2]))
     gradients = fused.attention_backward(dy, cache), functional.attention_backward(double(dy), expected_cache)
     for found, exact in zip(*gradients, strict=True):
         within(found, exact, 4 * bound * max(1, np.abs(exact).max()))
 
 
-def test_attention_keeps_one_number_a_query_and_head():
+def test_attention_keeps_two_numbers_a_query_and_head():
     q = np.ones((2, 200, 4, 8), np.float32)
     cache = fused.attention_forward(q, q[:, :, :2].copy(), q[:, :, :2].copy())[1]
-    assert cache[3][0].shape == (2, 4, 200) and sum(a.nbytes for a in (*cache[:3], cache[3][0])) < 2 * 200 * 4 * 200
+    assert cache[3][0].shape == cache[3][1].shape == (2, 4, 200)
+    assert sum(a.nbytes for a in (*cache[:3], *cache[3][:2])) < 2 * 200 * 4 * 200
 
 
 def test_large_scores_do_not_overflow():
@@ -332,7 +335,7 @@ rng = np.random.default_rng(0)
 x, w, h, b = (rng.standard_normal(s, np.float32) for s in ((50, 70), (90, 70), (50, 3), (90, 3)))
 q = rng.standard_normal((1, 40, 2, 16), np.float32)
 y, cache = fused.attention_forward(q, q, q)
-np.savez(sys.argv[1], fused.product(x, w, (h, b)), fused.outer(h, x), y, *fused.attention_backward(q, cache),
+np.savez(sys.argv[1], fused.product(x, w, (h, b, 1.0)), fused.outer(h, x), y, *fused.attention_backward(q, cache),
          fused.swiglu_forward(x, x)[0])
 print(vectors.AVAILABLE, vectors.LANES)
 """

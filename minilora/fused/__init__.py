@@ -81,17 +81,16 @@ def rope_backward(dy: Array, cos: Array, sin: Array, *, in_place: bool = False) 
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
     """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) → y (B, T, H, D).
 
-    The cache keeps no probabilities but, for each query, lse (B, H, T) = log Σ exp scores, and q as it is.
+    The cache keeps no probabilities but, for each query, top = max S and total = Σ exp(S − top), both (B, H, T), and q as it is.
     """
     if not compiled(q, k, v):
         return functional.attention_forward(q, k, v, segments)
     B, T, H, D = q.shape
-    y, lse, totals = np.empty_like(q), *(np.empty((B, H, T), q.dtype, like=q) for _ in range(2))
+    y, tops, totals = np.empty_like(q), *(np.empty((B, H, T), q.dtype, like=q) for _ in range(2))
     scratch = np.empty(attention.scratch_size(T, D, 2, 1), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    _run(attention.attention_forward, (q, k, v, _numbers(segments), scratch), numbers, (scratch, y, lse, totals))
-    lse += np.log(totals, out=totals)  # compiled, a logarithm would be one number at a time
-    return y, (q, k, v, (lse, segments))
+    _run(attention.attention_forward, (q, k, v, _numbers(segments), scratch), numbers, (scratch, y, tops, totals))
+    return y, (q, k, v, (tops, totals, segments))
 
 
 def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
@@ -104,12 +103,13 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     q, k, v, kept = cache
     if not isinstance(kept, tuple):
         return functional.attention_backward(dy, cache)
-    lse, segments = kept
+    tops, totals, segments = kept
     B, T, H, D = q.shape
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     scratch = np.empty(attention.scratch_size(T, D, 4, 2), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    _run(attention.attention_backward, (dy, q, k, v, lse, _numbers(segments), scratch), numbers, (scratch, dq, dk, dv))
+    inputs = (dy, q, k, v, tops, totals, _numbers(segments), scratch)
+    _run(attention.attention_backward, inputs, numbers, (scratch, dq, dk, dv))
     return dq, dk, dv
 
 

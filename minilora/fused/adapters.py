@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora.fused.products import (
@@ -40,13 +42,13 @@ def add_outer(
 
 @kernel
 def adapter_gradients(
-    dy: Array, h: Array, p: Array, b: Array, written: Array, dh_written: Array, m: int, n: int, k: int, r: int, one: int,
-    scratch: Array, dh: Array, db: Array, da: Array,
+    dy: Array, h: Array, p: Array, b: Array, written: Array, dh_written: Array, scale: Any, m: int, n: int, k: int, r: int,
+    one: int, scratch: Array, dh: Array, db_t: Array, da_s: Array, db: Array, da: Array,
 ) -> None:  # fmt: skip
-    """dh = dy b, db = hᵀ dy, da = dhᵀ p, NEAR rows after the other.
+    """dh = dy b, db += scale · dyᵀ h, da += scale · dhᵀ p, NEAR rows after the other.
 
-    dy (m, n), h and dh (m, r), p (m, k), b (n, r); db (r, n) is the transpose of b's gradient, da (r, k). ``written`` is scratch,
-    and ``dh_written`` dh, to be read.
+    dy (m, n), h and dh (m, r), p (m, k), b and db (n, r), da (r, k). ``written`` is scratch, and ``dh_written`` dh, to be read;
+    db_t (r, n) and da_s (r, k) hold the sums until they are added.
     """
     group = groups_of(r, n)
     ragged = LOW * NARROW + aligned(scratch)
@@ -62,27 +64,39 @@ def adapter_gradients(
         for j in range(0, 0 if group else r, NARROW):
             times_narrow(dy, first * n, n, one, n, written, panels + j * n, NARROW * one, scratch, dh, first * r + j, r, rows,
                          min(NARROW, r - j), one < 1)
-        add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db, first > 0)
-        add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da, first > 0)
+        add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db_t, first > 0)
+        add_outer(dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da_s, first > 0)
+    for i in range(r):
+        row = db_t[i * n : (i + 1) * n]
+        for j in range(n):
+            db[j * r + i] += scale * row[j]
+    for i in range(da.size):
+        da[i] += scale * da_s[i]
 
 
-def adapter_backward(dy: Array, h: Array, p: Array, b: Array) -> tuple[Array, Array, Array]:
-    """The gradients of y = h bᵀ with h = p aᵀ: dh = dy b, db = dyᵀ h, da = dhᵀ p.
+def adapter_backward(dy: Array, h: Array, p: Array, b: Array, s: float, db: Array, da: Array) -> Array:
+    """The gradients of y = s·h bᵀ with h = p aᵀ, but for h a factor s: dh = dy b; db += s·dyᵀ h, da += s·dhᵀ p.
 
-    Shapes: dy (…, out), h (…, r), p (…, in), b (out, r) → dh (…, r), db (out, r), da (r, in).
+    Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). All in one call, since threads that make many
+    short ones wait for each other's interpreter lock.
 
-    >>> [g.tolist() for g in adapter_backward(np.ones((2, 3)), np.ones((2, 1)), np.ones((2, 4)), np.ones((3, 1)))]
-    [[[3.0], [3.0]], [[2.0], [2.0], [2.0]], [[6.0, 6.0, 6.0, 6.0]]]
+    >>> db, da = np.zeros((3, 1)), np.zeros((1, 4))
+    >>> adapter_backward(np.ones((2, 3)), np.ones((2, 1)), np.ones((2, 4)), np.ones((3, 1)), 2.0, db, da).tolist()
+    [[3.0], [3.0]]
+    >>> db.tolist(), da.tolist()
+    ([[4.0], [4.0], [4.0]], [[12.0, 12.0, 12.0, 12.0]])
     """
     (n, r), k = b.shape, p.shape[-1]
     m = dy.size // n
-    if m <= FEW or not compiled(dy, h, p, b):
+    if m <= FEW or not compiled(dy, h, p, b, db, da):
         dh = dy @ b
-        return dh, dy.reshape(-1, n).T @ h.reshape(-1, r), dh.reshape(-1, r).T @ p.reshape(-1, k)
-    dh, db, da = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
+        db += s * (dy.reshape(-1, n).T @ h.reshape(-1, r))
+        da += s * (dh.reshape(-1, r).T @ p.reshape(-1, k))
+        return dh
+    dh, db_t, da_s = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
     size = LOW * NARROW + LANES - 1 + NEAR * NARROW + n * -(-r // NARROW) * NARROW
     scratch = np.empty(size, np.float32, like=dy)
     if isinstance(dy, np.ndarray):
-        adapter_gradients(flat(dy), flat(h), flat(p), flat(b), flat(scratch), flat(dh), m, n, k, r, 1, scratch, dh.reshape(-1),
-                          db.reshape(-1), da.reshape(-1))
-    return dh, db.T.copy(), da
+        adapter_gradients(flat(dy), flat(h), flat(p), flat(b), flat(scratch), flat(dh), np.float32(s), m, n, k, r, 1, scratch,
+                          dh.reshape(-1), db_t.reshape(-1), da_s.reshape(-1), db.reshape(-1), da.reshape(-1))
+    return dh

@@ -1,10 +1,10 @@
 """Causal attention head by head: scores exist for QUERIES rows at a time, and only up to the diagonal, in whole tiles.
 
-    forward    S = q kᵀ / √D,  P = softmax(S) with lse = log Σ exp S kept,  y = P v
-    backward   P = exp(S − lse) again;  dv = Pᵀ dy,  dP = dy vᵀ,  dS = P (dP − Σ P dP) / √D,  dq = dS k,  dk = dSᵀ q
+    forward    S = q kᵀ / √D,  P = exp(S − top) / total with top = max S and total = Σ exp(S − top) kept,  y = P v
+    backward   P again;  dv = Pᵀ dy,  dP = dy vᵀ,  dS = P (dP − Σ P dP) / √D,  dq = dS k,  dk = dSᵀ q
 
 as in FlashAttention (arXiv 2205.14135), but with whole rows of scores, which the cache holds. All arrays are flat float32: q, y
-and their gradients (B, T, H, D), k and v (B, T, K, D), lse (B, H, T); ``segments`` (B·T,) or empty.
+and their gradients (B, T, H, D), k and v (B, T, K, D), tops and totals (B, H, T); ``segments`` (B·T,) or empty.
 
 ``scratch`` holds an edge (see ``times_narrow``), panels and blocks of scores; ``written`` is the same memory, read-only, since of
 what is called Numba would compile a version for each mixture of arrays, and for each constant: so ``one`` is a variable.
@@ -131,14 +131,14 @@ def softmax_forward(
 
 @kernel
 def softmax_backward(
-    first: int, m: int, scale: Any, stride: int, at: int, lse: Array, scratch: Array, p: int, dp: int
+    first: int, m: int, scale: Any, stride: int, at: int, tops: Array, totals: Array, scratch: Array, p: int, dp: int
 ) -> None:  # fmt: skip
-    """P in place of S and dS in place of dP for m queries from ``first`` on, whose lse begin at a place."""
+    """P in place of S and dS in place of dP for m queries from ``first`` on."""
     for i in range(m):
         row, drow = row_of(scratch, p, stride, first, m, i), row_of(scratch, dp, stride, first, m, i)
-        known, pull = lse[at + i], np.float32(0)
+        top, inverse, pull = tops[at + i], ONE / totals[at + i], np.float32(0)
         for j in range(row.size):
-            row[j] = exp(row[j] * scale - known)
+            row[j] = exp(row[j] * scale - top) * inverse
             pull += row[j] * drow[j]
         for j in range(row.size):
             drow[j] = row[j] * (drow[j] - pull) * scale
@@ -149,7 +149,7 @@ def attention_forward(
     q: Array, k: Array, v: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int, size: int,
     stride: int, one: int, scratch: Array, y: Array, tops: Array, totals: Array,
 ) -> None:  # fmt: skip
-    """Write y and, of which lse = top + log total, tops and totals, with two panels and one block of scores."""
+    """Write y, tops and totals, with two panels and one block of scores."""
     keys = LOW * NARROW + aligned(scratch)
     values, p = keys + size, keys + 2 * size
     scale = ONE / np.sqrt(np.float32(D))
@@ -173,8 +173,8 @@ def attention_forward(
 
 @kernel
 def attention_backward(
-    dy: Array, q: Array, k: Array, v: Array, lse: Array, segments: Array, written: Array, B: int, T: int, H: int, K: int, D: int,
-    size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
+    dy: Array, q: Array, k: Array, v: Array, tops: Array, totals: Array, segments: Array, written: Array, B: int, T: int, H: int,
+    K: int, D: int, size: int, stride: int, one: int, scratch: Array, dq: Array, dk: Array, dv: Array,
 ) -> None:  # fmt: skip
     """Write dq, dk and dv, with four panels and two blocks of scores."""
     keys_t = LOW * NARROW + aligned(scratch)
@@ -196,7 +196,7 @@ def attention_backward(
                     times_keys(q, at, H * D, m, D, first, one, written, keys_t, scratch, p, stride)
                     times_keys(dy, at, H * D, m, D, first, one, written, values_t, scratch, dp, stride)
                     hide(segments, b * T, first, m, stride, scratch, p)
-                    softmax_backward(first, m, scale, stride, query, lse, scratch, p, dp)
+                    softmax_backward(first, m, scale, stride, query, tops, totals, scratch, p, dp)
                     times_values(written, dp, stride, m, first, keys, T, D, one, scratch, dq, at, H * D)
                     # the queries, and heads, that look at a key add up
                     pack_values(dy, at, H * D, m, D, one, scratch, few)

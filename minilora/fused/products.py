@@ -1,7 +1,7 @@
 """Products of float32 matrices, compiled here instead of taken from BLAS, for what BLAS cannot do: a low-rank path inside the
 product, sums added to what is there, and the same bits in a row whatever rows stand beside it.
 
-    product(x, w, (h, b))      x wᵀ + h bᵀ          product_t(dy, w, (dh, a))      dy w + dh a          outer(dy, x)      dyᵀ x
+    product(x, w, (h, b, s))     x wᵀ + s·h bᵀ       product_t(dy, w, (dh, a, s))     dy w + s·dh a       outer(dy, x)     dyᵀ x
 
 The right factor is rearranged into panels of COLUMNS columns, which stay in the second-level cache while rows of the left pass
 (Goto and van de Geijn, Anatomy of High-Performance Matrix Multiplication, 2008); ``vectors.tile`` multiplies. Where it has few
@@ -39,7 +39,8 @@ from minilora.fused.vectors import (
 from minilora.jit import kernel
 
 Array = np.ndarray
-Pair = tuple[Array, Array]
+LowRank = tuple[Array, Array, float]
+"""(h, b, s) of s·h bᵀ beside x wᵀ, (dh, a, s) of s·dh a beside dy w."""
 
 DEPTH, BREADTH, SOME = 640, 256, 192
 """A block of the right factor, DEPTH × BREADTH numbers in panels, and so many rows of the left one stay in the second-level cache
@@ -146,10 +147,10 @@ def times_narrow(
 @kernel
 def multiply(
     a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_at: int, b_k: int, b_n: int, more: Array, b2: Array, b2_k: int,
-    b2_n: int, rank: int, m: int, n: int, k: int, add: bool, depth: int, breadth: int, written: Array, scratch: Array,
+    b2_n: int, scale: Any, rank: int, m: int, n: int, k: int, add: bool, depth: int, breadth: int, written: Array, scratch: Array,
     c: Array, c_at: int, c_row: int,
 ) -> None:  # fmt: skip
-    """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] b2[l, j] over flat arrays.
+    """c[i, j] (+)= Σ_k a[i, k] b[k, j] + Σ_l more[i, l] · scale · b2[l, j] over flat arrays.
 
     a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[b_at + k·b_k + j·b_n], likewise b2; more (m, rank); c's rows c_row apart.
     b is rearranged in blocks of ``depth`` × ``breadth``. ``scratch`` holds an edge, the panels and, where a is read by columns, a
@@ -176,6 +177,8 @@ def multiply(
                     pack_panel(b, b_at + first * b_k + j * b_n, b_k, b_n, deep, columns, scratch, place, width)
                 if more_k:
                     pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, place + deep * width, width)
+                    for e in range(place + deep * width, place + (deep + rank) * width):
+                        scratch[e] *= scale
             for i in range(0, m, SOME):
                 for j in range(block, end, COLUMNS):
                     columns = min(COLUMNS, n - j)
@@ -258,64 +261,65 @@ def flat(a: Array) -> Array:
 NONE = flat(np.empty(0, np.float32))
 
 
-def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, b_n: int, pair: Pair | None, m: int, n: int,
+def _multiply(a: Array, a_at: int, a_row: int, a_step: int, b: Array, b_k: int, b_n: int, path: LowRank | None, m: int, n: int,
               k: int, c: Array, c_at: int = 0, add: bool = False) -> None:  # fmt: skip
     """Call ``multiply`` with scratch that is counted as any array; with arrays without data (minilora.memory) that is all."""
-    rank = pair[0].shape[-1] if pair else 0
+    rank = path[0].shape[-1] if path else 0
     if (a_row, a_step, c.shape[-1]) == (k, 1, n) and not (rank or add) and groups_of(n, k):
         scratch = np.empty(ROWS * COLUMNS + LANES - 1 + k * LANES, np.float32, like=c)
         if isinstance(c, np.ndarray):
             multiply_few(flat(a), flat(b), b_k, b_n, m, n, k, flat(scratch), scratch, c.reshape(-1))
         return
-    depth = SHALLOW if b_n == 1 and pair is None and m <= 2 * ROWS else DEPTH
+    depth = SHALLOW if b_n == 1 and path is None and m <= 2 * ROWS else DEPTH
     depth = -(-k // -(-k // depth) // LANES) * LANES  # all blocks equally deep
     breadth = COLUMNS if m <= SOME else min(BREADTH, -(-n // COLUMNS) * COLUMNS)
     turned = m * depth if a_row == 1 and m > COLUMNS else 0
     scratch = np.empty(ROWS * COLUMNS + LANES - 1 + (depth + rank) * breadth + turned, np.float32, like=c)
     if isinstance(c, np.ndarray):
-        more, b2 = map(flat, pair) if pair else (NONE, NONE)
+        more, b2 = map(flat, path[:2]) if path else (NONE, NONE)
+        scale = np.float32(path[2] if path else 1)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
-        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, rank, m, n, k, add, depth,
-                 breadth, flat(scratch), scratch, c.reshape(-1), c_at, c.shape[-1])
+        multiply(flat(a), a_at, a_row, a_step, flat(b), 0, b_k, b_n, more, b2, b2_k, b2_n, scale, rank, m, n, k, add,
+                 depth, breadth, flat(scratch), scratch, c.reshape(-1), c_at, c.shape[-1])
 
 
-def product(x: Array, w: Array, pair: Pair | None = None, out: Array | None = None, column: int = 0) -> Array:
-    """x wᵀ, with a pair (h, b) x wᵀ + h bᵀ: x (…, in), w (out, in), h (…, r), b (out, r) → (…, out).
+def product(x: Array, w: Array, path: LowRank | None = None, out: Array | None = None, column: int = 0) -> Array:
+    """x wᵀ, with a low-rank path (h, b, s) x wᵀ + s·h bᵀ: x (…, in), w (out, in), h (…, r), b (out, r) → (…, out).
 
     Written to ``out`` (N, ≥ out) from a column on, if that is given.
 
-    >>> product(np.ones((2, 3)), np.ones((4, 3)), (np.ones((2, 1)), np.ones((4, 1)))).tolist()
-    [[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]]
+    >>> product(np.ones((2, 3)), np.ones((4, 3)), (np.ones((2, 1)), np.ones((4, 1)), 2.0)).tolist()
+    [[5.0, 5.0, 5.0, 5.0], [5.0, 5.0, 5.0, 5.0]]
     """
     n, k = w.shape
     m = x.size // k
-    if m > FEW and compiled(x, w, *(pair or ())):
+    if m > FEW and compiled(x, w, *(path or ())[:2]):
         y = np.empty((*x.shape[:-1], n), np.float32, like=x) if out is None else out
-        _multiply(x, 0, k, 1, w, 1, k, pair, m, n, k, y, column)
+        _multiply(x, 0, k, 1, w, 1, k, path, m, n, k, y, column)
         return y
     y = np.matmul(x, w.T, out=None if out is None else out[:, column : column + n])
-    if pair:
-        y += pair[0] @ pair[1].T
+    if path:
+        y += path[2] * (path[0] @ path[1].T)
     return y
 
 
-def product_t(dy: Array, w: Array, pair: Pair | None = None, onto: Array | None = None, column: int = 0) -> Array:
-    """dy w, with a pair (dh, a) dy w + dh a: dy (…, out), w (out, in), dh (…, r), a (r, in) → (…, in).
+def product_t(dy: Array, w: Array, path: LowRank | None = None, onto: Array | None = None, column: int = 0) -> Array:
+    """dy w, with a low-rank path (dh, a, s) dy w + s·dh a: dy (…, out), w (out, in), dh (…, r), a (r, in) → (…, in).
 
     It is added onto an array (…, in), if one is given. dy may have more columns, of which those from ``column`` on are meant.
 
-    >>> product_t(np.ones((1, 2)), np.ones((2, 3)), (np.ones((1, 1)), np.ones((1, 3)))).tolist()
-    [[3.0, 3.0, 3.0]]
+    >>> product_t(np.ones((1, 2)), np.ones((2, 3)), (np.ones((1, 1)), np.ones((1, 3)), 2.0)).tolist()
+    [[4.0, 4.0, 4.0]]
     """
     k, n = w.shape
     m = dy.size // dy.shape[-1]
-    if m > FEW and compiled(dy, w, *(pair or ())):
+    if m > FEW and compiled(dy, w, *(path or ())[:2]):
         dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if onto is None else onto
-        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, pair, m, n, k, dx, add=onto is not None)
+        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, path, m, n, k, dx, add=onto is not None)
         return dx
     dx = dy[..., column : column + k] @ w
-    if pair:
-        dx += pair[0] @ pair[1]
+    if path:
+        dx += path[2] * (path[0] @ path[1])
     if onto is not None:
         onto += dx
     return dx if onto is None else onto

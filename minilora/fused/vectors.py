@@ -75,13 +75,16 @@ def _folded(builder: Any, value: Any, group: int) -> Any:
     return value
 
 
-def _fetch(builder: Any, place: Any) -> None:
-    """Ask for the line of the cache around a place, for the second level; the place may lie outside of all arrays."""
+def prefetch(builder: Any, place: Any, write: bool, level: int) -> None:
+    """Ask for the line of the cache around a place, into all levels (3) or from the second on (2).
+
+    The place may lie outside of all arrays.
+    """
     byte = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [byte, _I32, _I32, _I32])
-    read, second_level, data = (ir.Constant(_I32, flag) for flag in (0, 2, 1))
+    flags = [ir.Constant(_I32, int(flag)) for flag in (write, level, True)]  # of data, not of code
     name = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(name, [builder.bitcast(place, byte), read, second_level, data])
+    builder.call(name, [builder.bitcast(place, byte), *flags])
 
 
 def _rows(builder: Any, height: int, rows: Any) -> list[Any]:
@@ -113,7 +116,8 @@ def _sweep(
     if soon is not None:
         turns = builder.udiv(k, _number(TURN))
         row, part = (divide(turns, _number(COLUMNS // LINE)) for divide in (builder.udiv, builder.urem))
-        _fetch(builder, builder.gep(soon, [builder.add(builder.mul(row, soon_row), builder.mul(part, _number(LINE)))]))
+        place = builder.gep(soon, [builder.add(builder.mul(row, soon_row), builder.mul(part, _number(LINE)))])
+        prefetch(builder, place, write=False, level=2)
     for _ in range(turn):
         numbers, place = builder.gep(panel, [builder.mul(next_k, line)]), builder.mul(next_k, step)
         right = [builder.load(_vector_at(builder, numbers, LANES * j), align=4) for j in range(vectors)]

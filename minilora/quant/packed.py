@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
-from minilora.fused.products import FEW, Pair, product, product_t
+from minilora.fused.products import FEW, LowRank, product, product_t
 from minilora.quant import codebooks, kernels, simd
 
 Array = NDArray[Any]
@@ -87,35 +87,35 @@ class PackedWeight(ABC):
 
     # ---- products
 
-    def matmul(self, x: Array, pair: Pair | None = None) -> Array:
-        """Return x Wᵀ, with a pair (h, b) x Wᵀ + h bᵀ: x (…, in), h (…, r), b (out, r) -> (…, out).
+    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
+        """Return x Wᵀ, with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: x (…, in), h (…, r), b (out, r) -> (…, out).
 
         A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
-        if pair:
-            pair = pair[0].reshape(len(x2), -1), pair[1]
+        if path:
+            path = path[0].reshape(len(x2), -1), *path[1:]
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
             self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
-            if pair:
-                y += pair[0] @ pair[1].T
+            if path:
+                y += path[2] * (path[0] @ path[1].T)
         else:
             for first, last in self._tiles(TILE):
-                part = (pair[0], pair[1][first:last]) if pair else None
+                part = (path[0], path[1][first:last], path[2]) if path else None
                 product(x2, self._decode(first, last), part, out=y, column=first)
         return y.reshape(*x.shape[:-1], out_features)
 
-    def matmul_t(self, dy: Array, pair: Pair | None = None, onto: Array | None = None) -> Array:
-        """Return dy W, with a pair (dh, a) dy W + dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in); added onto an array."""
+    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
+        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in). Added ``onto`` it."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
-        if pair:
-            pair = pair[0].reshape(len(dy2), -1), pair[1]
+        if path:
+            path = path[0].reshape(len(dy2), -1), *path[1:]
         dx: Any = None if onto is None else onto.reshape(-1, in_features)
         for first, last in self._tiles(TILE):
-            dx = product_t(dy2, self._decode(first, last), pair if first == 0 else None, dx, first)
+            dx = product_t(dy2, self._decode(first, last), path if first == 0 else None, dx, first)
         return dx.reshape(*dy.shape[:-1], in_features)
 
     def rows(self, ids: Array) -> Array:

@@ -14,6 +14,7 @@ from numba.core import cgutils, types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import register_model
 
+from minilora.fused.vectors import prefetch
 from minilora.jit import FEATURES
 
 intrinsic: Any = extending.intrinsic
@@ -117,9 +118,7 @@ def _prefetch(typing: Any, array: Any, i: Any) -> Any:
         kind = signature.args[0]
         place = _pointer(context, builder, _I8, kind, *arguments)
         for byte in range(0, 32 * kind.dtype.bitwidth // 8, 64):
-            line = builder.gep(place, [ir.Constant(_I64, byte)])
-            flags = [ir.Constant(_I32, flag) for flag in (int(kind.mutable), 3, 1)]  # for writing, into all caches, of data
-            _call(builder, "llvm.prefetch.p0", ir.VoidType(), line, *flags)
+            prefetch(builder, builder.gep(place, [ir.Constant(_I64, byte)]), write=kind.mutable, level=3)
         return context.get_dummy_value()
 
     return types.void(array, i), build
