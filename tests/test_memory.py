@@ -157,10 +157,10 @@ def test_the_summary_of_the_default_model_has_known_numbers():
 
 
 def test_activations_of_a_frozen_model_are_what_its_formulas_need():
-    """Per block, B·T·(…): norms keep x and 1/rms, attention q, k, v and a number a head, SwiGLU gate and up; linears nothing."""
+    """Per block, B·T·(…): norms keep x and 1/rms, attention q, k, v and two numbers a head, SwiGLU gate, up; linears nothing."""
     model = lora(base(), target_modules=("layers.0.self_attn.q_proj",))  # keeps everything above it, too
     B, T, C, F_, L = 2, 6, 16, 20, 2
-    probabilities = 1 if AVAILABLE else T  # compiled attention keeps their normalizer, NumPy's keeps them
+    probabilities = 2 if AVAILABLE else T  # compiled attention keeps what gives them again, NumPy's keeps them
     block = B * T * (2 * (C + 1) + C + C // 2 + C // 2 + 4 * probabilities + 2 * F_)
     adapter = B * T * (C + 2)  # the normed input of q_proj, and h
     final = B * T * (C + 1)

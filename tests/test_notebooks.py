@@ -10,7 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]\d+)?"
-SAME = {"01_quantization": 0.05, "02_memory": 0.005}
+SAME = {"01_quantization": 0.25, "02_memory": 0.005}
 """How far numbers may be from those committed, since roundings, which differ between processors, change what is trained. The
 quickstart prints what a trained model writes: one rounding may change a word."""
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))

@@ -90,8 +90,8 @@ def adapter_backward(dy: Array, h: Array, p: Array, b: Array, s: float, db: Arra
     m = dy.size // n
     if m <= FEW or not compiled(dy, h, p, b, db, da):
         dh = dy @ b
-        db += s * (dy.reshape(-1, n).T @ h.reshape(-1, r))
-        da += s * (dh.reshape(-1, r).T @ p.reshape(-1, k))
+        db += dy.reshape(-1, n).T @ (s * h).reshape(-1, r)
+        da += (s * dh).reshape(-1, r).T @ p.reshape(-1, k)
         return dh
     dh, db_t, da_s = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
     size = LOW * NARROW + LANES - 1 + NEAR * NARROW + n * -(-r // NARROW) * NARROW

@@ -299,7 +299,7 @@ def product(x: Array, w: Array, path: LowRank | None = None, out: Array | None =
         return y
     y = np.matmul(x, w.T, out=None if out is None else out[:, column : column + n])
     if path:
-        y += path[2] * (path[0] @ path[1].T)
+        y += (path[2] * path[0]) @ path[1].T
     return y
 
 
@@ -319,7 +319,7 @@ def product_t(dy: Array, w: Array, path: LowRank | None = None, onto: Array | No
         return dx
     dx = dy[..., column : column + k] @ w
     if path:
-        dx += path[2] * (path[0] @ path[1])
+        dx += (path[2] * path[0]) @ path[1]
     if onto is not None:
         onto += dx
     return dx if onto is None else onto

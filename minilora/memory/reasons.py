@@ -63,7 +63,8 @@ def kept_by_attention(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     yield k, where, "keys kept for dq"
     yield v, where, "values kept for the gradient of the probabilities"
     if isinstance(kept, tuple):
-        yield kept[0], where, "log Σ exp of each query's scores kept to compute the probabilities again"
+        yield kept[0], where, "largest score of each query kept to compute the probabilities again"
+        yield kept[1], where, "Σ exp of each query's scores, less the largest, kept for the same"
     else:
         yield kept, where, "probabilities (heads × T × T) kept for dv and the softmax"
 

@@ -100,7 +100,7 @@ class PackedWeight(ABC):
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
             self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
             if path:
-                y += path[2] * (path[0] @ path[1].T)
+                y += (path[2] * path[0]) @ path[1].T
         else:
             for first, last in self._tiles(TILE):
                 part = (path[0], path[1][first:last], path[2]) if path else None
