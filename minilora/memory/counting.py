@@ -5,6 +5,7 @@ Arrays are counted once, by the identity of the buffer behind them: q, k and v s
 
 from __future__ import annotations
 
+import gc
 import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -113,7 +114,8 @@ def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, k
 
 def peak_bytes(work: Callable[[], Any]) -> int:
     """Largest memory that ``work()`` held at once beyond what was there before, as Python's tracemalloc measures it."""
-    running = tracemalloc.is_tracing()
+    running, collecting = tracemalloc.is_tracing(), gc.isenabled()
+    gc.disable()  # what earlier work left is not torn down meanwhile: its finalizers take memory, too
     if not running:
         tracemalloc.start()
     try:
@@ -124,6 +126,8 @@ def peak_bytes(work: Callable[[], Any]) -> int:
     finally:
         if not running:
             tracemalloc.stop()
+        if collecting:
+            gc.enable()
 
 
 def format_bytes(n: float) -> str:
