@@ -5,6 +5,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
+from minilora.fused.vectors import AVAILABLE
+from minilora.memory import plan
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -30,6 +35,21 @@ def test_every_file_that_it_links_or_lists_exists():
     assert {name for name in ours if not name.endswith("__init__.py")} <= captioned
     for name in re.findall(r"^    (\S+)/", tree, re.M):
         assert (ROOT / name).is_dir(), name
+
+
+@pytest.mark.skipif(not AVAILABLE, reason="without vectors attention keeps its probabilities")
+def test_the_memory_of_a_7b_model_is_what_the_planner_says():
+    table = README.split("| LLaMA-7B, ")[1].split("\n\n")[0].splitlines()[2:]
+    cells = ([cell.strip().replace(",", "") for cell in line.split("|")[2:-1]] for line in table)
+    stated = {line.split("|")[1].strip(): [int(n or 0) for n in row] for line, row in zip(table, cells, strict=True)}
+    kinds = {"frozen and trained weights": ("weights", "codes", "absmax", "nested", "code maps", "scales", "offsets"),
+             "adapters": ("adapters",), "gradients": ("gradients",), "optimizer (AdamW, float32)": ("optimizer",),
+             "kept by the forward pass": ("activations",)}  # fmt: skip
+    for i, method in enumerate(("full", "lora", "qlora", "qalora")):
+        planned = plan("llama-7b", method=method, r=64, batch_size=1, context=512)
+        assert stated["trainable parameters"][i] == planned.trainable
+        for name, found in kinds.items():
+            assert stated[name][i] == sum(planned.by_kind().get(kind, 0) for kind in found), (method, name)
 
 
 def test_placeholders_are_filled():
