@@ -4,7 +4,7 @@
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
 With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is None. With ``onto``
-a linear adds its dx to another's, inside of the product.
+a linear adds its dx to that array, inside of the product, and returns it.
 
 ``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run twice or in two
 threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
@@ -23,11 +23,11 @@ import numpy as np
 
 from minilora import fused as F  # the functions of minilora.functional, for float32 compiled
 from minilora.config import ModelConfig
+from minilora.fused import LowRank
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
-LowRank = tuple[Array, Array, float]
 
 
 class Parameter:
@@ -81,7 +81,7 @@ class Weight(Protocol):
         """x Wᵀ: (…, in) → (…, out); with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: h (…, r), b (out, r)."""
 
     def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added ``onto`` it, if given."""
+        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added to ``onto``, if given."""
 
     def rows(self, ids: Array) -> Array:
         """Rows of W in floating point, for embeddings."""

@@ -15,13 +15,13 @@ from minilora import functional
 from minilora.functional import cross_entropy_backward, gelu_backward, gelu_forward, group_repeat, rope_tables, softmax
 from minilora.fused import attention, rows
 from minilora.fused.adapters import adapter_backward
-from minilora.fused.products import compiled, flat, outer, product, product_t
+from minilora.fused.products import LowRank, compiled, flat, outer, product, product_t
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
 
 __all__ = [
-    "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward",
+    "LowRank", "adapter_backward", "attention_again", "attention_backward", "attention_forward", "cross_entropy_backward",
     "cross_entropy_forward", "embedding_backward", "gelu_backward", "gelu_forward", "group_repeat", "group_sum", "outer",
     "product", "product_t", "rms_norm_backward", "rms_norm_forward", "rope_backward", "rope_forward", "rope_tables", "softmax",
     "swiglu_backward", "swiglu_forward",
@@ -81,7 +81,7 @@ def rope_backward(dy: Array, cos: Array, sin: Array, *, in_place: bool = False) 
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
     """Causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) → y (B, T, H, D).
 
-    The cache keeps no probabilities but, for each query, top = max S and total = Σ exp(S − top), both (B, H, T), and q as it is.
+    The cache keeps no probabilities but, for each query, top = max S and total = Σ exp(S − top), both (B, H, T).
     """
     if not compiled(q, k, v):
         return functional.attention_forward(q, k, v, segments)

@@ -75,7 +75,7 @@ def adapter_gradients(
 
 
 def adapter_backward(dy: Array, h: Array, p: Array, b: Array, s: float, db: Array, da: Array) -> Array:
-    """The gradients of y = s·h bᵀ with h = p aᵀ, but for h a factor s: dh = dy b; db += s·dyᵀ h, da += s·dhᵀ p.
+    """The gradients of y = s·h bᵀ with h = p aᵀ: returns dh = dy b, that of s·h; db += s·dyᵀ h, da += s·dhᵀ p.
 
     Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). All in one call, since threads that make many
     short ones wait for each other's interpreter lock.

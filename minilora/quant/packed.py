@@ -108,7 +108,7 @@ class PackedWeight(ABC):
         return y.reshape(*x.shape[:-1], out_features)
 
     def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in). Added ``onto`` it."""
+        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in). Added to ``onto``."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
         if path:
