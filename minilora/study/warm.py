@@ -16,6 +16,7 @@ from minilora.data.tasks import Batch
 from minilora.fused.rows import swiglu_forward
 from minilora.generation import generate
 from minilora.lora import full, inject_lora
+from minilora.quant.weights import warm_up
 from minilora.quantize import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
@@ -27,7 +28,7 @@ def warm_kernels() -> float:
     """Compile (or load from disk) every kernel that a sweep of the tiny base needs; returns the seconds it took.
 
     Kernels are compiled for types, not for sizes: a toy model takes the steps of all methods, over weights of all kinds. Numba
-    compiles in one thread only, so if nothing is there yet, a second process compiles what quantizes.
+    compiles in one thread only, so if nothing is there yet, a second process compiles what quantizes, and a little more.
     """
     start = time.perf_counter()
     shape = ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
@@ -45,9 +46,15 @@ def warm_kernels() -> float:
 
 def _start_helper() -> subprocess.Popen[bytes]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", "from minilora.quant import warm_up; warm_up()"]
+    command = [sys.executable, "-c", "from minilora.study.warm import warm_beside; warm_beside()"]
     silent: Any = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     return subprocess.Popen(command, env=environment, **silent)
+
+
+def warm_beside() -> None:
+    """What the second process compiles: an adapter's narrow product, which the first needs last, and what quantizes."""
+    fused.product(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
+    warm_up()
 
 
 def _nothing_compiled() -> bool:
