@@ -10,9 +10,9 @@ import pytest
 from nbclient import NotebookClient
 
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]\d+)?"
-SAME = {"01_quantization": 0.25, "02_memory": 0.005}
-"""How far numbers may be from those committed, since roundings, which differ between processors, change what is trained. The
-quickstart prints what a trained model writes: one rounding may change a word."""
+SAME = {"01_quantization": (0.001, 0.25), "02_memory": (0.005, 0.005)}
+"""How far whole numbers and others may be from those committed. A rounding, which differs between processors and versions, turns
+codes of GPTQ and steps of Adam: means of 24 steps moved by a sixth. The quickstart prints what a trained model writes."""
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +21,7 @@ def outputs(notebook, kind):
 
 
 def words_and_numbers(text):
-    return re.sub(NUMBER, "#", text).split(), [float(n.replace(",", "")) for n in re.findall(NUMBER, text)]
+    return re.sub(NUMBER, "#", text).split(), [n.replace(",", "") for n in re.findall(NUMBER, text)]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -50,5 +50,7 @@ def test_notebook_runs_and_prints_the_same_text(path, tmp_path):
         if path.stem in SAME and not new.text.startswith("minilora "):  # versions
             (words, found), (known, stated) = map(words_and_numbers, (new.text, old.text))
             assert words == known
-            assert found == pytest.approx(stated, rel=SAME[path.stem], abs=1e-5), old.text
+            for i, rel in enumerate(SAME[path.stem]):  # whole numbers, then others
+                one, other = ([float(n) for n in numbers if ("." in n) == i] for numbers in (found, stated))
+                assert one == pytest.approx(other, rel=rel, abs=1e-5), old.text
     assert len(outputs(fresh, "display_data")) == len(outputs(committed, "display_data")) >= 1

@@ -6,9 +6,9 @@ row times one vector of each ``LANES`` columns, a fused multiply-add:
     c[m, n] = Σ_k a[m, k] · panel[k, n]  +  Σ_j more[m, j] · panel[depth + j, n]
 
 The order of the sum is that of k, whatever lies around the tile: an element of a product does not depend on how rows are
-divided among tiles, shards or threads. ``few``, for half a vector of columns or less, adds every second or fourth k, and those sums at the end:
-that, too, depends on k and the columns alone. The instructions are LLVM's own, not a processor's: AVX-512, AVX2 and NEON differ in
-``LANES`` and in how many vectors of columns find room in the registers.
+divided among tiles, shards or threads. ``few``, for half a vector of columns or less, adds every second or fourth k, and those
+sums at the end: that, too, depends on k and the columns alone. The instructions are LLVM's own, not a processor's: AVX-512, AVX2
+and NEON differ in ``LANES`` and in how many vectors of columns find room in the registers.
 """
 
 from __future__ import annotations
