@@ -10,18 +10,47 @@ from typing import Any, Literal
 
 import tyro
 
-Part = Literal["training_step", "threads", "growth", "profile", "grid", "kernels", "startup", "generation", "smollm2", "sweep",
-               "memory", "ledger"]  # fmt: skip
+Part = Literal[
+    "training_step",
+    "threads",
+    "growth",
+    "profile",
+    "grid",
+    "kernels",
+    "startup",
+    "generation",
+    "smollm2",
+    "sweep",
+    "memory",
+    "ledger",
+]
 SizeName = Literal["micro", "tiny", "small", "smollm"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is installed."""
+    """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is
+    installed."""
 
-    only: tuple[Part, ...] = ("sweep", "startup", "training_step", "threads", "grid", "growth", "profile", "kernels",
-                              "generation", "smollm2", "memory", "ledger")  # fmt: skip
-    sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")  # models of the training step, the threads and the profile
+    only: tuple[Part, ...] = (
+        "sweep",
+        "startup",
+        "training_step",
+        "threads",
+        "grid",
+        "growth",
+        "profile",
+        "kernels",
+        "generation",
+        "smollm2",
+        "memory",
+        "ledger",
+    )
+    sizes: tuple[SizeName, ...] = (
+        "tiny",
+        "small",
+        "smollm",
+    )  # models of the training step, the threads and the profile
     kernel_sizes: tuple[int, ...] = (1024, 4096)  # square weights, a multiple of 64
     repeats: int = 15  # turns of each side
     threads: int = 2
@@ -58,12 +87,16 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
     measure = {
         "sweep": lambda: sweep.measure(Path(options.out), say),
         "startup": lambda: startup.measure(options.repeats, peers, say),
-        "training_step": lambda: training_step.measure(options.sizes, options.repeats, options.threads, peers, say),
+        "training_step": lambda: training_step.measure(
+            options.sizes, options.repeats, options.threads, peers, say
+        ),
         "threads": lambda: threads.measure(options.sizes, options.repeats, options.threads, say),
         "growth": lambda: growth.measure(options.repeats, options.threads, Path(options.out), say),
         "profile": lambda: profile.measure(options.sizes, options.repeats, say),
         "grid": lambda: grid.measure(peers, say),
-        "kernels": lambda: kernels.measure(options.kernel_sizes, options.repeats, options.threads, peers, say),
+        "kernels": lambda: kernels.measure(
+            options.kernel_sizes, options.repeats, options.threads, peers, say
+        ),
         "generation": lambda: generation.measure(options.repeats, options.threads, peers, say),
         "smollm2": lambda: smollm2.measure(options.repeats, options.threads, peers, say),
         "memory": lambda: memory.measure(min(options.repeats, memory.REPEATS), options.threads, peers, say),
@@ -73,8 +106,16 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
     for part in options.only:
         say(f"\n== {part}")
         rows = measure[part]()
-        about = {"command": command, "machine": machine, "threads": options.threads, "repeats": options.repeats, "peers": peers}
-        pages: dict[str, Any] = {"stem": "memory", "write": memory.page} if part in ("memory", "ledger") else {}
+        about = {
+            "command": command,
+            "machine": machine,
+            "threads": options.threads,
+            "repeats": options.repeats,
+            "peers": peers,
+        }
+        pages: dict[str, Any] = (
+            {"stem": "memory", "write": memory.page} if part in ("memory", "ledger") else {}
+        )
         files += page.save({part: about | {"rows": rows}}, Path(options.out), **pages)
     files = list(dict.fromkeys(files))
     say("\n" + "\n".join(map(str, files)))

@@ -30,7 +30,9 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str,
             contestants = {side: partial(remote.call, "timed", "generate") for side, remote in sides.items()}
             found = interleave(contestants, repeats, warmup=1)
             for side, seconds in found.items():
-                row[side] = summary(seconds) | {"tokens_per_second": batch * TOKENS / float(np.median(seconds))}
+                row[side] = summary(seconds) | {
+                    "tokens_per_second": batch * TOKENS / float(np.median(seconds))
+                }
             if "peer" in sides:
                 row["ratio"] = ratio(found["peer"], found["ours"])
             rows.append(row)
@@ -39,7 +41,8 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str,
 
 
 def _check(ours: Remote, theirs: Remote) -> dict[str, float]:
-    """Logits must agree to rounding; greedy tokens may part where two logits are that close, so their agreement is reported."""
+    """Logits must agree to rounding; greedy tokens may part where two logits are that close, so their
+    agreement is reported."""
     a, b = ours.call("result", "logits"), theirs.call("result", "logits")
     error = workload.difference(a, b)
     if not error <= 1e-4:

@@ -1,7 +1,9 @@
-"""A sweep of 24 short runs by the package's own ``run_sweep``, beside the same runs with torch + PEFT + bitsandbytes.
+"""A sweep of 24 short runs by the package's own ``run_sweep``, beside the same runs with torch + PEFT +
+bitsandbytes.
 
-Both sides: two processes of one thread each, each taking the next run as soon as it has ended one. A run makes its model anew
-from the same weights and initial adapters, takes its steps on the same batches, and ends in a loss over the same held-out text.
+Both sides: two processes of one thread each, each taking the next run as soon as it has ended one. A run
+makes its model anew from the same weights and initial adapters, takes its steps on the same batches, and ends
+in a loss over the same held-out text.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ from benchmarks import workload
 from benchmarks.timing import ratio
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
-from minilora.study.sweep import run_sweep
-from minilora.study.workers import SINGLE_THREAD
+from minilora.sweep.runner import run_sweep
+from minilora.sweep.workers import SINGLE_THREAD
 
 PROCESSES = 2
 PIECES = 4
@@ -56,8 +58,15 @@ class Run:
 
     def train(self) -> TrainConfig:
         """The trainer's part; the batch is the size's."""
-        return TrainConfig(self.steps, workload.SIZES[self.size].batch, self.learning_rate, schedule="constant", warmup_steps=0,
-                           max_grad_norm=workload.MAX_NORM, seed=self.seed)
+        return TrainConfig(
+            self.steps,
+            workload.SIZES[self.size].batch,
+            self.learning_rate,
+            schedule="constant",
+            warmup_steps=0,
+            max_grad_norm=workload.MAX_NORM,
+            seed=self.seed,
+        )
 
     def adapters(self) -> dict[str, np.ndarray]:
         """Where both sides start."""
@@ -72,21 +81,28 @@ def grid(**settings: Any) -> list[Run]:
 
 def axes(runs: list[Run]) -> dict[str, list[Any]]:
     """What differs between the runs, and its values."""
-    values = {field.name: list(dict.fromkeys(getattr(run, field.name) for run in runs)) for field in fields(Run)}
+    values = {
+        field.name: list(dict.fromkeys(getattr(run, field.name) for run in runs)) for field in fields(Run)
+    }
     return {name: those for name, those in values.items() if len(those) > 1}
 
 
 class Text:
-    """Windows of prose, a byte a token: what both sides train on, and the tenth of it that they are judged by."""
+    """Windows of prose, a byte a token: what both sides train on, and the tenth of it that they are judged
+    by."""
 
     name, sha256, splits, max_new_tokens = "text", "", ("test",), 0
 
     def __init__(self, size: workload.Size, n_train: int = 1600):
-        text = np.frombuffer(workload.real_text().encode(), np.uint8).astype(np.int64) % size.config.vocab_size
+        text = (
+            np.frombuffer(workload.real_text().encode(), np.uint8).astype(np.int64) % size.config.vocab_size
+        )
         self.size, self.n_train = size, n_train
         held_out = len(text) // 10
-        self.rows, self.held_out = self._windows(text[held_out:], n_train), \
-            self._windows(text[:held_out], EVAL_BATCHES * size.batch)
+        self.rows, self.held_out = (
+            self._windows(text[held_out:], n_train),
+            self._windows(text[:held_out], EVAL_BATCHES * size.batch),
+        )
 
     def _windows(self, text: np.ndarray, n: int) -> np.ndarray:
         starts = np.linspace(0, len(text) - self.size.time - 1, n).astype(int)
@@ -120,7 +136,7 @@ def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     # imported here, as the peers are in ``peer``: no process loads what the other side needs
     from minilora.config import LoraConfig, QuantConfig
     from minilora.lora import inject_lora
-    from minilora.quantize import quantize_model
+    from minilora.quant.model import quantize_model
     from minilora.training.loss import evaluate
     from minilora.training.trainer import Trainer
     from minilora.transformer import build_model
@@ -134,8 +150,11 @@ def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     for p in model.trainable():
         p.data[...] = adapters[p.name]
     history = Trainer(model, task, run.train(), threads=1).train()
-    return {"loss": evaluate(model, task.eval_batches("test"))["loss"],
-            "train_loss": float(np.mean([step["loss"] for step in history.steps])), "first_loss": history.steps[0]["loss"]}
+    return {
+        "loss": evaluate(model, task.eval_batches("test"))["loss"],
+        "train_loss": float(np.mean([step["loss"] for step in history.steps])),
+        "first_loss": history.steps[0]["loss"],
+    }
 
 
 def peer(run: Run, folder: str | None = None) -> dict[str, Any]:
@@ -146,12 +165,14 @@ def peer(run: Run, folder: str | None = None) -> dict[str, Any]:
 
 
 SIDES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "peer": peer}
-MODULES = {"ours": "minilora.study.run", "peer": "benchmarks.grid_peers"}
+MODULES = {"ours": "minilora.sweep.run", "peer": "benchmarks.grid_peers"}
 """All that a process of the side needs."""
 LOSSES = ("first_loss", "train_loss", "loss")
 
 
-def measure(peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = PIECES) -> list[dict[str, Any]]:
+def measure(
+    peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = PIECES
+) -> list[dict[str, Any]]:
     """One row: what each side took, piece by piece, and how far apart their losses are."""
     runs = runs or grid()
     names = ["ours", "peer"] if peers else ["ours"]
@@ -163,13 +184,21 @@ def measure(peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = 
         for name in names:
             start[name]["import"] = everywhere(pool[name], import_module, [MODULES[name]])
             start[name]["first_steps"] = everywhere(pool[name], SIDES[name], first)
-            say(f"{name}: started and imported in {start[name]['import']:.1f} s, then the first run of each method, one step "
-                f"(kernels compiled or loaded): {start[name]['first_steps']:.1f} s")
+            say(
+                f"{name}: started and imported in {start[name]['import']:.1f} s, then the first run of each method, one step "
+                f"(kernels compiled or loaded): {start[name]['first_steps']:.1f} s"
+            )
         for i in range(pieces):
             for name in names[:: -1 if i % 2 else 1]:
                 began = time.perf_counter()
-                rows = run_sweep(runs[i::pieces], f"{folder}/{name}{i}", run=SIDES[name], executor=pool[name], n_jobs=PROCESSES,
-                                 progress=False)
+                rows = run_sweep(
+                    runs[i::pieces],
+                    f"{folder}/{name}{i}",
+                    run=SIDES[name],
+                    executor=pool[name],
+                    n_jobs=PROCESSES,
+                    progress=False,
+                )
                 seconds[name].append(time.perf_counter() - began)
                 if failed := [row["error"] for row in rows if row["status"] != "success"]:
                     raise RuntimeError(f"{name}: {failed[0]}")
@@ -177,10 +206,21 @@ def measure(peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = 
             say(f"piece {i + 1}: " + ", ".join(f"{name} {seconds[name][-1]:.1f} s" for name in names))
     losses = [row["loss"] for row in found["ours"].values()]
     row: dict[str, Any] = {
-        "runs": len(runs), "steps": runs[0].steps, "size": runs[0].size, "axes": axes(runs), "processes": PROCESSES,
-        "start": start, "seconds": seconds, "losses": [min(losses), max(losses)], "check": None}  # fmt: skip
+        "runs": len(runs),
+        "steps": runs[0].steps,
+        "size": runs[0].size,
+        "axes": axes(runs),
+        "processes": PROCESSES,
+        "start": start,
+        "seconds": seconds,
+        "losses": [min(losses), max(losses)],
+        "check": None,
+    }
     if peers:
-        row |= {"ratio": ratio(seconds["peer"], seconds["ours"]), "check": check(runs, found["ours"], found["peer"])}
+        row |= {
+            "ratio": ratio(seconds["peer"], seconds["ours"]),
+            "check": check(runs, found["ours"], found["peer"]),
+        }
     say(line(row))
     return [row]
 
@@ -189,9 +229,16 @@ def measure(peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = 
 def pools(names: list[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
     """Processes of one thread each for every side; they sleep while the other side works."""
     context = get_context("spawn")
-    with patch.dict(os.environ, SINGLE_THREAD), ExitStack() as stack:  # processes start at the first jobs, and inherit it
-        yield {name: stack.enter_context(ProcessPoolExecutor(PROCESSES, context, _keep, (context.Barrier(PROCESSES),)))
-               for name in names}
+    with (
+        patch.dict(os.environ, SINGLE_THREAD),
+        ExitStack() as stack,
+    ):  # processes start at the first jobs, and inherit it
+        yield {
+            name: stack.enter_context(
+                ProcessPoolExecutor(PROCESSES, context, _keep, (context.Barrier(PROCESSES),))
+            )
+            for name in names
+        }
 
 
 def _keep(barrier: Any) -> None:
@@ -214,12 +261,16 @@ def _met(function: Callable[[Any], Any], arguments: list[Any]) -> None:
 
 
 def check(runs: list[Run], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """The losses of each run must agree: at the first step, on average over all steps, and over the held-out text.
+    """The losses of each run must agree: at the first step, on average over all steps, and over the held-out
+    text.
 
-    A gradient may err by ``workload.rounding``, an update of Adam's, a quotient of gradients, by as much, and errors that are
-    independent add up over the steps like a random walk.
+    A gradient may err by ``workload.rounding``, an update of Adam's, a quotient of gradients, by as much, and
+    errors that are independent add up over the steps like a random walk.
     """
-    worst = {name: float(np.max([abs(ours[run.key()][name] / theirs[run.key()][name] - 1) for run in runs])) for name in LOSSES}
+    worst = {
+        name: float(np.max([abs(ours[run.key()][name] / theirs[run.key()][name] - 1) for run in runs]))
+        for name in LOSSES
+    }
     bound = workload.rounding(workload.SIZES[runs[0].size]) * max(run.steps for run in runs) ** 0.5
     if not all(difference <= bound for difference in worst.values()):  # NaN is no agreement
         raise RuntimeError(f"grid: losses differ by {worst}, more than {bound:.1e}: not the same training")
@@ -228,7 +279,9 @@ def check(runs: list[Run], ours: dict[str, Any], theirs: dict[str, Any]) -> dict
 
 def line(row: dict[str, Any]) -> str:
     """The row for the terminal."""
-    text = f"{row['runs']} runs of {row['steps']} steps: " + ", ".join(f"{k} {sum(v):.0f} s" for k, v in row["seconds"].items())
+    text = f"{row['runs']} runs of {row['steps']} steps: " + ", ".join(
+        f"{k} {sum(v):.0f} s" for k, v in row["seconds"].items()
+    )
     if row["check"]:
         r = row["ratio"]
         text += f"; peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f}); losses differ by {row['check']['loss']:.0e}"

@@ -23,9 +23,13 @@ def run_of_grid(run: Run, weights: dict[str, np.ndarray], task: Text) -> dict[st
     side._ready(adapted(model, run.r), *_arrays(task.batch(range(1))), run.adapters(), run.learning_rate)
     _, step = side.works["step"]
     for t in range(run.steps):
-        side.ids, side.targets = _tensors(task.batch(batch_indices(task.n_train, run.train().batch_size, t, run.seed)))
+        side.ids, side.targets = _tensors(
+            task.batch(batch_indices(task.n_train, run.train().batch_size, t, run.seed))
+        )
         losses.append(step())
-    with torch.inference_mode():  # without eval(): nothing here depends on it but bitsandbytes, which would go on in bfloat16
+    with (
+        torch.inference_mode()
+    ):  # without eval(): nothing here depends on it but bitsandbytes, which would go on in bfloat16
         for batch in task.eval_batches("test"):
             side.ids, side.targets = _tensors(batch)
             held_out.append(float(side._loss()))

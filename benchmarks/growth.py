@@ -1,4 +1,5 @@
-"""How one training step of ours grows with the batch, the rank, the context and the width; drawn as growth.png."""
+"""How one training step of ours grows with the batch, the rank, the context and the width; drawn as
+growth.png."""
 
 from __future__ import annotations
 
@@ -38,7 +39,9 @@ def panels() -> dict[str, list[Point]]:
         return Size(replace(tiny.config, context_length=length), 4096 // length, length)
 
     def wide(width: int) -> Size:
-        return Size(ModelConfig(256, width, 4 * width, 2, width // 64, width // 64, context_length=128), 2, 128)
+        return Size(
+            ModelConfig(256, width, 4 * width, 2, width // 64, width // 64, context_length=128), 2, 128
+        )
 
     return {
         "batch": [Point(n, replace(tiny, batch=n)) for n in (1, 2, 4, 8, 16, 32)],
@@ -49,7 +52,8 @@ def panels() -> dict[str, list[Point]]:
 
 
 START = {"batch": 4}
-"""The place that a panel's others are compared with: from here on time per token must stay flat. Elsewhere the first."""
+"""The place that a panel's others are compared with: from here on time per token must stay flat. Elsewhere
+the first."""
 
 
 class Steps:
@@ -73,8 +77,11 @@ class Steps:
             self.sides.popitem()[1].close()
 
 
-def measure(repeats: int, threads: int, out: Path, say: Any, points: dict[str, list[Point]] | None = None) -> Rows:
-    """One row for each panel, method and place, and the figure ``out/growth.png``; within a panel all take turns."""
+def measure(
+    repeats: int, threads: int, out: Path, say: Any, points: dict[str, list[Point]] | None = None
+) -> Rows:
+    """One row for each panel, method and place, and the figure ``out/growth.png``; within a panel all take
+    turns."""
     rows: Rows = []
     with remote("benchmarks.timing.Sgemm", threads) as product:
         for panel, steps in (points or panels()).items():
@@ -102,13 +109,23 @@ def _panel(panel: str, points: list[Point], threads: int, product: Contestant, r
     rows = []
     for method, point in itertools.product(METHODS, points):
         seconds, work = found[f"{method} {point.x}"], flop(point.size, method, point.r)
-        rows.append({
-            "panel": panel, "method": method, "x": point.x, "tokens": point.size.tokens, "flop": work,
-            "seconds": summary(seconds), "sgemm_gflops": Sgemm.gflops(found["sgemm"]),
-            "limit_share": ratio(Sgemm.seconds(work, found["sgemm"]), seconds),
-            "time": ratio(seconds, found[f"{method} {first.x}"])["median"],  # in units of the step that it is compared with
-            "tokens_of_it": point.size.tokens / first.size.tokens, "flop_of_it": work / flop(first.size, method, first.r),
-        })  # fmt: skip
+        rows.append(
+            {
+                "panel": panel,
+                "method": method,
+                "x": point.x,
+                "tokens": point.size.tokens,
+                "flop": work,
+                "seconds": summary(seconds),
+                "sgemm_gflops": Sgemm.gflops(found["sgemm"]),
+                "limit_share": ratio(Sgemm.seconds(work, found["sgemm"]), seconds),
+                "time": ratio(seconds, found[f"{method} {first.x}"])[
+                    "median"
+                ],  # in units of the step that it is compared with
+                "tokens_of_it": point.size.tokens / first.size.tokens,
+                "flop_of_it": work / flop(first.size, method, first.r),
+            }
+        )
     return rows
 
 
@@ -128,12 +145,14 @@ def gflops(row: dict[str, Any]) -> float:
 
 
 def excess(row: dict[str, Any]) -> float:
-    """How much faster than what it does the time has grown: than the tokens (batch) or the operations (r); 1 is level."""
+    """How much faster than what it does the time has grown: than the tokens (batch) or the operations (r); 1
+    is level."""
     return row["time"] / (row["tokens_of_it"] if row["panel"] == "batch" else row["flop_of_it"])
 
 
 def fitted(rows: Rows) -> tuple[float, float, float]:
-    """(a, b, worst): least squares of µs a token = a + b·T over a panel's rows, and the largest deviation, relative.
+    """(a, b, worst): least squares of µs a token = a + b·T over a panel's rows, and the largest deviation,
+    relative.
 
     A straight line: what grows with the context is the attention alone, quadratic in a sequence.
     """
@@ -149,32 +168,43 @@ def verdicts(rows: Rows) -> list[str]:
         batch = [r for r in of(rows, "batch", method) if r["x"] >= START["batch"]]
         parts = []
         if batch:
-            parts.append(f"time per token from batch {START['batch']} up at most {max(map(excess, batch)):.2f} of that of batch "
-                         f"{START['batch']}")
+            parts.append(
+                f"time per token from batch {START['batch']} up at most {max(map(excess, batch)):.2f} of that of batch "
+                f"{START['batch']}"
+            )
         if ranks := of(rows, "r", method):
             worst = max(ranks, key=excess)
-            parts.append(f"from r = {ranks[0]['x']} on time grows at most {excess(worst):.2f} times as fast as the counted FLOP "
-                         f"(r = {worst['x']})")
+            parts.append(
+                f"from r = {ranks[0]['x']} on time grows at most {excess(worst):.2f} times as fast as the counted FLOP "
+                f"(r = {worst['x']})"
+            )
         if contexts := of(rows, "context", method):
             a, b, error = fitted(contexts)
-            parts.append(f"µs a token = {a:.1f} + {1e3 * b:.1f}·T/1000, within {100 * error:.0f} % at every context")
+            parts.append(
+                f"µs a token = {a:.1f} + {1e3 * b:.1f}·T/1000, within {100 * error:.0f} % at every context"
+            )
         if widths := of(rows, "width", method):
-            parts.append("share of the sgemm rate by width: " + ", ".join(
-                f"{r['x']}: {100 * r['limit_share']['median']:.0f} %" for r in widths))
+            parts.append(
+                "share of the sgemm rate by width: "
+                + ", ".join(f"{r['x']}: {100 * r['limit_share']['median']:.0f} %" for r in widths)
+            )
         said.append(f"{method}: " + "; ".join(parts) + ".")
     return said
 
 
 LABELS = {
-    "batch": ("sequences of 128 tokens", "µs a token"), "r": ("rank r", "time, in units of r = 1"),
-    "context": ("tokens of a sequence, 4096 a step", "µs a token"), "width": ("width (2 layers, 256 tokens)", "GFLOP/s"),
-}  # fmt: skip
+    "batch": ("sequences of 128 tokens", "µs a token"),
+    "r": ("rank r", "time, in units of r = 1"),
+    "context": ("tokens of a sequence, 4096 a step", "µs a token"),
+    "width": ("width (2 layers, 256 tokens)", "GFLOP/s"),
+}
 
 
 def draw(rows: Rows) -> Any:
-    """Four panels: time per token against batch and context, time beside counted FLOP against r, GFLOP/s against width."""
-    from minilora.study.drawing import new_figure
-    from minilora.study.labels import GREY, METHOD_COLOURS, METHOD_NAMES
+    """Four panels: time per token against batch and context, time beside counted FLOP against r, GFLOP/s
+    against width."""
+    from minilora.report.drawing import new_figure
+    from minilora.report.labels import GREY, METHOD_COLOURS, METHOD_NAMES
 
     figure = new_figure(9.0, 7.0)
     for ax, (panel, (xlabel, ylabel)) in zip(figure.subplots(2, 2).flat, LABELS.items(), strict=True):
@@ -186,10 +216,15 @@ def draw(rows: Rows) -> Any:
             y = [r["time"] if panel == "r" else gflops(r) if panel == "width" else per_token(r) for r in mine]
             ax.plot(x, y, "o-", color=colour, markersize=4.5, linewidth=1.4, label=METHOD_NAMES[method])
             a, b, _ = fitted(mine)
-            dashed = {"r": ([r["flop_of_it"] for r in mine], "counted FLOP"), "context": ([a + b * t for t in x], "a + b·T"),
-                      "width": ([r["sgemm_gflops"] for r in mine], "sgemm, 2048³")}  # fmt: skip
+            dashed = {
+                "r": ([r["flop_of_it"] for r in mine], "counted FLOP"),
+                "context": ([a + b * t for t in x], "a + b·T"),
+                "width": ([r["sgemm_gflops"] for r in mine], "sgemm, 2048³"),
+            }
             if panel in dashed:
-                label = dashed[panel][1] if method == METHODS[-1] else None  # the same for all methods, or their fits
+                label = (
+                    dashed[panel][1] if method == METHODS[-1] else None
+                )  # the same for all methods, or their fits
                 ax.plot(x, dashed[panel][0], "--", color=GREY, linewidth=1, label=label)
         ticks = sorted({r["x"] for r in rows if r["panel"] == panel})
         if panel == "context":  # where a straight line must look straight

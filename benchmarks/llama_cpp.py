@@ -1,9 +1,10 @@
-"""A GGUF in llama.cpp and in minilora: ``python -m benchmarks.llama_cpp MODEL.gguf [--against ORIGINAL.gguf]``.
+"""A GGUF in llama.cpp and in minilora: ``python -m benchmarks.llama_cpp MODEL.gguf [--against
+ORIGINAL.gguf]``.
 
-Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the tokenizers are compared apart.
-llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, which moves SmolLM2's logits by one
-to four hundredths of their range. So each file is also written as F32, the same numbers, and compared in that form: what is left
-there is float32's rounding.
+Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the tokenizers are
+compared apart. llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, which
+moves SmolLM2's logits by one to four hundredths of their range. So each file is also written as F32, the same
+numbers, and compared in that form: what is left there is float32's rounding.
 """
 
 from __future__ import annotations
@@ -32,25 +33,42 @@ from minilora.formats.gguf import GGUFFile
 from minilora.formats.llama_gguf import load_gguf, save_gguf
 from minilora.generation import generate
 from minilora.quant.blocks import BlockWeight
-from minilora.quantize import dequantize_model
+from minilora.quant.model import dequantize_model
 from minilora.transformer import Transformer
 
 Array = np.ndarray
 INSTALL = "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles llama.cpp: a C++ compiler and minutes)"
 TEXT_TOKENS = 512
-VARIED = ("The capital of France is", "don't  DO\tthat\n\n  twice ", "naïve café — 日本語, Ελληνικά, عربى 🙂",
-          "x=3.14159; y[0]+=1e-5  # 1234567", "<|im_start|>user\nHi<|im_end|>\n")  # fmt: skip
+VARIED = (
+    "The capital of France is",
+    "don't  DO\tthat\n\n  twice ",
+    "naïve café — 日本語, Ελληνικά, عربى 🙂",
+    "x=3.14159; y[0]+=1e-5  # 1234567",
+    "<|im_start|>user\nHi<|im_end|>\n",
+)
 
 
 class LlamaCpp:
-    """llama.cpp on a file; with ``scores`` it keeps the logits of every token, and keys and values as float32, not float16."""
+    """llama.cpp on a file; with ``scores`` it keeps the logits of every token, and keys and values as
+    float32, not float16."""
 
     def __init__(self, path: str, threads: int = 2, context: int = 1024, scores: bool = False):
         import llama_cpp
 
-        kv: dict[str, Any] = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if scores else {}
-        self.model = llama_cpp.Llama(path, n_ctx=context, n_batch=context, n_ubatch=context, n_threads=threads,
-                                     n_threads_batch=threads, logits_all=scores, verbose=False, **kv)
+        kv: dict[str, Any] = (
+            {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32} if scores else {}
+        )
+        self.model = llama_cpp.Llama(
+            path,
+            n_ctx=context,
+            n_batch=context,
+            n_ubatch=context,
+            n_threads=threads,
+            n_threads_batch=threads,
+            logits_all=scores,
+            verbose=False,
+            **kv,
+        )
         self.works: dict[str, Callable[[], Any]] = {}
 
     def encode(self, text: str) -> list[int]:
@@ -116,23 +134,33 @@ def _compare(path: Path, options: Options) -> dict[str, Any]:
     ids = np.array(tokenizer.encode(workload.real_text()))[: min(TEXT_TOKENS, model.config.context_length)]
     texts = [*VARIED, workload.real_text()]
     found = [tokenizer.encode(text, add_special=False) == theirs.encode(text) for text in texts]
-    return {"file": path.stem, "bytes": path.stat().st_size, "tokenizer_equal": sum(found), "tokenizer_texts": len(found),
-            **forced(model.logits(ids[None])[0], theirs.logits(ids), ids),
-            "continuations": _continuations(model, tokenizer, theirs, options)}
+    return {
+        "file": path.stem,
+        "bytes": path.stat().st_size,
+        "tokenizer_equal": sum(found),
+        "tokenizer_texts": len(found),
+        **forced(model.logits(ids[None])[0], theirs.logits(ids), ids),
+        "continuations": _continuations(model, tokenizer, theirs, options),
+    }
 
 
 def forced(mine: Array, theirs: Array, ids: Array) -> dict[str, float]:
-    """Both sides' logits (T, V) along one text (T,): perplexities, largest difference by range, share of equal likeliest tokens.
+    """Both sides' logits (T, V) along one text (T,): perplexities, largest difference by range, share of
+    equal likeliest tokens.
 
     >>> logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
     >>> forced(logits, logits, np.array([0, 1]))["perplexity"]
     4.0
     """
     perplexity, theirs_perplexity = (_perplexity(logits, ids) for logits in (mine, theirs))
-    return {"tokens": len(ids), "perplexity": perplexity, "llama_cpp_perplexity": theirs_perplexity,
-            "perplexity_differs_by": abs(perplexity / theirs_perplexity - 1),
-            "logits_differ_by": float(np.abs(mine - theirs).max() / np.ptp(mine)),
-            "same_likeliest": float(np.mean(mine.argmax(-1) == theirs.argmax(-1)))}
+    return {
+        "tokens": len(ids),
+        "perplexity": perplexity,
+        "llama_cpp_perplexity": theirs_perplexity,
+        "perplexity_differs_by": abs(perplexity / theirs_perplexity - 1),
+        "logits_differ_by": float(np.abs(mine - theirs).max() / np.ptp(mine)),
+        "same_likeliest": float(np.mean(mine.argmax(-1) == theirs.argmax(-1))),
+    }
 
 
 def _perplexity(logits: Array, ids: Array) -> float:
@@ -143,16 +171,26 @@ def _perplexity(logits: Array, ids: Array) -> float:
     return round(float(np.exp(-chosen.mean())), 12)
 
 
-def _continuations(model: Transformer, tokenizer: TextTokenizer, theirs: LlamaCpp, options: Options) -> list[dict[str, Any]]:
+def _continuations(
+    model: Transformer, tokenizer: TextTokenizer, theirs: LlamaCpp, options: Options
+) -> list[dict[str, Any]]:
     prompts = [product.prompt() for product in ProductsTask(n_eval=options.prompts).evaluation("test")[0]]
     prompts += ["What is the capital of France?", "Write one sentence about the sea."]
     ids = [tokenizer.chat([{"role": "user", "content": text}]) for text in prompts]
     mine, other = generate(model, ids, options.new_tokens), theirs.write(ids, options.new_tokens)
     rows = []
     for prompt, a, b in zip(prompts, mine, other, strict=True):
-        until = min((i + 1 for i, token in enumerate(a) if token in tokenizer.stop_ids), default=len(a))  # what a user sees
-        rows.append({"prompt": prompt, **agreement(a[:until], b[:until]),
-                     "ours": tokenizer.decode(a[:until]), "llama_cpp": tokenizer.decode(b[:until])})
+        until = min(
+            (i + 1 for i, token in enumerate(a) if token in tokenizer.stop_ids), default=len(a)
+        )  # what a user sees
+        rows.append(
+            {
+                "prompt": prompt,
+                **agreement(a[:until], b[:until]),
+                "ours": tokenizer.decode(a[:until]),
+                "llama_cpp": tokenizer.decode(b[:until]),
+            }
+        )
     return rows
 
 
@@ -163,11 +201,16 @@ def agreement(a: list[int], b: list[int]) -> dict[str, Any]:
     {'tokens': 4, 'equal': 3, 'first_difference': 2}
     """
     same = [x == y for x, y in zip(a, b, strict=True)]
-    return {"tokens": len(same), "equal": sum(same), "first_difference": same.index(False) if False in same else None}
+    return {
+        "tokens": len(same),
+        "equal": sum(same),
+        "first_difference": same.index(False) if False in same else None,
+    }
 
 
 def changes(path: Path, original: Path) -> dict[str, int]:
-    """How many tensors of a tuned file are the original's, differ in minima alone (codes and scales bit by bit), or in more.
+    """How many tensors of a tuned file are the original's, differ in minima alone (codes and scales bit by
+    bit), or in more.
 
     Raises FileError if a file has tensors that the other has not.
     """
@@ -189,35 +232,68 @@ def _change(new: GGUFFile, old: GGUFFile, name: str) -> str:
         return "identical" if np.array_equal(a.dense(), b.dense()) else "other"
     if np.array_equal(a.blocks, b.blocks):
         return "identical"
-    return "other minima" if np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales) else "other"
+    return (
+        "other minima" if np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales) else "other"
+    )
 
 
 def page(results: dict[str, Any]) -> str:
     """The comparison, in markdown."""
-    head = ["file", "MB", "tokenizers agree", "perplexity, ours", "llama.cpp", "difference", "logits differ by",
-            "same likeliest token", "continuations equal", "their tokens equal"]
+    head = [
+        "file",
+        "MB",
+        "tokenizers agree",
+        "perplexity, ours",
+        "llama.cpp",
+        "difference",
+        "logits differ by",
+        "same likeliest token",
+        "continuations equal",
+        "their tokens equal",
+    ]
     body = []
     for row in results["files"]:
         rows = row["continuations"]
-        body.append([row["file"], f"{row['bytes'] / 1e6:.1f}", f"{row['tokenizer_equal']} of {row['tokenizer_texts']} texts",
-                     f"{row['perplexity']:.4f}", f"{row['llama_cpp_perplexity']:.4f}", f"{row['perplexity_differs_by']:.1e}",
-                     f"{row['logits_differ_by']:.1e}", f"{100 * row['same_likeliest']:.1f} %",
-                     f"{sum(r['first_difference'] is None for r in rows)} of {len(rows)}",
-                     f"{sum(r['equal'] for r in rows)} of {sum(r['tokens'] for r in rows)}"])
-    parts = [f"# {results['files'][0]['file']} in llama.cpp and in minilora", f"`{results['command']}`, llama-cpp-python "
-             f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "), table(head, body)]
+        body.append(
+            [
+                row["file"],
+                f"{row['bytes'] / 1e6:.1f}",
+                f"{row['tokenizer_equal']} of {row['tokenizer_texts']} texts",
+                f"{row['perplexity']:.4f}",
+                f"{row['llama_cpp_perplexity']:.4f}",
+                f"{row['perplexity_differs_by']:.1e}",
+                f"{row['logits_differ_by']:.1e}",
+                f"{100 * row['same_likeliest']:.1f} %",
+                f"{sum(r['first_difference'] is None for r in rows)} of {len(rows)}",
+                f"{sum(r['equal'] for r in rows)} of {sum(r['tokens'] for r in rows)}",
+            ]
+        )
+    parts = [
+        f"# {results['files'][0]['file']} in llama.cpp and in minilora",
+        f"`{results['command']}`, llama-cpp-python "
+        f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "),
+        table(head, body),
+    ]
     if results["changes"]:
         said = ", ".join(f"{n} {kind}" for kind, n in results["changes"].items())
-        parts.append(f"Tensors beside the original's: {said} (\"other minima\": codes and scales are the same, bit by bit).")
+        parts.append(
+            f'Tensors beside the original\'s: {said} ("other minima": codes and scales are the same, bit by bit).'
+        )
     for row in results["files"]:
-        if row["file"].endswith(" as F32") and all(r["first_difference"] is None for r in row["continuations"]):
+        if row["file"].endswith(" as F32") and all(
+            r["first_difference"] is None for r in row["continuations"]
+        ):
             continue  # minilora's texts again
         parts.append(f"## Continuations by {row['file']}")
         for r in row["continuations"]:
-            where = "" if r["first_difference"] is None else f" (differs from token {r['first_difference']} on)"
+            where = (
+                "" if r["first_difference"] is None else f" (differs from token {r['first_difference']} on)"
+            )
             other = "the same" if r["first_difference"] is None else r["llama_cpp"].strip()
-            parts.append(f"**{' / '.join(r['prompt'].split(chr(10))).strip(' /')}**\n\n- minilora: {_one_line(r['ours'])}\n"
-                         f"- llama.cpp{where}: {_one_line(other)}")
+            parts.append(
+                f"**{' / '.join(r['prompt'].split(chr(10))).strip(' /')}**\n\n- minilora: {_one_line(r['ours'])}\n"
+                f"- llama.cpp{where}: {_one_line(other)}"
+            )
     return "\n\n".join(parts) + "\n"
 
 
@@ -226,7 +302,8 @@ def _one_line(text: str) -> str:
 
 
 def main(options: Options, command: str) -> int:
-    """Compare, print the table, write both files; 2 if llama-cpp-python is missing or a file cannot be read."""
+    """Compare, print the table, write both files; 2 if llama-cpp-python is missing or a file cannot be
+    read."""
     if find_spec("llama_cpp") is None:
         print(INSTALL, file=sys.stderr)
         return 2
@@ -237,10 +314,18 @@ def main(options: Options, command: str) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    results = {"command": command, "llama_cpp_python": version("llama-cpp-python"), "changes": changed, "files": rows}
+    results = {
+        "command": command,
+        "llama_cpp_python": version("llama-cpp-python"),
+        "changes": changed,
+        "files": rows,
+    }
     text = page(results)
     contents = {".json": json.dumps(results, indent=1) + "\n", ".md": text}
-    files = [write_file(Path(options.out) / f"{path.stem}{suffix}", content) for suffix, content in contents.items()]
+    files = [
+        write_file(Path(options.out) / f"{path.stem}{suffix}", content)
+        for suffix, content in contents.items()
+    ]
     print("\n".join([text, *map(str, files)]))
     return 0
 

@@ -1,4 +1,5 @@
-"""How much memory a training step takes beside PEFT + bitsandbytes', and the workers of a sweep: ``results/memory.md``."""
+"""How much memory a training step takes beside PEFT + bitsandbytes', and the workers of a sweep:
+``results/memory.md``."""
 
 from __future__ import annotations
 
@@ -107,24 +108,37 @@ def rises(model: str, sides: list[str], opened: Open, load: Load, repeats: int, 
     """One row a method: MiB loaded, and the rise above, of each mode and turn."""
     jobs: dict[tuple[str, str], Callable[[], Measurement]] = {}
     for mode in ("fast", "small"):
-        jobs |= {(method, mode): partial(once, opened, "ours", load("ours", method, False), mode) for method in METHODS}
+        jobs |= {
+            (method, mode): partial(once, opened, "ours", load("ours", method, False), mode)
+            for method in METHODS
+        }
         if "peer" in sides:
             name = "peer" if mode == "fast" else "peer small"
-            jobs["qlora", name] = partial(once, opened, "peer", load("peer", "qlora", mode == "small"), "step")
+            jobs["qlora", name] = partial(
+                once, opened, "peer", load("peer", "qlora", mode == "small"), "step"
+            )
     found: dict[tuple[str, str], list[Measurement]] = {job: [] for job in jobs}
-    for method in METHODS:  # compile what this machine has not compiled yet: a compiler's memory is not a step's
+    for (
+        method
+    ) in METHODS:  # compile what this machine has not compiled yet: a compiler's memory is not a step's
         jobs[method, "fast"]()
     for turn in range(repeats):
         for job in list(jobs)[:: -1 if turn % 2 else 1]:
             last = jobs[job]()
             found[job].append(last)
-            say(f"{model:12s} {job[0]:6s} {job[1]:10s} loaded {last['loaded_mib']:6.0f}   rise {last['rise_mib']:6.1f} MiB")
+            say(
+                f"{model:12s} {job[0]:6s} {job[1]:10s} loaded {last['loaded_mib']:6.0f}   rise {last['rise_mib']:6.1f} MiB"
+            )
     rows = []
     for method in METHODS:
         mine = {mode: values for (m, mode), values in found.items() if m == method}
-        rows.append({"what": "rise", "model": model, "method": method} | {
-            key: {mode: [v[key] for v in values] for mode, values in mine.items()}
-            for key in ("loaded_mib", "rise_mib", "loss", "peak_forgotten")})
+        rows.append(
+            {"what": "rise", "model": model, "method": method}
+            | {
+                key: {mode: [v[key] for v in values] for mode, values in mine.items()}
+                for key in ("loaded_mib", "rise_mib", "loss", "peak_forgotten")
+            }
+        )
     return rows
 
 
@@ -135,8 +149,12 @@ def once(opened: Open, side: str, call: tuple[Any, ...], work: str) -> Measureme
         loaded = remote.call("loaded_mib")
         forgotten = remote.call("peak_mib") - loaded < 1.0
         remote.call("timed", work, STEPS)
-        return {"loaded_mib": loaded, "rise_mib": remote.call("peak_mib") - loaded, "peak_forgotten": forgotten,
-                "loss": remote.call("loss")[0]}
+        return {
+            "loaded_mib": loaded,
+            "rise_mib": remote.call("peak_mib") - loaded,
+            "peak_forgotten": forgotten,
+            "loss": remote.call("loss")[0],
+        }
 
 
 def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
@@ -154,9 +172,9 @@ def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 def workers(say: Any, runs: list[Any] | None = None, n_jobs: int = N_JOBS) -> Rows:
     """One row a run of the demonstration, cut short: its process, what was resident before, and the peak."""
-    from minilora.study.presets import demo_runs
-    from minilora.study.sweep import run_sweep
-    from minilora.study.warm import warm_kernels
+    from minilora.sweep.presets import demo_runs
+    from minilora.sweep.runner import run_sweep
+    from minilora.sweep.warm import warm_kernels
 
     runs = demo_runs(steps=SWEEP_STEPS) if runs is None else runs
     warm_kernels()  # as `minilora sweep` does before it starts workers: they load what is compiled
@@ -177,7 +195,7 @@ _order = 0  # runs that this process has seen
 def watched(config: Any, folder: str | None) -> dict[str, Any]:
     """A run in a worker, and what the worker's memory was before and at most."""
     global _order
-    from minilora.study.run import run
+    from minilora.sweep.run import run
 
     _order += 1
     reset_peak(trim=False)
@@ -211,13 +229,27 @@ def predicted(rows: Rows, about: str) -> str:
     """Predicted against measured bytes of the planner's grid, and the published figures beside ours."""
     grid, papers = ([r for r in rows if (r["kind"] == "published") == p] for p in (False, True))
     within = [plan_grid.used(r) <= 1 for r in grid]
-    text = GRID.format(runs=len(grid), held=sum(r["persistent"] for r in grid), within=sum(within), worst=WORST,
-                       least=min(r["difference"] for r in grid), most=max(r["difference"] for r in grid))
+    text = GRID.format(
+        runs=len(grid),
+        held=sum(r["persistent"] for r in grid),
+        within=sum(within),
+        worst=WORST,
+        least=min(r["difference"] for r in grid),
+        most=max(r["difference"] for r in grid),
+    )
     columns = ("what", "paper", "published", "ours", "assumption")
-    published = "\n".join(f"| {' | '.join(cells)} |" for cells in (
-        ("figure", "whose", "published", "ours", "assumption"), ("---",) * 5, *([r[k] for k in columns] for r in papers)))
-    return f"## Predicted against measured\n\n{about}\n\n{text}\n\n{plan_grid.table(grid, WORST)}\n\n" \
-           f"## Published figures beside ours\n\nAlso `minilora memory --published`.\n\n{published}\n"
+    published = "\n".join(
+        f"| {' | '.join(cells)} |"
+        for cells in (
+            ("figure", "whose", "published", "ours", "assumption"),
+            ("---",) * 5,
+            *([r[k] for k in columns] for r in papers),
+        )
+    )
+    return (
+        f"## Predicted against measured\n\n{about}\n\n{text}\n\n{plan_grid.table(grid, WORST)}\n\n"
+        f"## Published figures beside ours\n\nAlso `minilora memory --published`.\n\n{published}\n"
+    )
 
 
 def _memory(rows: Rows, about: str) -> str:
@@ -232,17 +264,34 @@ def _memory(rows: Rows, about: str) -> str:
 
 
 def _rises(rows: Rows) -> str:
-    names = {"fast": "fast, MiB", "small": "small, MiB", "peer": "peer, MiB", "peer small": "peer checkpointed, MiB"}
+    names = {
+        "fast": "fast, MiB",
+        "small": "small, MiB",
+        "peer": "peer, MiB",
+        "peer small": "peer checkpointed, MiB",
+    }
     peer = next((r["rise_mib"]["peer"] for r in rows if "peer" in r["rise_mib"]), None)
     goals = [f"{mode}/peer (goal {goal} %)" for mode, goal in GOALS.items()]
     body = []
     for r in rows:
         cells = [_spread(r["rise_mib"].get(mode)) for mode in names]
         shares = [share(r["rise_mib"][mode], peer) if peer else None for mode in GOALS]
-        body.append([r["method"], *cells, *("" if s is None else f"{s['median']:.0f} % ({s['min']:.0f}-{s['max']:.0f})"
-                                            for s in shares)])
-    loaded = "; ".join(f"{r['method']}, {mode}: {np.median(values):,.0f}" for r in rows
-                       for mode, values in r["loaded_mib"].items() if mode in ("fast", "peer"))
+        body.append(
+            [
+                r["method"],
+                *cells,
+                *(
+                    "" if s is None else f"{s['median']:.0f} % ({s['min']:.0f}-{s['max']:.0f})"
+                    for s in shares
+                ),
+            ]
+        )
+    loaded = "; ".join(
+        f"{r['method']}, {mode}: {np.median(values):,.0f}"
+        for r in rows
+        for mode, values in r["loaded_mib"].items()
+        if mode in ("fast", "peer")
+    )
     return table(["method", *names.values(), *goals], body) + f"\n\nResident when loaded, MiB: {loaded}."
 
 
@@ -252,10 +301,16 @@ def _spread(values: list[float] | None) -> str:
 
 def _about_rises(rows: Rows) -> str:
     forgotten = all(flag for r in rows for flags in r["peak_forgotten"].values() for flag in flags)
-    reset = "`5` to `/proc/self/clear_refs`" if forgotten else \
-        "the system refused it in some processes, so rises may hold loading's peak and are upper bounds"
-    losses = "; ".join(f"{r['model']} {r['method']}: " + ", ".join(f"{mode} {np.median(v):.4f}" for mode, v in r["loss"].items())
-                       for r in rows)
+    reset = (
+        "`5` to `/proc/self/clear_refs`"
+        if forgotten
+        else "the system refused it in some processes, so rises may hold loading's peak and are upper bounds"
+    )
+    losses = "; ".join(
+        f"{r['model']} {r['method']}: "
+        + ", ".join(f"{mode} {np.median(v):.4f}" for mode, v in r["loss"].items())
+        for r in rows
+    )
     repeats = len(next(iter(rows[0]["rise_mib"].values())))
     return RISES.format(steps=STEPS, repeats=repeats, reset=reset, r=workload.R, losses=losses)
 
@@ -264,9 +319,20 @@ def _workers(rows: Rows) -> str:
     body = []
     for method in dict.fromkeys(r["method"] for r in rows):
         mine = [r for r in rows if r["method"] == method]
-        body.append([method, str(len(mine)), f"{megabytes(float(np.median([r['start_mib'] for r in mine]))):.0f}",
-                     f"{megabytes(max(r['peak_mib'] for r in mine)):.0f}"])
-    text = SWEEP.format(runs=f"{len(rows)} runs", steps=SWEEP_STEPS, jobs=len({r["process"] for r in rows}), goal=WORKER_MB,
-                        worst=megabytes(max(r["peak_mib"] for r in rows)),
-                        imported=megabytes(max(r["start_mib"] for r in rows if r["order"] == 1)))
+        body.append(
+            [
+                method,
+                str(len(mine)),
+                f"{megabytes(float(np.median([r['start_mib'] for r in mine]))):.0f}",
+                f"{megabytes(max(r['peak_mib'] for r in mine)):.0f}",
+            ]
+        )
+    text = SWEEP.format(
+        runs=f"{len(rows)} runs",
+        steps=SWEEP_STEPS,
+        jobs=len({r["process"] for r in rows}),
+        goal=WORKER_MB,
+        worst=megabytes(max(r["peak_mib"] for r in rows)),
+        imported=megabytes(max(r["start_mib"] for r in rows if r["order"] == 1)),
+    )
     return text + "\n\n" + table(["method", "runs", "before a run, MB (median)", "highest, MB"], body)

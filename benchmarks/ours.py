@@ -16,8 +16,8 @@ from minilora.formats.checkpoint import load_base
 from minilora.generation import generate
 from minilora.lora import LoraLinear, full, inject_lora
 from minilora.memory import packed_weights
+from minilora.quant.model import quantize_model
 from minilora.quant.weights import CodebookWeight, DoubleQuant, quantize_weight
-from minilora.quantize import quantize_model
 from minilora.threads import Workers, keep_memory, single_blas
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
@@ -25,11 +25,13 @@ from minilora.transformer import Transformer, build_model
 
 Array = np.ndarray
 SMALL = {"checkpoint": True, "logits_chunk": 32}
-"""What saves memory: blocks are computed again in the backward pass, and a shard's logits come 32 rows at a time."""
+"""What saves memory: blocks are computed again in the backward pass, and a shard's logits come 32 rows at a
+time."""
 
 
 class Ours:
-    """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS thread a shard."""
+    """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS
+    thread a shard."""
 
     def __init__(self, threads: int = 2, keep: bool = True, shards: int | None = None):
         if keep:
@@ -63,19 +65,27 @@ class Ours:
         return peak_mib()
 
     def loaded_mib(self) -> float | None:
-        """Resident memory before the first step, from which the peak then counts; every stored array is read once before."""
+        """Resident memory before the first step, from which the peak then counts; every stored array is read
+        once before."""
         keep_memory()  # as the Trainer does when it starts
-        for array in [p.data for p in self.model.parameters()] + \
-                [a for w in packed_weights(self.model) for arrays in w.arrays().values() for a in arrays]:
+        for array in [p.data for p in self.model.parameters()] + [
+            a for w in packed_weights(self.model) for arrays in w.arrays().values() for a in arrays
+        ]:
             array.max()  # a mapped file's pages belong to what is loaded
         reset_peak()
         return resident_mib()
 
     # ---- training step
 
-    def build(self, name: str | workload.Size, method: str, states: dict[str, tuple[Array, ...]] | None = None,
-              r: int = workload.R) -> None:
-        """Make a model of a size ready for a method; ``states`` are bitsandbytes' quantized weights, to compute with the same."""
+    def build(
+        self,
+        name: str | workload.Size,
+        method: str,
+        states: dict[str, tuple[Array, ...]] | None = None,
+        r: int = workload.R,
+    ) -> None:
+        """Make a model of a size ready for a method; ``states`` are bitsandbytes' quantized weights, to
+        compute with the same."""
         self.works.clear()
         self.model = self.optimizer = None
         size = workload.SIZES[name] if isinstance(name, str) else name
@@ -103,7 +113,9 @@ class Ours:
         self.works |= {"step": self._step, "fast": self._step, "small": partial(self._step, **SMALL)}
 
     def _loss_and_grads(self, **memory: Any) -> tuple[float, Any]:
-        return loss_and_grads(self.model, self.batch, self.workers(self.threads), shards=self.shards, stream=(0, 0), **memory)
+        return loss_and_grads(
+            self.model, self.batch, self.workers(self.threads), shards=self.shards, stream=(0, 0), **memory
+        )
 
     def _step(self, **memory: Any) -> None:
         _, grads = self._loss_and_grads(**memory)
@@ -128,22 +140,34 @@ class Ours:
     # ---- kernels
 
     def prepare(self, label: str, op: str, kind: str, n: int, batch: int, threads: int) -> None:
-        """Prepare ``op`` (quantize, dequantize, product, fill, copy) on a weight of ``kind`` (nf4, int4, dense), (n, n)."""
+        """Prepare ``op`` (quantize, dequantize, product, fill, copy) on a weight of ``kind`` (nf4, int4,
+        dense), (n, n)."""
         workers = self.workers(threads)
         w, x = workload.matrices(n, batch)
-        quant = QuantConfig(kind if kind in ("nf4", "int4") else "nf4", double_quant=False, group_size=workload.GROUP_SIZE)
+        quant = QuantConfig(
+            kind if kind in ("nf4", "int4") else "nf4", double_quant=False, group_size=workload.GROUP_SIZE
+        )
         if op in ("fill", "copy"):
             sources, targets = np.array_split(w, threads), np.array_split(np.empty_like(w), threads)
-            change = (lambda i: targets[i].fill(1)) if op == "fill" else (lambda i: np.copyto(targets[i], sources[i]))
+            change = (
+                (lambda i: targets[i].fill(1))
+                if op == "fill"
+                else (lambda i: np.copyto(targets[i], sources[i]))
+            )
             self.works[label] = lambda: workers.map(change, range(threads))
         elif op == "quantize":  # each thread quantizes half of the rows
             rows = np.array_split(w, threads)
-            self.works[label] = lambda: [_packed(q) for q in workers.map(lambda part: quantize_weight(part, quant), rows)]
+            self.works[label] = lambda: [
+                _packed(q) for q in workers.map(lambda part: quantize_weight(part, quant), rows)
+            ]
         elif op == "dequantize":
             parts = [quantize_weight(part, quant) for part in np.array_split(w, threads)]
             self.works[label] = lambda: workers.map(lambda part: part.dense(), parts)
         elif batch == 1:  # each thread multiplies the input by half of the rows
-            parts = [part if kind == "dense" else quantize_weight(part, quant) for part in np.array_split(w, threads)]
+            parts = [
+                part if kind == "dense" else quantize_weight(part, quant)
+                for part in np.array_split(w, threads)
+            ]
             times = (lambda part: x @ part.T) if kind == "dense" else (lambda part: part.matmul(x))
             self.works[label] = lambda: [np.concatenate(workers.map(times, parts), axis=1)]
         else:  # each thread multiplies half of the inputs by the whole weight, as shards do in training

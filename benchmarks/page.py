@@ -67,16 +67,36 @@ tokens read. Ours multiplies the stored Q4_1 and Q8_0 by float32 activations; tr
 rounds activations to 8 bits, so its logits differ by more. Ratios are of speeds, turn by turn. llama.cpp's eight
 sequences were not measured: its Python interface writes one at a time."""
 
-PACKAGES = ("python", "minilora", "numpy", "numba", "torch", "transformers", "peft", "bitsandbytes", "llama-cpp-python")
-COLUMNS = {"ours nf4": "nf4", "ours int4": "int4", "peer nf4": "bitsandbytes nf4", "ours dense": "dense, NumPy",
-           "peer dense": "dense, torch"}
+PACKAGES = (
+    "python",
+    "minilora",
+    "numpy",
+    "numba",
+    "torch",
+    "transformers",
+    "peft",
+    "bitsandbytes",
+    "llama-cpp-python",
+)
+COLUMNS = {
+    "ours nf4": "nf4",
+    "ours int4": "int4",
+    "peer nf4": "bitsandbytes nf4",
+    "ours dense": "dense, NumPy",
+    "peer dense": "dense, torch",
+}
 
 Rows = list[dict[str, Any]]
 
 
-def save(results: dict[str, Any], folder: Path, stem: str = "speed",
-         write: Callable[[dict[str, Any]], str] | None = None) -> list[Path]:  # fmt: skip
-    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is there.
+def save(
+    results: dict[str, Any],
+    folder: Path,
+    stem: str = "speed",
+    write: Callable[[dict[str, Any]], str] | None = None,
+) -> list[Path]:
+    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is
+    there.
 
     Another ``stem`` has files, and with ``write`` a page, of its own.
     """
@@ -113,8 +133,10 @@ def conditions(part: dict[str, Any]) -> str:
     m = part["machine"]
     versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
     alone = "" if part["peers"] else " Without the extra `peers`: our side alone."
-    return (f"`{part['command']}`, {m['date']}; {m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; "
-            f"threads: {part['threads']}; load before the run: {m['load_before']}; {versions}.{alone}")
+    return (
+        f"`{part['command']}`, {m['date']}; {m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB; "
+        f"threads: {part['threads']}; load before the run: {m['load_before']}; {versions}.{alone}"
+    )
 
 
 def _short(value: float) -> str:
@@ -130,24 +152,43 @@ def _ratio(r: dict[str, float] | None) -> str:
 
 
 def _training(rows: Rows) -> str:
-    head = ["method", "ours, ms", "peer, ms", "peer/ours", "limit, ms", "of the limit", "ours, tokens/s", "peer, tokens/s",
-            "ours, MiB", "peer, MiB", "gradients differ by"]
+    head = [
+        "method",
+        "ours, ms",
+        "peer, ms",
+        "peer/ours",
+        "limit, ms",
+        "of the limit",
+        "ours, tokens/s",
+        "peer, tokens/s",
+        "ours, MiB",
+        "peer, MiB",
+        "gradients differ by",
+    ]
     parts = []
     for name in dict.fromkeys(r["size"] for r in rows):
         c, size = workload.SIZES[name].config, workload.SIZES[name]
         heads = f"{c.num_attention_heads}/{c.num_key_value_heads} heads"
-        parts.append(f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}, "
-                     f"vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n")
+        parts.append(
+            f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}, "
+            f"vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n"
+        )
         parts.append(table(head, [_training_cells(r) for r in rows if r["size"] == name]) + "\n")
     return "\n".join(parts) + "\n" + TRAINING.format(r=workload.R, g=workload.GROUP_SIZE)
 
 
 def _training_cells(r: dict[str, Any]) -> list[str]:
     sides = [r["ours"], r["peer"]]
-    check = f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}" if r["check"] else "not compared"
+    check = (
+        f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}"
+        if r["check"]
+        else "not compared"
+    )
     speeds = [f"{s['tokens_per_second']:,.0f}" if s else "" for s in sides]
     peaks = [f"{s['peak_mib']:,.0f}" if s and s["peak_mib"] else "" for s in sides]
-    limit = [_short(r["limit_ms"]), f"{100 * r['limit_share']['median']:.0f} %"] if "limit_ms" in r else ["", ""]
+    limit = (
+        [_short(r["limit_ms"]), f"{100 * r['limit_share']['median']:.0f} %"] if "limit_ms" in r else ["", ""]
+    )
     return [r["method"], *map(_ms, sides), _ratio(r.get("ratio")), *limit, *speeds, *peaks, check]
 
 
@@ -161,31 +202,52 @@ def _grid(rows: Rows) -> str:
     r, size = rows[0], workload.SIZES[rows[0]["size"]]
     sides = list(r["seconds"])
     head = ["", *(f"piece {i + 1}, s" for i in range(len(r["seconds"]["ours"]))), f"{r['runs']} runs, s"]
-    body = [[side, *(f"{s:.1f}" for s in r["seconds"][side]), f"{sum(r['seconds'][side]):.0f}"] for side in sides]
+    body = [
+        [side, *(f"{s:.1f}" for s in r["seconds"][side]), f"{sum(r['seconds'][side]):.0f}"] for side in sides
+    ]
     said = GRID.format(
-        axes=" × ".join(f"{name} {', '.join(map(str, values))}" for name, values in r["axes"].items()), steps=r["steps"],
-        batch=size.batch, time=size.time, held_out=grid.EVAL_BATCHES * size.tokens,
+        axes=" × ".join(f"{name} {', '.join(map(str, values))}" for name, values in r["axes"].items()),
+        steps=r["steps"],
+        batch=size.batch,
+        time=size.time,
+        held_out=grid.EVAL_BATCHES * size.tokens,
         imports=", ".join(f"{side} {r['start'][side]['import']:.1f} s" for side in sides),
-        first=", ".join(f"{side} {r['start'][side]['first_steps']:.1f} s" for side in sides))  # fmt: skip
+        first=", ".join(f"{side} {r['start'][side]['first_steps']:.1f} s" for side in sides),
+    )
     if r["check"]:
         c = r["check"]
-        said = f"peer/ours by piece: **{_ratio(r['ratio'])}**. Checked run by run: first losses differ by at most " \
-            f"{c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, final ones, {r['losses'][0]:.2f} to " \
+        said = (
+            f"peer/ours by piece: **{_ratio(r['ratio'])}**. Checked run by run: first losses differ by at most "
+            f"{c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, final ones, {r['losses'][0]:.2f} to "
             f"{r['losses'][1]:.2f}, by {c['loss']:.0e}; allowed are {c['bound']:.0e} (rounding of a gradient × √steps).\n\n{said}"
+        )
     return table(head, body) + "\n\n" + said
 
 
 def _growth(rows: Rows) -> str:
     shown = {
-        "batch": ["µs a token", f"of batch {growth.START['batch']}'s"], "r": ["ms", "time/FLOP, of r = 1's"],
-        "context": ["µs a token", "off the line"], "width": ["GFLOP/s", "of sgemm"],
-    }  # fmt: skip
-    parts = ["![time against batch, rank, context and width](growth.png)", "\n".join(f"* {x}" for x in growth.verdicts(rows))]
+        "batch": ["µs a token", f"of batch {growth.START['batch']}'s"],
+        "r": ["ms", "time/FLOP, of r = 1's"],
+        "context": ["µs a token", "off the line"],
+        "width": ["GFLOP/s", "of sgemm"],
+    }
+    parts = [
+        "![time against batch, rank, context and width](growth.png)",
+        "\n".join(f"* {x}" for x in growth.verdicts(rows)),
+    ]
     for panel, columns in shown.items():
         by_method = [growth.of(rows, panel, method) for method in growth.METHODS]
-        head = [growth.LABELS[panel][0], *(f"{method}, {column}" for method in growth.METHODS for column in columns)]
-        body = [[str(mine[0]["x"]), *(cell for r, line in zip(mine, by_method, strict=True) for cell in _growth_cells(r, line))]
-                for mine in zip(*by_method, strict=True)]
+        head = [
+            growth.LABELS[panel][0],
+            *(f"{method}, {column}" for method in growth.METHODS for column in columns),
+        ]
+        body = [
+            [
+                str(mine[0]["x"]),
+                *(cell for r, line in zip(mine, by_method, strict=True) for cell in _growth_cells(r, line)),
+            ]
+            for mine in zip(*by_method, strict=True)
+        ]
         if body:
             parts.append(table(head, body))
     return "\n\n".join([*parts, GROWTH])
@@ -197,24 +259,37 @@ def _growth_cells(r: dict[str, Any], line: Rows) -> list[str]:
     if r["panel"] == "context":
         a, b, _ = growth.fitted(line)
         return [f"{growth.per_token(r):.1f}", f"{100 * (growth.per_token(r) / (a + b * r['x']) - 1):+.0f} %"]
-    return [_ms(r["seconds"]) if r["panel"] == "r" else f"{growth.per_token(r):.1f}", f"{growth.excess(r):.2f}"]
+    return [
+        _ms(r["seconds"]) if r["panel"] == "r" else f"{growth.per_token(r):.1f}",
+        f"{growth.excess(r):.2f}",
+    ]
 
 
 def _profile(rows: Rows) -> str:
     head = ["", *(f"{r['size']} {r['method']}" for r in rows)]
     body = [["a step, ms (not watched)", *(_short(1e3 * r["step"]) for r in rows)]]
-    body += [[name, *(f"{100 * v:.0f} %" if v >= 0.005 else "" for v in values)] for name, values in profile.shares(rows).items()]
+    body += [
+        [name, *(f"{100 * v:.0f} %" if v >= 0.005 else "" for v in values)]
+        for name, values in profile.shares(rows).items()
+    ]
     return table(head, body) + "\n\n" + PROFILE
 
 
 def _kernels(rows: Rows) -> str:
     def cells(r: dict[str, Any], values: list[str]) -> list[str]:
-        return [f"{r['n']}²", str(r["threads"]), *([str(r["batch"])] if r["op"] == "product" else []), *values]
+        return [
+            f"{r['n']}²",
+            str(r["threads"]),
+            *([str(r["batch"])] if r["op"] == "product" else []),
+            *values,
+        ]
 
     bandwidth = [r for r in rows if r["op"] == "bandwidth"]
     body = [cells(r, [f"{v:.1f}" for v in r["gb_per_second"].values()]) for r in bandwidth]
-    parts = ["Bandwidth, GB/s of float32 written: the ceiling of dequantizing.\n",
-             table(["matrix", "threads", "fill", "copy"], body)]
+    parts = [
+        "Bandwidth, GB/s of float32 written: the ceiling of dequantizing.\n",
+        table(["matrix", "threads", "fill", "copy"], body),
+    ]
     gb = "GB/s of the float32 side"
     for op, unit in (("quantize", gb), ("dequantize", gb), ("product", "x Wᵀ, ms")):
         mine = [r for r in rows if r["op"] == op]
@@ -232,8 +307,10 @@ def _kernels(rows: Rows) -> str:
 
 def _startup(rows: Rows) -> str:
     cells = [[r["what"], f"{r['median']:.2f}", f"{r['min']:.2f}"] for r in rows]
-    return table(["what", "seconds, median", "best"], cells) + \
-        "\n\nEach in a fresh process; but for `--help` without the interpreter's own start. Files come from the disk cache."
+    return (
+        table(["what", "seconds, median", "best"], cells)
+        + "\n\nEach in a fresh process; but for `--help` without the interpreter's own start. Files come from the disk cache."
+    )
 
 
 def _generation(rows: Rows) -> str:
@@ -241,14 +318,22 @@ def _generation(rows: Rows) -> str:
         return [f"{s['tokens_per_second']:,.0f}" if s else "" for s in (r["ours"], r["peer"])]
 
     cells = [[str(r["batch"]), *speeds(r), _ratio(r.get("ratio"))] for r in rows]
-    return table(["sequences", "ours, tokens/s", "transformers, tokens/s", "ratio"], cells) + \
-        "\n\nGreedy, float32, prompts of 32 bytes, 96 new tokens, prefill included; ours uses one thread."
+    return (
+        table(["sequences", "ours, tokens/s", "transformers, tokens/s", "ratio"], cells)
+        + "\n\nGreedy, float32, prompts of 32 bytes, 96 new tokens, prefill included; ours uses one thread."
+    )
 
 
 def _smollm2(rows: Rows) -> str:
-    return "\n\n".join(text for text in (_smollm2_steps([r for r in rows if r["what"] == "step"]),
-                                         _smollm2_writing([r for r in rows if r["what"] == "writing"]),
-                                         *(_smollm2_ready(r) for r in rows if r["what"] == "ready")) if text)
+    return "\n\n".join(
+        text
+        for text in (
+            _smollm2_steps([r for r in rows if r["what"] == "step"]),
+            _smollm2_writing([r for r in rows if r["what"] == "writing"]),
+            *(_smollm2_ready(r) for r in rows if r["what"] == "ready"),
+        )
+        if text
+    )
 
 
 def _smollm2_steps(rows: Rows) -> str:
@@ -257,28 +342,56 @@ def _smollm2_steps(rows: Rows) -> str:
     head = ["method", "fast, ms", "small, ms", "peer, ms", "peer/fast", "peer/small", "gradients differ by"]
     body = []
     for r in rows:
-        check = f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}" if r["check"] else "not compared"
+        check = (
+            f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}"
+            if r["check"]
+            else "not compared"
+        )
         ratios = [_ratio(r["ratio"].get(k)) for k in ("fast", "small")]
         body.append([r["method"], *(_ms(r[k]) for k in ("fast", "small", "peer")), *ratios, check])
-    names = {"fast": "fast, MiB", "small": "small, MiB", "peer": "peer, MiB", "peer small": "peer checkpointed, MiB"}
+    names = {
+        "fast": "fast, MiB",
+        "small": "small, MiB",
+        "peer": "peer, MiB",
+        "peer small": "peer checkpointed, MiB",
+    }
     memory = []
     for r in rows:
         mib = r["peak_mib"]
-        shares = [f"{100 * mib[k] / mib['peer']:.0f} %" if mib.get("peer") and mib.get(k) else "" for k in ("fast", "small")]
+        shares = [
+            f"{100 * mib[k] / mib['peer']:.0f} %" if mib.get("peer") and mib.get(k) else ""
+            for k in ("fast", "small")
+        ]
         memory.append([r["method"], *(f"{mib[k]:,.0f}" if mib.get(k) else "" for k in names), *shares])
     peers = "; ".join(f"{r['method']}: {r['peer_name']}" for r in rows)
-    return "\n\n".join([table(head, body), table(["method", *names.values(), "fast/peer", "small/peer"], memory),
-                        SMOLLM2.format(r=workload.R) + f" Peers: {peers}."])
+    return "\n\n".join(
+        [
+            table(head, body),
+            table(["method", *names.values(), "fast/peer", "small/peer"], memory),
+            SMOLLM2.format(r=workload.R) + f" Peers: {peers}.",
+        ]
+    )
 
 
 def _smollm2_writing(rows: Rows) -> str:
     if not rows:
         return ""
-    head = ["greedy text", "ours, tokens/s", "transformers", "llama.cpp", "ours/transformers", "ours/llama.cpp",
-            "same tokens as transformers", "as llama.cpp"]
+    head = [
+        "greedy text",
+        "ours, tokens/s",
+        "transformers",
+        "llama.cpp",
+        "ours/transformers",
+        "ours/llama.cpp",
+        "same tokens as transformers",
+        "as llama.cpp",
+    ]
     body = []
     for r in rows:
-        speeds = [f"{r['sides'][s]['tokens_per_second']:,.1f}" if s in r["sides"] else "" for s in ("ours", "peer", "llama.cpp")]
+        speeds = [
+            f"{r['sides'][s]['tokens_per_second']:,.1f}" if s in r["sides"] else ""
+            for s in ("ours", "peer", "llama.cpp")
+        ]
         shares = [r["check"].get(f"same tokens as {s}") for s in ("peer", "llama.cpp")]
         same = ["" if share is None else f"{100 * share:.0f} %" for share in shares]
         body.append([r["label"], *speeds, *(_ratio(r["ratio"].get(s)) for s in ("peer", "llama.cpp")), *same])
@@ -286,18 +399,34 @@ def _smollm2_writing(rows: Rows) -> str:
 
 
 def _smollm2_ready(r: dict[str, Any]) -> str:
-    theirs = f"; transformers' `from_pretrained` and one token of `generate`: {r['peer']['median']:.1f} s" if "peer" in r else ""
-    return ("`minilora generate --model smollm2 … --max-new-tokens 1`, from start to end of the process, kernels compiled "
-            f"before: {r['ours']['median']:.2f} s (median of {r['ours']['turns']}, best {r['ours']['min']:.2f}){theirs}.")
+    theirs = (
+        f"; transformers' `from_pretrained` and one token of `generate`: {r['peer']['median']:.1f} s"
+        if "peer" in r
+        else ""
+    )
+    return (
+        "`minilora generate --model smollm2 … --max-new-tokens 1`, from start to end of the process, kernels compiled "
+        f"before: {r['ours']['median']:.2f} s (median of {r['ours']['turns']}, best {r['ours']['min']:.2f}){theirs}."
+    )
 
 
 def _sweep(rows: Rows) -> str:
     r = rows[0]
-    return (f"`minilora sweep` from an empty compilation cache to the finished page: {r['rows']} rows in {r['seconds']:.0f} s, "
-            f"the largest of its processes {r['largest_process_mib']:.0f} MiB.")
+    return (
+        f"`minilora sweep` from an empty compilation cache to the finished page: {r['rows']} rows in {r['seconds']:.0f} s, "
+        f"the largest of its processes {r['largest_process_mib']:.0f} MiB."
+    )
 
 
-PARTS = {"training_step": ("Training step", _training), "threads": ("Threads", _threads), "grid": ("A sweep of 24 runs", _grid),
-         "growth": ("Growth", _growth), "profile": ("Where a step's time goes", _profile), "smollm2": ("SmolLM2-135M", _smollm2),
-         "kernels": ("4-bit kernels", _kernels), "startup": ("Start-up", _startup), "sweep": ("The default sweep", _sweep),
-         "generation": ("Generation with the tiny base", _generation)}
+PARTS = {
+    "training_step": ("Training step", _training),
+    "threads": ("Threads", _threads),
+    "grid": ("A sweep of 24 runs", _grid),
+    "growth": ("Growth", _growth),
+    "profile": ("Where a step's time goes", _profile),
+    "smollm2": ("SmolLM2-135M", _smollm2),
+    "kernels": ("4-bit kernels", _kernels),
+    "startup": ("Start-up", _startup),
+    "sweep": ("The default sweep", _sweep),
+    "generation": ("Generation with the tiny base", _generation),
+}

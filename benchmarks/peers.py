@@ -1,7 +1,8 @@
 """The peers' side: transformers' Llama with PEFT and bitsandbytes, on the same weights, batches and adapters.
 
-Each choice is the one that is fastest here or the library's own default: sdpa attention, fused AdamW (the default of
-transformers' Trainer), no attention mask, ``use_cache=False``, freed memory kept by the allocator as on our side.
+Each choice is the one that is fastest here or the library's own default: sdpa attention, fused AdamW (the
+default of transformers' Trainer), no attention mask, ``use_cache=False``, freed memory kept by the allocator
+as on our side.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
 
 warnings.simplefilter("ignore")  # the libraries' own; set before they are loaded
 
-import bitsandbytes as bnb  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
+import bitsandbytes as bnb
+import peft
+import torch
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from minilora.config import LINEAR_MODULES, ModelConfig  # noqa: E402
-from minilora.threads import keep_memory  # noqa: E402
+from minilora.config import LINEAR_MODULES, ModelConfig
+from minilora.threads import keep_memory
 
 Array = np.ndarray
 
@@ -56,7 +57,8 @@ class Peers:
         return peak_mib()
 
     def loaded_mib(self) -> float | None:
-        """Resident memory before the first step, from which the peak then counts; every stored array is read once before."""
+        """Resident memory before the first step, from which the peak then counts; every stored array is read
+        once before."""
         for tensor in self.model.parameters():
             tensor.detach().max()  # a mapped file's pages belong to what is loaded
         reset_peak()
@@ -64,9 +66,16 @@ class Peers:
 
     # ---- training step
 
-    def build(self, name: str, method: str, weights: dict[str, Array] | None = None, adapters: dict[str, Array] | None = None,
-              checkpoint: bool = False) -> None:
-        """Make a model of a size ready for ``full``, ``lora`` or ``qlora``; the arrays given replace the size's own."""
+    def build(
+        self,
+        name: str,
+        method: str,
+        weights: dict[str, Array] | None = None,
+        adapters: dict[str, Array] | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        """Make a model of a size ready for ``full``, ``lora`` or ``qlora``; the arrays given replace the
+        size's own."""
         torch.set_num_threads(self.threads)
         self.works.clear()
         self.model: Any = None
@@ -80,8 +89,14 @@ class Peers:
             model = adapted(model)
         self._ready(model, *workload.batch(size), workload.adapters(size) | (adapters or {}))
 
-    def _ready(self, model: Any, ids: Array, targets: Array, adapters: dict[str, Array] | None,
-               learning_rate: float = workload.LEARNING_RATE) -> None:
+    def _ready(
+        self,
+        model: Any,
+        ids: Array,
+        targets: Array,
+        adapters: dict[str, Array] | None,
+        learning_rate: float = workload.LEARNING_RATE,
+    ) -> None:
         """Keep the model and its batch; the work "step" trains it once."""
         self.model = model.train()
         with torch.no_grad():
@@ -103,11 +118,16 @@ class Peers:
         self.works["step"] = self.threads, step
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        return {name.removeprefix("base_model.model.").replace(".default.", "."): p
-                for name, p in self.model.named_parameters() if p.requires_grad}
+        return {
+            name.removeprefix("base_model.model.").replace(".default.", "."): p
+            for name, p in self.model.named_parameters()
+            if p.requires_grad
+        }
 
     def _loss(self) -> torch.Tensor:
-        return self.model(input_ids=self.ids, labels=self.targets, shift_labels=self.targets, use_cache=False).loss
+        return self.model(
+            input_ids=self.ids, labels=self.targets, shift_labels=self.targets, use_cache=False
+        ).loss
 
     def loss(self) -> tuple[float, list[str]]:
         """Loss, and the names of the arrays that have a gradient."""
@@ -151,20 +171,23 @@ class Peers:
                 y = x @ w.T if kind == "dense" else bnb.matmul_4bit(x, packed.t(), quant_state=state)
             return [y.numpy()]
 
-        dequantize = lambda: [bnb.functional.dequantize_4bit(packed, state).numpy()]  # noqa: E731
+        dequantize = lambda: [bnb.functional.dequantize_4bit(packed, state).numpy()]
         self.works[label] = threads, {"quantize": quantize, "dequantize": dequantize, "product": product}[op]
 
     # ---- generation
 
-    def prepare_generation(self, config: ModelConfig, weights: dict[str, Array], batch: int, tokens: int) -> None:
+    def prepare_generation(
+        self, config: ModelConfig, weights: dict[str, Array], batch: int, tokens: int
+    ) -> None:
         """Prepare greedy text with the given weights."""
         self._write(llama(config, weights).eval(), workload.prompts(batch), tokens)
 
     def _write(self, model: Any, prompts: list[list[int]], tokens: int) -> None:
         """The works "generate", greedy text, and "logits", those after the prompts (of one length)."""
         ids = torch.tensor(prompts)
-        settings = GenerationConfig(max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0,
-                                    eos_token_id=None)
+        settings = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
 
         @torch.no_grad()
         def write() -> list[list[int]]:
@@ -191,12 +214,30 @@ def adapted(model: Any, r: int = workload.R) -> Any:
 
 def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:
     """transformers' model over the very arrays given."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-             "rms_norm_eps", "hidden_act", "tie_word_embeddings")
+    names = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "hidden_act",
+        "tie_word_embeddings",
+    )
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    model = LlamaForCausalLM(LlamaConfig(**{name: getattr(config, name) for name in names}, rope_parameters=rope,
-                                         max_position_embeddings=config.context_length, bos_token_id=None, eos_token_id=None))
-    model.load_state_dict({name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, strict=False, assign=True)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            **{name: getattr(config, name) for name in names},
+            rope_parameters=rope,
+            max_position_embeddings=config.context_length,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+    model.load_state_dict(
+        {name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, strict=False, assign=True
+    )
     model.tie_weights()
     return model
 
@@ -205,8 +246,14 @@ def quantized(model: Any, double_quant: bool = True) -> Any:
     """The model, its projections replaced by bitsandbytes' NF4 layers as transformers does on loading."""
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in LINEAR_MODULES:
-            layer = bnb.nn.Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=torch.float32,
-                                      compress_statistics=double_quant, quant_type="nf4")
+            layer = bnb.nn.Linear4bit(
+                module.in_features,
+                module.out_features,
+                bias=False,
+                compute_dtype=torch.float32,
+                compress_statistics=double_quant,
+                quant_type="nf4",
+            )
             layer.load_state_dict(module.state_dict())
             owner, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(owner), leaf, layer.to("cpu"))  # .to() quantizes

@@ -1,4 +1,5 @@
-"""A grid of fine-tuning runs, each planned from its configuration alone and built and measured for real, side by side."""
+"""A grid of fine-tuning runs, each planned from its configuration alone and built and measured for real, side
+by side."""
 
 from __future__ import annotations
 
@@ -16,30 +17,54 @@ from minilora.data.tasks import Batch
 from minilora.lora import full, inject_lora, subset
 from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan, published
 from minilora.memory.ledger import HELD
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
 from minilora.transformer import Transformer, init_model
 
 CASES = 112
-LEAST, SHARE = 64 * 1024, 0.02  # what may remain unexplained of the rise: the larger of these bytes and this share
+LEAST, SHARE = (
+    64 * 1024,
+    0.02,
+)  # what may remain unexplained of the rise: the larger of these bytes and this share
 
-_shape = ModelConfig(vocab_size=259, hidden_size=64, intermediate_size=192, num_hidden_layers=2, context_length=256)
+_shape = ModelConfig(
+    vocab_size=259, hidden_size=64, intermediate_size=192, num_hidden_layers=2, context_length=256
+)
 SHAPES = {
     "grid-small": _shape,
-    "grid-grouped": replace(_shape, vocab_size=300, hidden_size=128, num_hidden_layers=5,
-                            num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False),
-    "grid-gelu": replace(_shape, hidden_act="gelu_pytorch_tanh", num_hidden_layers=4, num_attention_heads=2,
-                         num_key_value_heads=1),
+    "grid-grouped": replace(
+        _shape,
+        vocab_size=300,
+        hidden_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    ),
+    "grid-gelu": replace(
+        _shape,
+        hidden_act="gelu_pytorch_tanh",
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    ),
     "grid-vocabulary": replace(_shape, vocab_size=4000, num_hidden_layers=3, tie_word_embeddings=False),
     "grid-deep": replace(_shape, num_hidden_layers=7, num_key_value_heads=2),
     "grid-wide": replace(_shape, hidden_size=256, intermediate_size=704, num_key_value_heads=1),
-}  # fmt: skip
+}
 """Blocks below, at and above the depth at which the planner runs four for all."""
 
 AXES: dict[str, tuple[Any, ...]] = {
     "model": tuple(SHAPES),
     "method": ("full", "subset", "lora", "qlora", "qalora"),
     "r": (1, 4, 16),
-    "target_modules": ("all-linear", "attention", "mlp", "q_proj,v_proj", "layers.1.mlp.down_proj", "lm_head,k_proj"),
+    "target_modules": (
+        "all-linear",
+        "attention",
+        "mlp",
+        "q_proj,v_proj",
+        "layers.1.mlp.down_proj",
+        "lm_head,k_proj",
+    ),
     "subset_modules": (None, "q_proj,v_proj", "layers.0", "embed_tokens", "model.norm"),
     "bits": (2, 3, 4, 8),
     "quant_type": (None, "fp4"),
@@ -59,7 +84,8 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def cases(count: int = CASES, seed: int = 0) -> list[PlanConfig]:
-    """The same ``count`` runs every time, each the one of a few random ones that has most pairs of values not seen before."""
+    """The same ``count`` runs every time, each the one of a few random ones that has most pairs of values not
+    seen before."""
     draw = random.Random(seed)
     seen: set[Any] = set()
     found: list[PlanConfig] = []
@@ -77,7 +103,9 @@ def applicable(chosen: dict[str, Any]) -> dict[str, Any]:
     method = chosen["method"]
     codebook, adapted = method == "qlora", method in ("lora", "qlora", "qalora")
     if not adapted:
-        chosen = {k: v for k, v in chosen.items() if k not in ("r", "target_modules", "use_dora", "lora_dropout")}
+        chosen = {
+            k: v for k, v in chosen.items() if k not in ("r", "target_modules", "use_dora", "lora_dropout")
+        }
     if method != "subset":
         chosen = {k: v for k, v in chosen.items() if k != "subset_modules"}
     if not codebook:
@@ -113,7 +141,8 @@ def shapes() -> Iterator[None]:
 
 
 def built(c: PlanConfig, seed: int = 0) -> tuple[Transformer, Batch, TrainConfig]:
-    """What a plan describes, for real: a model that is ready to train, a batch in which every target counts, and the settings."""
+    """What a plan describes, for real: a model that is ready to train, a batch in which every target counts,
+    and the settings."""
     shape = ARCHITECTURES[c.model]
     rng = np.random.default_rng(seed)
     model = init_model(shape, rng, np.dtype(c.dtype), trainable=False)
@@ -127,7 +156,11 @@ def built(c: PlanConfig, seed: int = 0) -> tuple[Transformer, Batch, TrainConfig
         model = inject_lora(model, c.lora(), rng)
     ids = rng.integers(shape.vocab_size, size=(c.batch_size, c.context or 1))
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(PlanConfig)}
-    return model, Batch(ids, ids, np.ones(ids.shape, bool)), TrainConfig(**{name: getattr(c, name) for name in shared})
+    return (
+        model,
+        Batch(ids, ids, np.ones(ids.shape, bool)),
+        TrainConfig(**{name: getattr(c, name) for name in shared}),
+    )
 
 
 def held_by_layer(ledger: Ledger) -> dict[tuple[str, str], int]:
@@ -140,11 +173,18 @@ def held_by_layer(ledger: Ledger) -> dict[tuple[str, str], int]:
 
 
 def row_of(c: PlanConfig) -> dict[str, Any]:
-    """A case planned and measured: what a step adds at its peak, and whether all that outlasts it is equal to the byte."""
+    """A case planned and measured: what a step adds at its peak, and whether all that outlasts it is equal to
+    the byte."""
     planned, found = plan(c), measure(*built(c))
     measured = (found.measured or 0) - found.held
-    return {"what": planned.title, "predicted": planned.rise, "measured": measured, "difference": measured - planned.rise,
-            "share": (measured - planned.rise) / measured, "persistent": held_by_layer(planned) == held_by_layer(found)}
+    return {
+        "what": planned.title,
+        "predicted": planned.rise,
+        "measured": measured,
+        "difference": measured - planned.rise,
+        "share": (measured - planned.rise) / measured,
+        "persistent": held_by_layer(planned) == held_by_layer(found),
+    }
 
 
 def measured(say: Any = print) -> list[dict[str, Any]]:
@@ -163,7 +203,13 @@ def used(row: dict[str, Any]) -> float:
 def table(rows: list[dict[str, Any]], worst: int = 10) -> str:
     """The worst cases, in markdown: those first that use up most of what may remain unexplained."""
     ordered = sorted(rows, key=used, reverse=True)[:worst]
-    lines = ["| run | predicted rise | measured rise | difference | share | persistent equal |", "|:--|--:|--:|--:|--:|:--|"]
-    lines += [f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
-              f"{'yes' if r['persistent'] else 'NO'} |" for r in ordered]
+    lines = [
+        "| run | predicted rise | measured rise | difference | share | persistent equal |",
+        "|:--|--:|--:|--:|--:|:--|",
+    ]
+    lines += [
+        f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
+        f"{'yes' if r['persistent'] else 'NO'} |"
+        for r in ordered
+    ]
     return "\n".join(lines)

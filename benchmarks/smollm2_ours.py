@@ -13,8 +13,8 @@ from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import load_gguf
 from minilora.generation import generate
 from minilora.lora import LoraLinear, inject_lora
+from minilora.quant.model import dequantize_model, quantize_model
 from minilora.quant.weights import CodebookWeight
-from minilora.quantize import dequantize_model, quantize_model
 from minilora.threads import keep_memory
 
 Array = np.ndarray
@@ -31,9 +31,16 @@ class OursGGUF(Ours):
         """Write the dequantized model as a float32 Hugging Face folder, the peers' input."""
         save_huggingface(dequantize_model(load_gguf(self.path)), folder)
 
-    def load(self, method: str, ids: Array, targets: Array, adapters: dict[str, Array] | None = None,
-             states: dict[str, tuple[Array, ...]] | None = None) -> None:
-        """Load for ``lora`` (dense), ``qlora`` (NF4; with ``states`` bitsandbytes' codes) or ``qalora`` (blocks as stored)."""
+    def load(
+        self,
+        method: str,
+        ids: Array,
+        targets: Array,
+        adapters: dict[str, Array] | None = None,
+        states: dict[str, tuple[Array, ...]] | None = None,
+    ) -> None:
+        """Load for ``lora`` (dense), ``qlora`` (NF4; with ``states`` bitsandbytes' codes) or ``qalora``
+        (blocks as stored)."""
         self.works.clear()
         self.model = self.optimizer = None
         base = load_gguf(self.path)

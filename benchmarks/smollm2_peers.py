@@ -1,4 +1,5 @@
-"""The peers' side on a Hugging Face folder, loaded as its users do: ``from_pretrained``, PEFT, and bitsandbytes for QLoRA."""
+"""The peers' side on a Hugging Face folder, loaded as its users do: ``from_pretrained``, PEFT, and
+bitsandbytes for QLoRA."""
 
 from __future__ import annotations
 
@@ -25,8 +26,15 @@ class PeersFolder(Peers):
         self.folder = folder
         torch.set_num_threads(threads)
 
-    def load(self, method: str, ids: Array, targets: Array, adapters: dict[str, Array] | None = None,
-             checkpoint: bool = False, keep: bool = True) -> None:
+    def load(
+        self,
+        method: str,
+        ids: Array,
+        targets: Array,
+        adapters: dict[str, Array] | None = None,
+        checkpoint: bool = False,
+        keep: bool = True,
+    ) -> None:
         """Load for ``lora`` (float32) or ``qlora`` (NF4, double quantized, computing in float32).
 
         ``keep``: freed memory is kept, which is faster and takes more of it; PEFT's users do not have it.
@@ -35,9 +43,12 @@ class PeersFolder(Peers):
         self.model: Any = None
         options: dict[str, Any] = {}
         if method == "qlora":
-            options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                                                bnb_4bit_use_double_quant=True,
-                                                                bnb_4bit_compute_dtype=torch.float32)  # fmt: skip
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.float32,
+            )
         model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32, **options)
         if checkpoint:
             checkpointed(model)
@@ -48,8 +59,9 @@ class PeersFolder(Peers):
     def loss(self) -> tuple[float, list[str]]:
         """Loss, taken in float64 from the float32 logits, and the names of the arrays that have a gradient.
 
-        transformers' own, which is what "step" runs, adds 49152 exponentials in float32: its loss errs by 2e-5, and gradients
-        of this model by up to 2e-3 of their largest element, a hundred times what all else does.
+        transformers' own, which is what "step" runs, adds 49152 exponentials in float32: its loss errs by
+        2e-5, and gradients of this model by up to 2e-3 of their largest element, a hundred times what all
+        else does.
         """
         self.model.zero_grad(set_to_none=True)
         logits = self.model(input_ids=self.ids, use_cache=False).logits
@@ -63,4 +75,7 @@ class PeersFolder(Peers):
             self.writer = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
             keep_memory()
         self._write(self.writer, prompts, tokens)
-        self.works[label], self.works[f"{label} logits"] = self.works.pop("generate"), self.works.pop("logits")
+        self.works[label], self.works[f"{label} logits"] = (
+            self.works.pop("generate"),
+            self.works.pop("logits"),
+        )

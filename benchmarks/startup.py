@@ -1,4 +1,5 @@
-"""Start-up: imports, help, and the compilation of all kernels that the default sweep needs, each in a fresh process."""
+"""Start-up: imports, help, and the compilation of all kernels that the default sweep needs, each in a fresh
+process."""
 
 from __future__ import annotations
 
@@ -14,22 +15,26 @@ from benchmarks.timing import summary
 
 IMPORTS = {
     "import minilora": "import minilora",
-    "everything the sweep needs": "import minilora.study.run, minilora.study.sweep",
-    "the same, and the tiny base read": "import minilora.study.run, minilora.study.sweep, minilora; minilora.load_base()",
+    "everything the sweep needs": "import minilora.sweep.run, minilora.sweep.runner",
+    "the same, and the tiny base read": "import minilora.sweep.run, minilora.sweep.runner, minilora; minilora.load_base()",
 }
 PEER_IMPORTS = {
-    "import torch, transformers, peft": "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model",
+    "import torch, transformers, peft": "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model"
 }
 COMPILE = """
-from minilora.study.warm import warm_kernels
+from minilora.sweep.warm import warm_kernels
 import json
 print(json.dumps(warm_kernels()))
 """
 
 
 def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """One row for help, for each import and for compiling; the first process of each is not counted (disk cache)."""
-    rows = [{"what": "minilora --help, the whole process"} | summary([_help() for _ in range(min(repeats, 5) + 1)][1:])]
+    """One row for help, for each import and for compiling; the first process of each is not counted (disk
+    cache)."""
+    rows = [
+        {"what": "minilora --help, the whole process"}
+        | summary([_help() for _ in range(min(repeats, 5) + 1)][1:])
+    ]
     say(line(rows[-1]))
     for name, code in (IMPORTS | (PEER_IMPORTS if peers else {})).items():
         timed = f"import time, json; start = time.perf_counter()\n{code}\nprint(json.dumps(time.perf_counter() - start))"
@@ -41,8 +46,10 @@ def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             cold.append(_python(COMPILE, NUMBA_CACHE_DIR=folder))
             warm.append(_python(COMPILE, NUMBA_CACHE_DIR=folder))
-    kernels = {"compile all that the default sweep needs (first run on a machine)": cold,
-               "load it from Numba's cache (later runs)": warm}
+    kernels = {
+        "compile all that the default sweep needs (first run on a machine)": cold,
+        "load it from Numba's cache (later runs)": warm,
+    }
     for name, seconds in kernels.items():
         rows.append({"what": name} | summary(seconds))
         say(line(rows[-1]))
@@ -60,8 +67,12 @@ def _python(code: str, **environment: str) -> float:
 
 
 def _process(*arguments: str, **environment: str) -> str:
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}  # users have compiled bytecode
-    done = subprocess.run([sys.executable, *arguments], env=env | environment, capture_output=True, text=True, check=False)
+    env = {
+        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
+    }  # users have compiled bytecode
+    done = subprocess.run(
+        [sys.executable, *arguments], env=env | environment, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(f"{' '.join(arguments)}\n{done.stderr}")
     return done.stdout

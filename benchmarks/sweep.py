@@ -1,4 +1,5 @@
-"""The whole demonstration, `minilora sweep`, as on a new machine: nothing compiled yet; its time and the largest process."""
+"""The whole demonstration, `minilora sweep`, as on a new machine: nothing compiled yet; its time and the
+largest process."""
 
 from __future__ import annotations
 
@@ -22,12 +23,16 @@ def measure(out: Path, say: Any) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "minilora.cli", "sweep"]
         start = time.perf_counter()
-        subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}, cwd=folder, check=True)
+        subprocess.run(
+            command, env=os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}, cwd=folder, check=True
+        )
         seconds = time.perf_counter() - start
         demo = Path(folder) / "runs" / "demo"
         rows = len((demo / "results.jsonl").read_text().splitlines())
         shutil.rmtree(out / "demo", ignore_errors=True)
         shutil.copytree(demo, out / "demo", ignore=shutil.ignore_patterns("runs"))
-    largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024  # its workers are its children, and count
+    largest = (
+        resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    )  # its workers are its children, and count
     say(f"{rows} rows in {seconds:.0f} s, largest process {largest:.0f} MiB")
     return [{"rows": rows, "seconds": seconds, "largest_process_mib": largest}]

@@ -1,4 +1,5 @@
-"""One training step of the same shards with one thread and with all: how much faster, and are the results the same bytes?"""
+"""One training step of the same shards with one thread and with all: how much faster, and are the results the
+same bytes?"""
 
 from __future__ import annotations
 
@@ -13,13 +14,25 @@ METHODS = ("lora", "qlora", "qalora")
 def measure(sizes: tuple[str, ...], repeats: int, threads: int, say: Any) -> list[dict[str, Any]]:
     """Check, then time; one row for each size and method. As many shards as threads, in both cases."""
     rows = []
-    with remote("benchmarks.ours.Ours", 1, True, threads) as one, remote("benchmarks.ours.Ours", threads, True, threads) as many:
+    with (
+        remote("benchmarks.ours.Ours", 1, True, threads) as one,
+        remote("benchmarks.ours.Ours", threads, True, threads) as many,
+    ):
         for size in sizes:
             for method in METHODS:
-                row = {"size": size, "method": method, "threads": threads, "arrays": _check(size, method, one, many)}
+                row = {
+                    "size": size,
+                    "method": method,
+                    "threads": threads,
+                    "arrays": _check(size, method, one, many),
+                }
                 steps = {"one": one, "many": many}
-                found = interleave({name: partial(side.call, "timed", "step") for name, side in steps.items()}, repeats)
-                row |= {name: summary(seconds) for name, seconds in found.items()} | {"ratio": ratio(found["one"], found["many"])}
+                found = interleave(
+                    {name: partial(side.call, "timed", "step") for name, side in steps.items()}, repeats
+                )
+                row |= {name: summary(seconds) for name, seconds in found.items()} | {
+                    "ratio": ratio(found["one"], found["many"])
+                }
                 rows.append(row)
                 say(line(row))
     return rows
@@ -40,6 +53,11 @@ def _check(size: str, method: str, one: Remote, many: Remote) -> int:
 def line(row: dict[str, Any]) -> str:
     """One row for the terminal."""
     r = row["ratio"]
-    times = [f"{n} threads {1e3 * row[name]['median']:8.1f} ms" for n, name in ((1, "one"), (row["threads"], "many"))]
-    return f"{row['size']:6s} {row['method']:6s}   {'   '.join(times)}   1/{row['threads']}: {r['median']:.2f} " \
+    times = [
+        f"{n} threads {1e3 * row[name]['median']:8.1f} ms"
+        for n, name in ((1, "one"), (row["threads"], "many"))
+    ]
+    return (
+        f"{row['size']:6s} {row['method']:6s}   {'   '.join(times)}   1/{row['threads']}: {r['median']:.2f} "
         f"({r['p10']:.2f}-{r['p90']:.2f}), same bytes"
+    )

@@ -1,4 +1,5 @@
-"""How things are timed: each side in a process of its own, turn by turn; medians, and ratios of neighbouring turns."""
+"""How things are timed: each side in a process of its own, turn by turn; medians, and ratios of neighbouring
+turns."""
 
 from __future__ import annotations
 
@@ -44,7 +45,8 @@ class Remote:
         theirs.close()  # so that the death of the process is seen as the end of the pipe
 
     def call(self, method: str, *args: Any) -> Any:
-        """Return what the method of the remote object returns; an exception over there becomes a RuntimeError here."""
+        """Return what the method of the remote object returns; an exception over there becomes a RuntimeError
+        here."""
         self._connection.send((method, args))
         try:
             ok, result = self._connection.recv()
@@ -100,9 +102,11 @@ def open_sides(threads: int, peers: bool) -> Iterator[dict[str, Remote]]:
 
 
 class Sgemm:
-    """NumPy's product of float32 matrices, its rows shared out to so many threads: the rate that no training step exceeds.
+    """NumPy's product of float32 matrices, its rows shared out to so many threads: the rate that no training
+    step exceeds.
 
-    Each thread calls a BLAS of one: OpenBLAS's own threads would go on spinning long after, at the next contestant's cost.
+    Each thread calls a BLAS of one: OpenBLAS's own threads would go on spinning long after, at the next
+    contestant's cost.
     """
 
     N = 2048
@@ -165,7 +169,8 @@ def summary(seconds: list[float]) -> dict[str, float]:
 
 
 def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
-    """How many times as long the first side took, turn by turn: median, and the range of 80 % of the turns."""
+    """How many times as long the first side took, turn by turn: median, and the range of 80 % of the
+    turns."""
     low, middle, high = np.quantile(np.array(slower) / np.array(faster), [0.1, 0.5, 0.9]).tolist()
     return {"median": middle, "p10": low, "p90": high}
 
@@ -177,7 +182,7 @@ def peers_installed() -> bool:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, memory, load, versions."""
-    from minilora.study.run import cpu_name
+    from minilora.sweep.run import cpu_name
 
     def installed(name: str) -> str | None:
         try:
@@ -186,10 +191,15 @@ def machine() -> dict[str, Any]:
             return None
 
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), "processor": cpu_name(), "machine": platform.machine(),
-        "cores": available_threads(), "memory_gib": round(_memory_gib(), 1), "system": platform.system(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "processor": cpu_name(),
+        "machine": platform.machine(),
+        "cores": available_threads(),
+        "memory_gib": round(_memory_gib(), 1),
+        "system": platform.system(),
         "load_before": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(), "minilora": minilora.__version__,
+        "python": platform.python_version(),
+        "minilora": minilora.__version__,
         **{name: installed(name) for name in ("numpy", "numba", *PEER_PACKAGES, "llama-cpp-python")},
     }
 
@@ -202,7 +212,8 @@ def _memory_gib() -> float:
 
 
 def reset_peak(trim: bool = True) -> None:
-    """Forget this process's largest memory so far (Linux); with ``trim``, freed memory is handed back before."""
+    """Forget this process's largest memory so far (Linux); with ``trim``, freed memory is handed back
+    before."""
     gc.collect()
     if sys.platform.startswith("linux"):
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -213,7 +224,8 @@ def reset_peak(trim: bool = True) -> None:
 
 
 def peak_mib() -> float | None:
-    """Largest resident memory of this process since :func:`reset_peak`, interpreter and libraries included (Linux)."""
+    """Largest resident memory of this process since :func:`reset_peak`, interpreter and libraries included
+    (Linux)."""
     return _status_mib("VmHWM")
 
 

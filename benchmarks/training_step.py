@@ -1,4 +1,5 @@
-"""One optimizer step (forward, backward, clip, AdamW) of each method and size, beside torch + PEFT (+ bitsandbytes)."""
+"""One optimizer step (forward, backward, clip, AdamW) of each method and size, beside torch + PEFT (+
+bitsandbytes)."""
 
 from __future__ import annotations
 
@@ -11,12 +12,19 @@ from benchmarks import workload
 from benchmarks.timing import Contestant, Remote, Sgemm, interleave, open_sides, ratio, remote, summary
 from minilora.functional import group_sum
 
-PEER = {"full": "torch", "lora": "torch + PEFT", "qlora": "torch + PEFT + bitsandbytes",
-        "qalora": "torch + PEFT + bitsandbytes (QLoRA: PEFT's QA-LoRA needs a GPTQ base)"}
+PEER = {
+    "full": "torch",
+    "lora": "torch + PEFT",
+    "qlora": "torch + PEFT + bitsandbytes",
+    "qalora": "torch + PEFT + bitsandbytes (QLoRA: PEFT's QA-LoRA needs a GPTQ base)",
+}
 
 
-def measure(sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """Check, then time; one row for each size and method. The limit is taken from a product between the turns."""
+def measure(
+    sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say: Any
+) -> list[dict[str, Any]]:
+    """Check, then time; one row for each size and method. The limit is taken from a product between the
+    turns."""
     rows = []
     with open_sides(threads, peers) as sides, remote("benchmarks.timing.Sgemm", threads) as product:
         for name in sizes:
@@ -26,9 +34,18 @@ def measure(sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say
     return rows
 
 
-def _one(name: str, method: str, sides: dict[str, Remote], product: Contestant, repeats: int) -> dict[str, Any]:
+def _one(
+    name: str, method: str, sides: dict[str, Remote], product: Contestant, repeats: int
+) -> dict[str, Any]:
     size = workload.SIZES[name]
-    row: dict[str, Any] = {"size": name, "method": method, "batch": size.batch, "time": size.time, "peer": None, "check": None}
+    row: dict[str, Any] = {
+        "size": name,
+        "method": method,
+        "batch": size.batch,
+        "time": size.time,
+        "peer": None,
+        "check": None,
+    }
     if "peer" in sides:
         row["check"] = _check(name, method, sides["ours"], sides["peer"])
     else:
@@ -40,11 +57,17 @@ def _one(name: str, method: str, sides: dict[str, Remote], product: Contestant, 
     products = found.pop("sgemm")
     flop = workload.flop(size, method)
     limits = Sgemm.seconds(flop, products)
-    row |= {"flop": flop, "sgemm_gflops": Sgemm.gflops(products), "limit_ms": 1e3 * float(np.median(limits)),
-            "limit_share": ratio(limits, found["ours"])}
+    row |= {
+        "flop": flop,
+        "sgemm_gflops": Sgemm.gflops(products),
+        "limit_ms": 1e3 * float(np.median(limits)),
+        "limit_share": ratio(limits, found["ours"]),
+    }
     for side, seconds in found.items():
-        row[side] = summary(seconds) | {"tokens_per_second": size.tokens / float(np.median(seconds)),
-                                        "peak_mib": sides[side].call("peak_mib")}
+        row[side] = summary(seconds) | {
+            "tokens_per_second": size.tokens / float(np.median(seconds)),
+            "peak_mib": sides[side].call("peak_mib"),
+        }
     if row["peer"]:
         row["peer"]["name"] = PEER[method]
         row["ratio"] = ratio(found["peer"], found["ours"])
@@ -61,7 +84,8 @@ def _check_alone(name: str, method: str, ours: Remote) -> None:
 
 
 def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, Any]:
-    """Compare loss and every gradient on the same weights, adapters and batch; leaves both sides ready to be timed."""
+    """Compare loss and every gradient on the same weights, adapters and batch; leaves both sides ready to be
+    timed."""
     if method == "qalora":  # the same function in dense form: W = dequantized, A repeated over each group
         ours.call("build", name, method)
         adapters = workload.wide(workload.adapters(workload.SIZES[name], workload.GROUP_SIZE))
@@ -76,7 +100,8 @@ def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, An
 
 
 def compare(what: str, ours: Remote, theirs: Remote, bound: float) -> dict[str, Any]:
-    """Loss and every gradient of both sides as they stand; RuntimeError if one differs by more than ``bound``."""
+    """Loss and every gradient of both sides as they stand; RuntimeError if one differs by more than
+    ``bound``."""
     (loss, names), (their_loss, their_names) = ours.call("loss"), theirs.call("loss")
     if set(names) != set(their_names):
         raise RuntimeError(f"{what}: different arrays train: {sorted(set(names) ^ set(their_names))[:4]}")
@@ -89,10 +114,18 @@ def compare(what: str, ours: Remote, theirs: Remote, bound: float) -> dict[str, 
         if error >= worst:
             worst, where = error, n
     if not (worst <= bound and abs(loss - their_loss) <= bound * abs(their_loss)):
-        raise RuntimeError(f"{what}: loss {loss}, peer's {their_loss}; gradient of {where} differs by {worst:.1e}, "
-                           f"more than {bound:.1e}")
-    return {"loss": loss, "loss_difference": abs(loss - their_loss), "arrays": len(names), "worst_relative_error": worst,
-            "worst_array": where, "bound": bound}
+        raise RuntimeError(
+            f"{what}: loss {loss}, peer's {their_loss}; gradient of {where} differs by {worst:.1e}, "
+            f"more than {bound:.1e}"
+        )
+    return {
+        "loss": loss,
+        "loss_difference": abs(loss - their_loss),
+        "arrays": len(names),
+        "worst_relative_error": worst,
+        "worst_array": where,
+        "bound": bound,
+    }
 
 
 def line(row: dict[str, Any]) -> str:

@@ -27,7 +27,9 @@ class Size:
         return self.batch * self.time
 
 
-def _size(batch: int, time: int, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int) -> Size:
+def _size(
+    batch: int, time: int, vocab: int, hidden: int, mlp: int, layers: int, heads: int, kv_heads: int
+) -> Size:
     return Size(ModelConfig(vocab, hidden, mlp, layers, heads, kv_heads, context_length=time), batch, time)
 
 
@@ -40,7 +42,8 @@ SIZES = {
 
 
 def weights(size: Size) -> dict[str, np.ndarray]:
-    """Random weights of which every layer's output and gradient is of order one, so that rounding is compared fairly."""
+    """Random weights of which every layer's output and gradient is of order one, so that rounding is compared
+    fairly."""
     rng = np.random.default_rng(0)
     found = {}
     for name, shape in parameter_shapes(size.config).items():
@@ -51,8 +54,11 @@ def weights(size: Size) -> dict[str, np.ndarray]:
 
 def projections(size: Size) -> dict[str, tuple[int, int]]:
     """Module name → (out, in) of what is quantized and adapted."""
-    return {name.removesuffix(".weight"): (shape[0], shape[1]) for name, shape in parameter_shapes(size.config).items()
-            if name.split(".")[-2] in LINEAR_MODULES}
+    return {
+        name.removesuffix(".weight"): (shape[0], shape[1])
+        for name, shape in parameter_shapes(size.config).items()
+        if name.split(".")[-2] in LINEAR_MODULES
+    }
 
 
 def wide(values: dict[str, np.ndarray], group_size: int = GROUP_SIZE) -> dict[str, np.ndarray]:
@@ -65,17 +71,21 @@ def adapters(size: Size, pool: int = 1, r: int = R, seed: int = 1) -> dict[str, 
     rng = np.random.default_rng(seed)
     found = {}
     for name, (out, in_) in projections(size).items():
-        found[f"{name}.lora_A.weight"] = rng.standard_normal((r, in_ // pool), np.float32) * np.float32((3 * in_) ** -0.5)
+        found[f"{name}.lora_A.weight"] = rng.standard_normal((r, in_ // pool), np.float32) * np.float32(
+            (3 * in_) ** -0.5
+        )
         found[f"{name}.lora_B.weight"] = rng.standard_normal((out, r), np.float32) * np.float32(0.02)
     return found
 
 
 def flop(size: Size, method: str, r: int = R) -> int:
-    """Floating-point operations of one training step, as far as they cannot be avoided: weights' products and causal attention.
+    """Floating-point operations of one training step, as far as they cannot be avoided: weights' products and
+    causal attention.
 
-    A product takes 2 a weight and token: forward, for the gradient of its input and, where the weight trains, for its own. So 4
-    for each linear and head weight (6 with ``full``) and 6 for each adapter weight. Causal attention has two products forward
-    and four backward, over half of T × T: 6·T²·heads·head_dim a sequence and layer.
+    A product takes 2 a weight and token: forward, for the gradient of its input and, where the weight trains,
+    for its own. So 4 for each linear and head weight (6 with ``full``) and 6 for each adapter weight. Causal
+    attention has two products forward and four backward, over half of T × T: 6·T²·heads·head_dim a sequence
+    and layer.
 
     >>> round(flop(SIZES["tiny"], "lora") / 1e9, 3)
     10.821
@@ -96,7 +106,8 @@ def batch(size: Size) -> tuple[np.ndarray, np.ndarray]:
 
 
 def rounding(size: Size) -> float:
-    """Relative error that float32 allows a gradient: eps · Σ √n over the sums of n products that it passes through.
+    """Relative error that float32 allows a gradient: eps · Σ √n over the sums of n products that it passes
+    through.
 
     Independent roundings of eps/2 add up like a random walk.
     """
@@ -107,7 +118,8 @@ def rounding(size: Size) -> float:
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference in units of the largest expected element; infinite if anything is not finite or the shapes differ.
+    """Largest difference in units of the largest expected element; infinite if anything is not finite or the
+    shapes differ.
 
     >>> difference(np.array([1.0, 2.0]), np.array([1.0, 4.0])), difference(np.array([np.nan]), np.array([1.0]))
     (0.5, inf)
@@ -134,4 +146,7 @@ def real_text() -> str:
 def prompts(n: int, length: int = 32) -> list[list[int]]:
     """Byte prompts for generation: lower-case letters and spaces."""
     rng = np.random.default_rng(4)
-    return [rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), length).tolist() for _ in range(n)]
+    return [
+        rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), length).tolist()
+        for _ in range(n)
+    ]

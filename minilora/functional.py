@@ -1,7 +1,7 @@
 """The mathematics of the transformer: forward/backward pairs without state.
 
-Each backward stands right under its forward, undoes it in reverse order and quotes the line that it differentiates.
-``dx`` is the gradient of the loss with respect to ``x``. One legend for the whole package:
+Each backward stands right under its forward, undoes it in reverse order and quotes the line that it
+differentiates. ``dx`` is the gradient of the loss with respect to ``x``. One legend for the whole package:
 
     B batch   T time   C hidden size   H heads   K key/value heads   D head size   V vocabulary
     F width of the MLP   r rank   g group size   N any number of rows
@@ -20,14 +20,16 @@ Cache = tuple[Any, ...]
 
 
 def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
-    """y = table[ids]: each row of dy (…, C) is added to the row of dtable (V, C) that its token, of ids (…), took."""
+    """y = table[ids]: each row of dy (…, C) is added to the row of dtable (V, C) that its token, of ids (…),
+    took."""
     dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
     np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dtable
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
-    """Root-mean-square normalisation, y = weight · x / √(mean(x²) + eps) over the last axis (arXiv 1910.07467, eq. 4).
+    """Root-mean-square normalisation, y = weight · x / √(mean(x²) + eps) over the last axis (arXiv
+    1910.07467, eq. 4).
 
     Shapes: x (…, C), weight (C,) → y (…, C).
     """
@@ -38,7 +40,9 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
     return y, (x, rstd)
 
 
-def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool = True) -> tuple[Array, Array | None]:
+def rms_norm_backward(
+    dy: Array, weight: Array, cache: Cache, need_dweight: bool = True
+) -> tuple[Array, Array | None]:
     """Return dx (…, C) and, unless the weight is frozen, dweight (C,) of :func:`rms_norm_forward`."""
     x, rstd = cache
     # y = x * rstd * weight
@@ -55,9 +59,14 @@ def rms_norm_backward(dy: Array, weight: Array, cache: Cache, need_dweight: bool
 
 
 def rope_tables(
-    positions: Array, head_dim: int, theta: float, dtype: np.dtype[Any], factors: tuple[float, ...] | None = None
+    positions: Array,
+    head_dim: int,
+    theta: float,
+    dtype: np.dtype[Any],
+    factors: tuple[float, ...] | None = None,
 ) -> tuple[Array, Array]:
-    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864), tables (…, D/2) for positions (…)."""
+    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864), tables (…, D/2) for
+    positions (…)."""
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (D/2,)
     if factors is not None:
         inverse = inverse / np.array(factors)
@@ -66,7 +75,8 @@ def rope_tables(
 
 
 def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pair (x[i], x[i + D/2]) of each head by its position's angle, in transformers' half-split layout.
+    """Rotate the pair (x[i], x[i + D/2]) of each head by its position's angle, in transformers' half-split
+    layout.
 
     Shapes: x (B, T, H, D), cos and sin (T, D/2) or (B, T, D/2).
     """
@@ -93,10 +103,12 @@ def softmax(x: Array, out: Array | None = None) -> Array:
 
 
 def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
-    """What is added to the scores: 0 where a query may look, −inf where not; (T, T), or (B, 1, 1, T, T) with segments.
+    """What is added to the scores: 0 where a query may look, −inf where not; (T, T), or (B, 1, 1, T, T) with
+    segments.
 
-    A query sees its own past, and of that only its own segment: examples packed into one row do not see each other. Their
-    positions need no reset, because rotary scores depend on the distance between query and key alone. ``like`` gives the dtype.
+    A query sees its own past, and of that only its own segment: examples packed into one row do not see each
+    other. Their positions need no reset, because rotary scores depend on the distance between query and key
+    alone. ``like`` gives the dtype.
     """
     place = np.arange(T, like=like)
     seen = place[:, None] >= place  # (T, T)
@@ -108,14 +120,18 @@ def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
     """Causal grouped-query attention, y = softmax(q kᵀ / √D + mask) v (arXiv 1706.03762, 2305.13245).
 
-    Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key head h // (H/K).
-    ``segments`` (B, T) integers: places with different numbers do not see each other (:func:`attention_mask`).
+    Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key
+    head h // (H/K). ``segments`` (B, T) integers: places with different numbers do not see each other
+    (:func:`attention_mask`).
     """
-    return attention_again(q * q.dtype.type(q.shape[-1] ** -0.5), k, v, segments)  # cheaper here than on the T × T scores
+    return attention_again(
+        q * q.dtype.type(q.shape[-1] ** -0.5), k, v, segments
+    )  # cheaper here than on the T × T scores
 
 
 def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
-    """:func:`attention_forward` from the first three arrays of its cache, whose q is divided by √D already: the same bits."""
+    """:func:`attention_forward` from the first three arrays of its cache, whose q is divided by √D already:
+    the same bits."""
     B, T, H, D = q.shape
     K = k.shape[2]
     G = H // K  # query heads that share one key head
@@ -171,7 +187,9 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
 def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     """Return dgate and dup (…, F) of :func:`swiglu_forward`."""
     gate, up = cache
-    sigma = sigmoid(gate)  # again: to keep it would cost a fifth of a block's memory, to compute it 1 % of its time
+    sigma = sigmoid(
+        gate
+    )  # again: to keep it would cost a fifth of a block's memory, to compute it 1 % of its time
     # y = silu(gate) * up
     silu = gate * sigma
     dup = dy * silu
@@ -223,11 +241,14 @@ def gelu_backward(dy: Array, cache: Cache) -> Array:
     return dt
 
 
-def cross_entropy_forward(logits: Array, targets: Array, normalizer: float, out: Array | None = None) -> tuple[float, Cache]:
+def cross_entropy_forward(
+    logits: Array, targets: Array, normalizer: float, out: Array | None = None
+) -> tuple[float, Cache]:
     """Cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
 
-    Shapes: logits (N, V), targets (N,). The normalizer is the number of targets of the whole batch, so that shards add up.
-    The sum runs in float64: it is a result that people compare. ``out``, for the probabilities, may be ``logits`` itself.
+    Shapes: logits (N, V), targets (N,). The normalizer is the number of targets of the whole batch, so that
+    shards add up. The sum runs in float64: it is a result that people compare. ``out``, for the
+    probabilities, may be ``logits`` itself.
     """
     probs = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
     rows = np.arange(len(targets))
@@ -240,7 +261,8 @@ def cross_entropy_forward(logits: Array, targets: Array, normalizer: float, out:
 
 
 def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
-    """dlogits = (softmax(logits) − onehot(target)) / normalizer, shape (N, V); ``out`` may be the cached probabilities."""
+    """dlogits = (softmax(logits) − onehot(target)) / normalizer, shape (N, V); ``out`` may be the cached
+    probabilities."""
     probs, targets, normalizer = cache
     dlogits = np.divide(probs, probs.dtype.type(normalizer), out=out)
     dlogits[np.arange(len(targets)), targets] -= probs.dtype.type(1 / normalizer)
@@ -248,9 +270,11 @@ def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
 
 
 def group_sum(x: Array, g: int) -> Array:
-    """Sum each group of g neighbours of the last axis (QA-LoRA's pooling, arXiv 2309.14717, Algorithm 1): (…, in) → (…, in/g).
+    """Sum each group of g neighbours of the last axis (QA-LoRA's pooling, arXiv 2309.14717, Algorithm 1): (…,
+    in) → (…, in/g).
 
-    The paper's text averages and multiplies by g again; the sum is that, said once. With g = 1 it is the identity.
+    The paper's text averages and multiplies by g again; the sum is that, said once. With g = 1 it is the
+    identity.
 
     >>> group_sum(np.array([1., 2., 3., 4.]), 2)
     array([3., 7.])
@@ -259,5 +283,6 @@ def group_sum(x: Array, g: int) -> Array:
 
 
 def group_repeat(dy: Array, g: int) -> Array:
-    """The backward of :func:`group_sum`: each member of a group gets the group's gradient, (…, in/g) → (…, in)."""
+    """The backward of :func:`group_sum`: each member of a group gets the group's gradient, (…, in/g) → (…,
+    in)."""
     return dy if g == 1 else np.repeat(dy, g, axis=-1)

@@ -17,7 +17,8 @@ from minilora.transformer import Transformer
 
 
 class KVCache:
-    """Keys and values of each block, (L, B, K, S, D); slot t holds position t, so shorter prompts need no padding on the left."""
+    """Keys and values of each block, (L, B, K, S, D); slot t holds position t, so shorter prompts need no
+    padding on the left."""
 
     def __init__(self, model: Transformer, batch: int, slots: int):
         c, dtype = model.config, model.embedding.weight.dtype
@@ -39,15 +40,17 @@ class KVCache:
 
 
 WIDE = 256
-"""Hidden size from which tokens are divided among threads, and sequences are rows of one product, which reads each weight once.
-In a smaller model, whose weights are in the cache anyway, each sequence is a product of its own; the other way would change last
-bits of the results that we keep."""
+"""Hidden size from which tokens are divided among threads, and sequences are rows of one product, which reads
+each weight once. In a smaller model, whose weights are in the cache anyway, each sequence is a product of its
+own; the other way would change last bits of the results that we keep."""
 
 
 def cut(count: int, least: int, most: int) -> list[slice]:
-    """Pieces of ``count`` tokens or sequences: two if each has ``least`` at least, and more if one would have more than ``most``.
+    """Pieces of ``count`` tokens or sequences: two if each has ``least`` at least, and more if one would have
+    more than ``most``.
 
-    The number of threads does not count: where rows are few, the last bits of a product depend on how many there are.
+    The number of threads does not count: where rows are few, the last bits of a product depend on how many
+    there are.
 
     >>> cut(7, 4, 32), cut(10, 4, 32)
     ([slice(0, 7, None)], [slice(0, 5, None), slice(5, 10, None)])
@@ -57,13 +60,16 @@ def cut(count: int, least: int, most: int) -> list[slice]:
 
 
 PREFILL = 512
-"""Positions of a prompt that are run at once: scores and hidden layers of a long prompt would not fit otherwise."""
+"""Positions of a prompt that are run at once: scores and hidden layers of a long prompt would not fit
+otherwise."""
 
 
 def prefill(model: Transformer, ids: Array, kv_cache: KVCache, workers: Workers | None = None) -> Array:
-    """Run right-padded prompts (B, T) through the blocks, store their keys and values, return hidden states (B, T, C).
+    """Run right-padded prompts (B, T) through the blocks, store their keys and values, return hidden states
+    (B, T, C).
 
-    Long prompts run ``PREFILL`` positions at a time, which see what is stored before them: the same numbers up to rounding.
+    Long prompts run ``PREFILL`` positions at a time, which see what is stored before them: the same numbers
+    up to rounding.
     """
     parts, workers = [], workers or Workers(1)
     for start in range(0, ids.shape[1], PREFILL):
@@ -90,7 +96,9 @@ def _extend(model: Transformer, ids: Array, positions: Array, kv_cache: KVCache,
     return model.norm.forward(x)[0]
 
 
-def _project(block: Block, keys: Array, values: Array, piece: tuple[Array, Array, tuple[Array, Array]]) -> Array:
+def _project(
+    block: Block, keys: Array, values: Array, piece: tuple[Array, Array, tuple[Array, Array]]
+) -> Array:
     """A piece's queries (B, T, H, D); its keys and values are stored."""
     x, positions, rope = piece
     q, k, v, _ = block.attention.project(block.input_norm.forward(x)[0], rope)  # (B, T, H or K, D)
@@ -124,7 +132,9 @@ def decode(model: Transformer, tokens: Array, positions: Array, kv_cache: KVCach
         keys[rows, :, positions] = k.reshape(B, *k.shape[2:])
         values[rows, :, positions] = v.reshape(B, *v.shape[2:])
         q = q.reshape(B, 1, *q.shape[2:])
-        mixed = cached_attention(q, keys[:, :, :filled], values[:, :, :filled], positions[:, None])  # (B, 1, H, D)
+        mixed = cached_attention(
+            q, keys[:, :, :filled], values[:, :, :filled], positions[:, None]
+        )  # (B, 1, H, D)
         x = x + attention.o_proj.forward(mixed.reshape(*lead, -1))[0]
         x = x + block.mlp.forward(block.post_norm.forward(x)[0])[0]
     return model.norm.forward(x)[0].reshape(B, -1)
@@ -147,16 +157,24 @@ def cached_attention(q: Array, k: Array, v: Array, positions: Array) -> Array:
     return mixed.reshape(B, K, T, H // K, D).transpose(0, 2, 1, 3, 4).reshape(B, T, H, D)
 
 
-def sample(logits: Array, rng: np.random.Generator | None, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0) -> Array:
+def sample(
+    logits: Array,
+    rng: np.random.Generator | None,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> Array:
     """Next tokens (B,) from logits (B, V).
 
-    temperature 0 takes the largest (greedy) · top_k keeps the k largest · top_p keeps the smallest set of largest whose
-    probability reaches p (arXiv 1904.09751), always at least one.
+    temperature 0 takes the largest (greedy) · top_k keeps the k largest · top_p keeps the smallest set of
+    largest whose probability reaches p (arXiv 1904.09751), always at least one.
     """
     if temperature == 0:
         return logits.argmax(axis=-1)
     if rng is None:
-        raise ValueError("rng=None: sampling with temperature > 0 needs a numpy Generator, e.g. np.random.default_rng(0)")
+        raise ValueError(
+            "rng=None: sampling with temperature > 0 needs a numpy Generator, e.g. np.random.default_rng(0)"
+        )
     order = np.argsort(-logits, axis=-1, kind="stable")  # (B, V), largest first
     probs = F.softmax(np.take_along_axis(logits, order, -1).astype(np.float64) / temperature)
     if top_k:
@@ -183,9 +201,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt; returns the new tokens only, without the one of ``eos`` that ended them.
 
-    Stops at ``eos``, a token or several, after ``max_new_tokens``, or when the context is full. Greedy results do not depend
-    on which other prompts share the call, up to rounding. ``threads``, by default one a core, share prompts, sequences and, of a
-    model of GGUF blocks, a single text, with the same bytes for any number.
+    Stops at ``eos``, a token or several, after ``max_new_tokens``, or when the context is full. Greedy
+    results do not depend on which other prompts share the call, up to rounding. ``threads``, by default one a
+    core, share prompts, sequences and, of a model of GGUF blocks, a single text, with the same bytes for any
+    number.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p)
     choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
@@ -209,7 +228,8 @@ def stream(
     eos: int | Collection[int] | None = None,
     threads: int | None = None,
 ) -> Iterator[int]:
-    """Continue one prompt as ``generate`` does, and yield each token as soon as it is made; bad input is refused at once."""
+    """Continue one prompt as ``generate`` does, and yield each token as soon as it is made; bad input is
+    refused at once."""
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p)
     choose = partial(sample, rng=rng, temperature=temperature, top_k=top_k, top_p=top_p)
     steps = _decoded(model, [prompt], max_new_tokens, choose, _stops(eos), threads)
@@ -226,8 +246,12 @@ def stream(
 
 
 def _decoded(
-    model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: Callable[[Array], Array],
-    stops: frozenset[int], threads: int | None,
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: Callable[[Array], Array],
+    stops: frozenset[int],
+    threads: int | None,
 ) -> Iterator[list[tuple[int, int]]]:
     """Yield, step by step, the new (prompt's number, token) of all sequences that go on."""
     lengths = np.array([len(p) for p in prompts])
@@ -239,7 +263,9 @@ def _decoded(
     alive, positions, count = np.arange(len(prompts)), lengths.copy(), 0
     decoder: Decoder | None = None
     try:
-        hidden = prefill(model, ids, kv_cache, workers)[alive, lengths - 1]  # (B, C) at each prompt's last token
+        hidden = prefill(model, ids, kv_cache, workers)[
+            alive, lengths - 1
+        ]  # (B, C) at each prompt's last token
         logits = model.head.forward(hidden)[0]
         while True:
             tokens = choose(logits)
@@ -253,7 +279,9 @@ def _decoded(
                 alive, positions, tokens = alive[going], positions[going], tokens[going]
                 kv_cache.keep(np.array(going))
             if len(alive) == 1 and decoder is None and Decoder.fits(model):
-                keys, values = (np.ascontiguousarray(stored[:, 0]) for stored in (kv_cache.keys, kv_cache.values))
+                keys, values = (
+                    np.ascontiguousarray(stored[:, 0]) for stored in (kv_cache.keys, kv_cache.values)
+                )
                 decoder = Decoder(model, keys, values, threads)
             if decoder is not None:
                 logits = decoder.step(int(tokens[0]), int(positions[0]))[None]
@@ -261,7 +289,9 @@ def _decoded(
                 # four sequences share the decoding of a block
                 pieces = cut(len(alive), 4, 32) if model.config.hidden_size >= WIDE else [slice(None)]
                 parts = [(tokens[rows], positions[rows], kv_cache.part(rows)) for rows in pieces]
-                logits = np.concatenate(workers.map(lambda part: model.head.forward(decode(model, *part))[0], parts))
+                logits = np.concatenate(
+                    workers.map(lambda part: model.head.forward(decode(model, *part))[0], parts)
+                )
             positions = positions + 1
     finally:
         workers.close()
@@ -277,18 +307,28 @@ def _stops(eos: int | Collection[int] | None) -> frozenset[int]:
     return frozenset(map(int, stops))
 
 
-def _check(model: Transformer, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, top_k: int,
-           top_p: float) -> None:
+def _check(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+) -> None:
     limit = model.config.context_length
     if not prompts or min(map(len, prompts)) == 0:
         raise ValueError("prompts: each must hold at least one token; start an empty one with BOS")
     if max(map(len, prompts)) >= limit:
         longest = max(map(len, prompts))
-        raise ValueError(f"prompts: {longest} tokens leave no room in context_length={limit}: shorten the prompt by "
-                         f"{longest - limit + 1} or more")
+        raise ValueError(
+            f"prompts: {longest} tokens leave no room in context_length={limit}: shorten the prompt by "
+            f"{longest - limit + 1} or more"
+        )
     low, high = min(map(min, prompts)), max(map(max, prompts))
     if low < 0 or high >= model.config.vocab_size:
-        raise ValueError(f"prompts: token {low if low < 0 else high} outside the vocabulary 0…{model.config.vocab_size - 1}")
+        raise ValueError(
+            f"prompts: token {low if low < 0 else high} outside the vocabulary 0…{model.config.vocab_size - 1}"
+        )
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 1")
     if not (temperature >= 0 and temperature < float("inf")):

@@ -1,4 +1,5 @@
-"""How A and B start: at random with B = 0, or from the singular values of the weight (PiSSA) or of its rounding error (LoftQ).
+"""How A and B start: at random with B = 0, or from the singular values of the weight (PiSSA) or of its
+rounding error (LoftQ).
 
 All take W (out, in) and give A (r, in), B (out, r); ``scaling`` is the factor s in front of B A.
 """
@@ -16,9 +17,11 @@ Array = np.ndarray
 
 
 def init_a(config: LoraConfig, shape: tuple[int, int], in_features: int, rng: np.random.Generator) -> Array:
-    """Draw A. ``in_features`` is the layer's true input width also when the input is pooled (√g too large otherwise).
+    """Draw A. ``in_features`` is the layer's true input width also when the input is pooled (√g too large
+    otherwise).
 
-    normal N(0, 1/(3·in)) · kaiming U(±1/√in), PEFT's default, of the same variance · gaussian N(0, 1/r²), which depends on r.
+    normal N(0, 1/(3·in)) · kaiming U(±1/√in), PEFT's default, of the same variance · gaussian N(0, 1/r²),
+    which depends on r.
     """
     if config.init_lora_weights == "kaiming":
         return rng.uniform(-1, 1, shape) / in_features**0.5
@@ -27,7 +30,8 @@ def init_a(config: LoraConfig, shape: tuple[int, int], in_features: int, rng: np
 
 
 def low_rank(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
-    """Return A (r, in), B (out, r), float64, whose s·B A approximates M best: M = U S Vᵀ, A = √(S/s) Vᵀ, B = U √(S/s).
+    """Return A (r, in), B (out, r), float64, whose s·B A approximates M best: M = U S Vᵀ, A = √(S/s) Vᵀ, B =
+    U √(S/s).
 
     Signs are arbitrary in a decomposition; here the largest element of each row of A is positive.
 
@@ -43,7 +47,8 @@ def low_rank(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
 
 
 def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
-    """Return (residual W − s·B A, A, B): the adapter starts as the r principal directions of W, which then train.
+    """Return (residual W − s·B A, A, B): the adapter starts as the r principal directions of W, which then
+    train.
 
     PiSSA (arXiv 2404.02948, section 3). W = residual + s·B A: nothing has changed yet.
     """
@@ -52,8 +57,11 @@ def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
     return residual.astype(w.dtype), a, b
 
 
-def loftq(w: Array, r: int, scaling: float, quantize: Callable[[Array], Any], steps: int = 1) -> tuple[Any, Array, Array]:
-    """Return (quantized weight, A, B) with Q + s·B A ≈ W: the adapter starts as the best answer to the rounding error.
+def loftq(
+    w: Array, r: int, scaling: float, quantize: Callable[[Array], Any], steps: int = 1
+) -> tuple[Any, Array, Array]:
+    """Return (quantized weight, A, B) with Q + s·B A ≈ W: the adapter starts as the best answer to the
+    rounding error.
 
     for t in 1 … steps:  Q = quantize(W − s·B A);  s·B A = svd_r(W − Q)        LoftQ (arXiv 2310.08659, Algorithm 1)
 

@@ -3,15 +3,17 @@
     y, cache = layer.forward(x)
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
-With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is None. With ``onto``
-a linear adds its dx to that array, inside of the product, and returns it.
+With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is
+None. With ``onto`` a linear adds its dx to that array, inside of the product, and returns it.
 
-``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run twice or in two
-threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable* parameters only. A frozen Linear keeps
-no input, builds no dW and still passes dx on. Letters of the shapes: see :mod:`minilora.functional`.
+``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run
+twice or in two threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable*
+parameters only. A frozen Linear keeps no input, builds no dW and still passes dx on. Letters of the shapes:
+see :mod:`minilora.functional`.
 
-``key`` is what random layers draw from, a tuple (seed, step, shard, …); ``None`` means evaluation. Only an adapter's dropout
-uses it; because the numbers depend on the key alone, a recomputed forward draws the same ones.
+``key`` is what random layers draw from, a tuple (seed, step, shard, …); ``None`` means evaluation. Only an
+adapter's dropout uses it; because the numbers depend on the key alone, a recomputed forward draws the same
+ones.
 """
 
 from __future__ import annotations
@@ -21,9 +23,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from minilora import fused as F  # the functions of minilora.functional, for float32 compiled
+from minilora import kernels as F  # the functions of minilora.functional, for float32 compiled
 from minilora.config import ModelConfig
-from minilora.fused import LowRank
+from minilora.kernels import LowRank
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
@@ -71,7 +73,8 @@ class Gradients(dict[Parameter, Array]):
 
 
 class Weight(Protocol):
-    """What a Linear asks of its weight W (out, in); how the numbers are stored is the weight's own business."""
+    """What a Linear asks of its weight W (out, in); how the numbers are stored is the weight's own
+    business."""
 
     shape: tuple[int, int]
     dtype: np.dtype[Any]
@@ -81,7 +84,8 @@ class Weight(Protocol):
         """x Wᵀ: (…, in) → (…, out); with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: h (…, r), b (out, r)."""
 
     def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added to ``onto``, if given."""
+        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added to
+        ``onto``, if given."""
 
     def rows(self, ids: Array) -> Array:
         """Rows of W in floating point, for embeddings."""
@@ -156,10 +160,13 @@ class Linear:
         return self.weight.matmul(x), self.keep(x)
 
     def keep(self, x: Array, key: Key = None) -> Cache:
-        """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when it runs again."""
+        """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when
+        it runs again."""
         return (x,) if self.weight.trainable else ()
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None) -> Any:
+    def backward(
+        self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None
+    ) -> Any:
         """dy (…, out) → dx (…, in)."""
         if cache:
             (x,) = cache
@@ -206,7 +213,9 @@ class RMSNorm:
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
         """dy (…, C) → dx (…, C), which may take dy's place."""
-        dx, dweight = F.rms_norm_backward(dy, self.weight.data, cache, self.weight.trainable, in_place=in_place)
+        dx, dweight = F.rms_norm_backward(
+            dy, self.weight.data, cache, self.weight.trainable, in_place=in_place
+        )
         if dweight is not None:
             grads.add(self.weight, dweight)
         return dx
@@ -219,7 +228,9 @@ class Attention:
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
-    def project(self, x: Array, rope: tuple[Array, Array], key: Key = None) -> tuple[Array, Array, Array, Cache]:
+    def project(
+        self, x: Array, rope: tuple[Array, Array], key: Key = None
+    ) -> tuple[Array, Array, Array, Cache]:
         """Queries (B, T, H, D), keys and values (B, T, K, D), the first two rotated."""
         B, T, _ = x.shape
         q, cache_q = self.q_proj.forward(x, key)
@@ -235,11 +246,18 @@ class Attention:
         """x (B, T, C) → y (B, T, C); ``segments`` (B, T) keep packed examples apart."""
         q, k, v, cache_qkv = self.project(x, rope, key)
         mixed, cache_mix = F.attention_forward(q, k, v, segments)  # (B, T, H, D)
-        y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # heads side by side: (B, T, H·D)
+        y, cache_o = self.o_proj.forward(
+            mixed.reshape(*x.shape[:2], -1), key
+        )  # heads side by side: (B, T, H·D)
         return y, (rope, cache_qkv, cache_mix, cache_o)
 
     def restore(
-        self, x: Array, qkv: tuple[Array, Array, Array], rope: tuple[Array, Array], key: Key, segments: Array | None
+        self,
+        x: Array,
+        qkv: tuple[Array, Array, Array],
+        rope: tuple[Array, Array],
+        key: Key,
+        segments: Array | None,
     ) -> Cache:
         """The cache of ``forward(x)`` from its queries, keys and values: no product with a base weight."""
         cache_qkv = tuple(linear.keep(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj))
@@ -260,7 +278,8 @@ class Attention:
 
 
 class MLP:
-    """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with ``gate_proj=None`` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
+    """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with ``gate_proj=None`` the two-matrix y = gelu(x Wuᵀ)
+    Wdᵀ."""
 
     def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
@@ -338,7 +357,9 @@ class Block:
         """dy (B, T, C) → dmixed (B, T, C)."""
         cache_norm, cache_mlp = cache
         # y = mixed + mlp(norm(mixed)): the gradient takes both ways
-        dmixed = self.post_norm.backward(self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads, in_place=True)
+        dmixed = self.post_norm.backward(
+            self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads, in_place=True
+        )
         dmixed += dy
         return dmixed
 
@@ -356,11 +377,12 @@ class Block:
 
     @staticmethod
     def checkpoint(cache: Cache) -> Cache:
-        """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and v.
+        """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and
+        v.
 
-        That is the part of a cache (a quarter, of QA-LoRA's a third) whose recomputation would take four products with base
-        weights; left to compute again are norms, probabilities and the wide part of the MLP (selective recomputation, arXiv
-        2205.05198).
+        That is the part of a cache (a quarter, of QA-LoRA's a third) whose recomputation would take four
+        products with base weights; left to compute again are norms, probabilities and the wide part of the
+        MLP (selective recomputation, arXiv 2205.05198).
         """
         ((x, _), (_, _, (q, k, v, _), _)), ((mixed, _), _) = cache
         return x, mixed, (q, k, v)
@@ -371,9 +393,13 @@ class Block:
         return cache_norm, self.mlp.keep(normed, key)
 
     def restore_attention(
-        self, x: Array, qkv: tuple[Array, Array, Array], rope: tuple[Array, Array], key: Key = None,
+        self,
+        x: Array,
+        qkv: tuple[Array, Array, Array],
+        rope: tuple[Array, Array],
+        key: Key = None,
         segments: Array | None = None,
-    ) -> Cache:  # fmt: skip
+    ) -> Cache:
         """The cache of the attention half again, likewise."""
         normed, cache_norm = self.input_norm.forward(x)
         return cache_norm, self.attention.restore(normed, qkv, rope, key, segments)

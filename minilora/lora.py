@@ -2,8 +2,9 @@
 
     y = base(x) + scaling · pool(x) Aᵀ Bᵀ        A (r, in/g), B (out, r)
 
-With ``pool`` = identity over a dense base this is LoRA (arXiv 2106.09685, eq. 3); over a 4-bit NormalFloat base QLoRA (arXiv
-2305.14314, eq. 5); with ``pool`` = sum over the groups of an affine base QA-LoRA (arXiv 2309.14717, Algorithm 1).
+With ``pool`` = identity over a dense base this is LoRA (arXiv 2106.09685, eq. 3); over a 4-bit NormalFloat
+base QLoRA (arXiv 2305.14314, eq. 5); with ``pool`` = sum over the groups of an affine base QA-LoRA (arXiv
+2309.14717, Algorithm 1).
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.fused import adapter_backward, group_repeat, group_sum, product, product_t
 from minilora.initial import init_a, loftq, pissa
+from minilora.kernels import adapter_backward, group_repeat, group_sum, product, product_t
 from minilora.layers import Array, Cache, DenseWeight, Gradients, Key, Linear, Parameter
+from minilora.quant.model import quantize_model
 from minilora.quant.weights import quantize_weight
-from minilora.quantize import quantize_model
 from minilora.threads import single_blas
 
 if TYPE_CHECKING:
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 class LoraLinear:
     """A frozen Linear with a trainable low-rank path beside it.
 
-    With ``use_dora`` the rows of W + s·B A keep their direction and get a trained length m (DoRA, arXiv 2402.09353, eq. 5):
+    With ``use_dora`` the rows of W + s·B A keep their direction and get a trained length m (DoRA, arXiv
+    2402.09353, eq. 5):
 
         y = (m / n) ∘ (base(x) + s · x Aᵀ Bᵀ),   n = ‖W + s·B A‖ of each row, a constant for the gradient (its section 4.3)
 
@@ -41,13 +43,23 @@ class LoraLinear:
     """
 
     def __init__(
-        self, base: Linear, config: LoraConfig, rng: np.random.Generator, pool: int = 1, quant: QuantConfig | None = None
+        self,
+        base: Linear,
+        config: LoraConfig,
+        rng: np.random.Generator,
+        pool: int = 1,
+        quant: QuantConfig | None = None,
     ):
         out, in_ = base.shape
         config = config.of(base.name)
-        # with pooling the rank of ΔW is capped at in/pool already; a larger r trains, but only adds parameters
-        require(config.r <= min(out, in_), "r", config.r,
-                f"must be at most {min(out, in_)}, the smaller side of {base.name} ({out}, {in_}): a larger rank adds nothing")
+        # with pooling the rank of ΔW is capped at in/pool already; a larger r trains, but only adds
+        # parameters
+        require(
+            config.r <= min(out, in_),
+            "r",
+            config.r,
+            f"must be at most {min(out, in_)}, the smaller side of {base.name} ({out}, {in_}): a larger rank adds nothing",
+        )
         self.pool, self.scaling, self.dropout = pool, config.scaling, config.lora_dropout
         dtype = base.weight.dtype
         if config.init_lora_weights in SVD_INITS:
@@ -57,13 +69,18 @@ class LoraLinear:
             a = init_a(config, (config.r, in_ // pool), in_, rng).astype(dtype)
             b = np.zeros_like(a, shape=(out, config.r))
         self.start = (a.copy(), b.copy()) if config.init_lora_weights in SVD_INITS else None
-        """The first A and B of PiSSA and LoftQ: with them the adapter is no update of W itself, but of W − s·B₀A₀."""
+        """The first A and B of PiSSA and LoftQ: with them the adapter is no update of W itself, but of W −
+        s·B₀A₀."""
         self.lora_A = Parameter(f"{base.name}.lora_A.weight", a, trainable=True)  # (r, in/g)
         self.lora_B = Parameter(f"{base.name}.lora_B.weight", b, trainable=True)  # (out, r)
         self.magnitude: Parameter | None = None
         if config.use_dora:
-            self.row_squares = (self.base.weight.dense().astype(np.float64) ** 2).sum(axis=1).astype(dtype)  # (out,)
-            self.magnitude = Parameter(f"{base.name}.lora_magnitude_vector", self.row_norms(), trainable=True)  # (out,)
+            self.row_squares = (
+                (self.base.weight.dense().astype(np.float64) ** 2).sum(axis=1).astype(dtype)
+            )  # (out,)
+            self.magnitude = Parameter(
+                f"{base.name}.lora_magnitude_vector", self.row_norms(), trainable=True
+            )  # (out,)
 
     @property
     def name(self) -> str:
@@ -85,7 +102,8 @@ class LoraLinear:
         yield from self.trained()
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """x (…, in) → y (…, out). Kept: the adapter's input p (…, in/g), h (…, r) and, with dropout, one bit an element.
+        """x (…, in) → y (…, out). Kept: the adapter's input p (…, in/g), h (…, r) and, with dropout, one bit
+        an element.
 
         DoRA also keeps its result before it is stretched: the price of the lengths.
         """
@@ -115,7 +133,9 @@ class LoraLinear:
         rng = np.random.default_rng([*key, zlib.crc32(self.name.encode())])
         return rng.random(p.shape, np.float32) >= self.dropout
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None) -> Any:
+    def backward(
+        self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None
+    ) -> Any:
         """dy (…, out) → dx (…, in); adds dA and dB. There is no dW."""
         p, h, mask, *stretched = cache
         if self.magnitude is not None:
@@ -124,12 +144,16 @@ class LoraLinear:
             grads.add(self.magnitude, (dy * z).reshape(-1, dy.shape[-1]).sum(axis=0) / n)
             dy = dy * (self.magnitude.data / n)
         # y = base(x) + s·h Bᵀ with h = p Aᵀ; dh is the gradient of s·h
-        dh = adapter_backward(dy, h, p, self.lora_B.data, self.scaling, grads[self.lora_B], grads[self.lora_A])
+        dh = adapter_backward(
+            dy, h, p, self.lora_B.data, self.scaling, grads[self.lora_B], grads[self.lora_A]
+        )
         if last:
             return None
         # p = pool(x), and x also went through the base
         if mask is None:
-            return self.base.weight.matmul_t(dy, (dh, group_repeat(self.lora_A.data, self.pool), self.scaling), onto)
+            return self.base.weight.matmul_t(
+                dy, (dh, group_repeat(self.lora_A.data, self.pool), self.scaling), onto
+            )
         # p = keep ∘ p / (1 − dropout)
         dp = product_t(dh, self.lora_A.data)
         dp *= np.unpackbits(mask, count=p.size).reshape(p.shape)
@@ -144,18 +168,24 @@ class LoraLinear:
         s = b.dtype.type(self.scaling)
         cross = self.base.weight.matmul(a).T  # W Aᵀ: (out, r)
         squares = self.row_squares + (b * (2 * s * cross + s * s * (b @ (a @ a.T)))).sum(axis=1)
-        return np.sqrt(np.maximum(squares, np.finfo(b.dtype).tiny))  # a row of zeros has no direction, and must not divide by 0
+        return np.sqrt(
+            np.maximum(squares, np.finfo(b.dtype).tiny)
+        )  # a row of zeros has no direction, and must not divide by 0
 
     def delta(self, dtype: Any = np.float64) -> Array:
-        """ΔW = scaling · B A, each column repeated over its group: (out, in). With DoRA (m / n) ∘ (W + scaling · B A) − W."""
-        delta = group_repeat(self.scaling * (self.lora_B.data.astype(dtype) @ self.lora_A.data.astype(dtype)), self.pool)
+        """ΔW = scaling · B A, each column repeated over its group: (out, in). With DoRA (m / n) ∘ (W +
+        scaling · B A) − W."""
+        delta = group_repeat(
+            self.scaling * (self.lora_B.data.astype(dtype) @ self.lora_A.data.astype(dtype)), self.pool
+        )
         if self.magnitude is None:
             return delta
         w = self.base.weight.dense().astype(dtype)
         return self._stretched(w + delta) - w
 
     def over(self, w: Array) -> Array:
-        """The merged weight over another W (out, in), the dense one that a quantized or PiSSA base came from: float64."""
+        """The merged weight over another W (out, in), the dense one that a quantized or PiSSA base came from:
+        float64."""
         a, b = self.lora_A.data.astype(np.float64), self.lora_B.data.astype(np.float64)
         product = b @ a - (0 if self.start is None else self.start[1].astype(np.float64) @ self.start[0])
         return self._stretched(w.astype(np.float64) + group_repeat(self.scaling * product, self.pool))
@@ -171,48 +201,71 @@ class LoraLinear:
 def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tuple[Linear, Array, Array]:
     """PiSSA's or LoftQ's new base, A and B."""
     if not isinstance(base.weight, DenseWeight):
-        raise ConfigError(f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and this start "
-                          "needs the weight in full precision; inject into the dense model and pass quant=QuantConfig(…)")
+        raise ConfigError(
+            f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and this start "
+            "needs the weight in full precision; inject into the dense model and pass quant=QuantConfig(…)"
+        )
     w, name = base.weight.dense(), base.name
     if config.init_lora_weights == "loftq":
         if quant is None:
-            raise ConfigError(f"init_lora_weights='loftq': answers the error of a quantizer, and {name} gets none; pass "
-                              "quant=QuantConfig('nf4'), and leave lm_head, which stays dense, out of target_modules")
-        weight, a, b = loftq(w, config.r, config.scaling, lambda x: quantize_weight(x, quant), config.loftq_iter)
+            raise ConfigError(
+                f"init_lora_weights='loftq': answers the error of a quantizer, and {name} gets none; pass "
+                "quant=QuantConfig('nf4'), and leave lm_head, which stays dense, out of target_modules"
+            )
+        weight, a, b = loftq(
+            w, config.r, config.scaling, lambda x: quantize_weight(x, quant), config.loftq_iter
+        )
         return Linear(name, weight), a, b
-    require(2 * config.r <= min(w.shape), "r", config.r, f"PiSSA on {name} {w.shape} takes at most {min(w.shape) // 2}: what it "
-            "learns is saved as an ordinary adapter of rank 2r")
+    require(
+        2 * config.r <= min(w.shape),
+        "r",
+        config.r,
+        f"PiSSA on {name} {w.shape} takes at most {min(w.shape) // 2}: what it "
+        "learns is saved as an ordinary adapter of rank 2r",
+    )
     residual, a, b = pissa(w, config.r, config.scaling)
-    weight = DenseWeight(Parameter(f"{name}.weight", residual).freeze()) if quant is None else quantize_weight(residual, quant)
+    weight = (
+        DenseWeight(Parameter(f"{name}.weight", residual).freeze())
+        if quant is None
+        else quantize_weight(residual, quant)
+    )
     return Linear(name, weight), a, b
 
 
-# --- which parts of a model train --------------------------------------------------------------------------------------
+# --- which parts of a model train ---------------------------------------------------------------------------
 
 
 @single_blas()
 def inject_lora(
     model: Transformer, config: LoraConfig, rng: np.random.Generator, quant: QuantConfig | None = None
 ) -> Transformer:
-    """Return a new model with adapters on ``target_modules``; it shares the base's arrays, which become read-only.
+    """Return a new model with adapters on ``target_modules``; it shares the base's arrays, which become
+    read-only.
 
-    A target matches a module's own name (``q_proj``) or the end of its full name (``layers.3.self_attn.q_proj``).
-    With ``quant`` the projections of a dense base are quantized in the same step, which LoftQ needs (PiSSA may have it).
-    Several adapters over one base are several injected models. Raises ConfigError if nothing matches, if the model is
-    already injected, or if QA-LoRA finds a base without a float offset.
+    A target matches a module's own name (``q_proj``) or the end of its full name
+    (``layers.3.self_attn.q_proj``). With ``quant`` the projections of a dense base are quantized in the same
+    step, which LoftQ needs (PiSSA may have it). Several adapters over one base are several injected models.
+    Raises ConfigError if nothing matches, if the model is already injected, or if QA-LoRA finds a base
+    without a float offset.
     """
     names = [name for name, _ in model.linears()]
     for name, linear in model.linears():
         if isinstance(linear, LoraLinear):
-            raise ConfigError(f"model: already injected ({name} has an adapter); inject into the base, once for each adapter")
+            raise ConfigError(
+                f"model: already injected ({name} has an adapter); inject into the base, once for each adapter"
+            )
     for field in ("target_modules", "rank_pattern", "alpha_pattern"):
         _check_targets(field, tuple(getattr(config, field)), names)
     if quant is not None and any(not isinstance(linear.weight, DenseWeight) for _, linear in model.linears()):
-        raise ConfigError("quant: the base is quantized already, and would be rounded twice; leave it out, or give a dense model")
+        raise ConfigError(
+            "quant: the base is quantized already, and would be rounded twice; leave it out, or give a dense model"
+        )
     frozen = model.map_parameters(Parameter.freeze)
     chosen = {name for name in names if any(matches(name, target) for target in config.target_modules)}
     if quant is not None:  # PiSSA and LoftQ start from the dense weight, and quantize it themselves
-        frozen = quantize_model(frozen, quant, only=set(names) - chosen if config.init_lora_weights in SVD_INITS else None)
+        frozen = quantize_model(
+            frozen, quant, only=set(names) - chosen if config.init_lora_weights in SVD_INITS else None
+        )
 
     def adapt(linear: Linear) -> Linear | LoraLinear:
         if linear.name not in chosen:
@@ -221,10 +274,15 @@ def inject_lora(
             return LoraLinear(linear, config, rng, quant=None if linear is frozen.head else quant)
         group_size = offset_groups(linear.weight)
         if not group_size:
-            why = "a tied head shares the embedding's table" if linear.weight is frozen.embedding.weight else \
-                f"{linear.name} is stored as {getattr(linear.weight, 'quant_type', type(linear.weight).__name__)}"
-            raise ConfigError(f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize "
-                              "the base to int2, int3, int4 or int8 (Q4_1 will do as it is), or leave it out of target_modules")
+            why = (
+                "a tied head shares the embedding's table"
+                if linear.weight is frozen.embedding.weight
+                else f"{linear.name} is stored as {getattr(linear.weight, 'quant_type', type(linear.weight).__name__)}"
+            )
+            raise ConfigError(
+                f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize "
+                "the base to int2, int3, int4 or int8 (Q4_1 will do as it is), or leave it out of target_modules"
+            )
         return LoraLinear(linear, config, rng, pool=group_size)
 
     return frozen.map_linears(adapt)
@@ -242,7 +300,8 @@ def full(model: Transformer) -> Transformer:
 
 
 def subset(model: Transformer, modules: tuple[str, ...]) -> Transformer:
-    """Fine-tune chosen modules only: trainable copies of the parameters whose name contains one of ``modules`` as whole parts.
+    """Fine-tune chosen modules only: trainable copies of the parameters whose name contains one of
+    ``modules`` as whole parts.
 
     ``("layers.3",)`` is the last block of four; ``("q_proj", "v_proj")`` are two projections of every block.
     """
@@ -266,12 +325,16 @@ def _check_targets(field: str, targets: tuple[str, ...], names: list[str]) -> No
         if targets == LINEAR_MODULES and target == "gate_proj":
             continue  # "all-linear" means all that there are: the two-matrix MLP has no gate
         if not any(matches(name, target) for name in names):
-            raise ConfigError(f"{field}={target!r}: matches no module; there are {', '.join(kinds)} "
-                              f"(or full names such as {names[0]})")
+            raise ConfigError(
+                f"{field}={target!r}: matches no module; there are {', '.join(kinds)} "
+                f"(or full names such as {names[0]})"
+            )
 
 
 def _refuse_quantized(model: Transformer, method: str) -> None:
     for name, linear in model.linears():
         if not isinstance(getattr(linear, "weight", None), DenseWeight):
-            raise ConfigError(f"method={method!r}: {name} is {'adapted' if isinstance(linear, LoraLinear) else 'quantized'}; "
-                              "gradients of W need a dense base model")
+            raise ConfigError(
+                f"method={method!r}: {name} is {'adapted' if isinstance(linear, LoraLinear) else 'quantized'}; "
+                "gradients of W need a dense base model"
+            )

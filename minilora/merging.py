@@ -1,7 +1,7 @@
 """Merging: functions that return new weights and the error they caused; the model with adapters stays valid.
 
-LoRA merges into float32, W + s·B A. QLoRA merged and rounded again loses part of ΔW. QA-LoRA's ΔW is one number a group, so it
-goes into the offsets, and the codes stay the same object.
+LoRA merges into float32, W + s·B A. QLoRA merged and rounded again loses part of ΔW. QA-LoRA's ΔW is one
+number a group, so it goes into the offsets, and the codes stay the same object.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeError:
-    """How far a merged weight is from W + ΔW computed in float64: largest and root-mean-square, in units of the weight."""
+    """How far a merged weight is from W + ΔW computed in float64: largest and root-mean-square, in units of
+    the weight."""
 
     max_abs: float
     rms: float
@@ -40,11 +41,15 @@ class MergeError:
 
 
 @single_blas()
-def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Any, MergeError]:
-    """Return a new weight W + scaling·B A, and the error that storing it caused. The adapted layer stays valid.
+def merge_linear(
+    adapted: LoraLinear, how: str = "auto", quant: QuantConfig | None = None
+) -> tuple[Any, MergeError]:
+    """Return a new weight W + scaling·B A, and the error that storing it caused. The adapted layer stays
+    valid.
 
-    ``how``: ``dense`` (float32) · ``requantize`` (rounded to ``quant`` again, which loses some of ΔW) · ``offsets`` (QA-LoRA:
-    offset += scaling·B A, the codes stay the same object) · ``auto``: offsets if the adapter pools, else dense.
+    ``how``: ``dense`` (float32) · ``requantize`` (rounded to ``quant`` again, which loses some of ΔW) ·
+    ``offsets`` (QA-LoRA: offset += scaling·B A, the codes stay the same object) · ``auto``: offsets if the
+    adapter pools, else dense.
     """
     weight = adapted.base.weight
     if how == "auto":
@@ -56,7 +61,9 @@ def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | No
         merged: Any = DenseWeight(Parameter(name, exact.astype(weight.dtype)))
     elif how == "requantize":
         if quant is None:
-            raise ConfigError("quant=None: merging with how='requantize' needs a QuantConfig, e.g. QuantConfig('nf4')")
+            raise ConfigError(
+                "quant=None: merging with how='requantize' needs a QuantConfig, e.g. QuantConfig('nf4')"
+            )
         merged = quantize_weight(exact.astype(np.float32), quant)
     elif how == "offsets":
         merged = _merge_offsets(adapted)
@@ -66,10 +73,14 @@ def merge_linear(adapted: LoraLinear, how: str = "auto", quant: QuantConfig | No
 
 
 def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeError]:
-    """The error of each merged layer, however it was merged: ``merged`` is beside the model with adapters that it came from."""
+    """The error of each merged layer, however it was merged: ``merged`` is beside the model with adapters
+    that it came from."""
     weights = {name: linear.weight for name, linear in merged.linears()}
-    return {name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())
-            for name, linear in model.linears() if isinstance(linear, LoraLinear)}
+    return {
+        name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())
+        for name, linear in model.linears()
+        if isinstance(linear, LoraLinear)
+    }
 
 
 def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
@@ -77,24 +88,31 @@ def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
     if isinstance(weight, BlockWeight) and weight.offsets is not None:
         weight = weight.affine()  # Q4_1 in the form whose offsets can be float32
     if not isinstance(weight, AffineWeight):
-        raise ConfigError(f"how='offsets': {adapted.name} is stored as {type(weight).__name__}, which has no float offset; "
-                          "use dense or requantize")
+        raise ConfigError(
+            f"how='offsets': {adapted.name} is stored as {type(weight).__name__}, which has no float offset; "
+            "use dense or requantize"
+        )
     if adapted.pool % weight.group_size:
-        raise ConfigError(f"how='offsets': the adapter is constant over {adapted.pool} inputs, the weight's groups have "
-                          f"{weight.group_size}; only an adapter that is constant within each group merges exactly")
+        raise ConfigError(
+            f"how='offsets': the adapter is constant over {adapted.pool} inputs, the weight's groups have "
+            f"{weight.group_size}; only an adapter that is constant within each group merges exactly"
+        )
     # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number a group
     per_group = adapted.delta()[:, :: weight.group_size]  # (out, in/g)
     return weight.with_offset((weight.offset + per_group).astype(np.float32))
 
 
 def unmerge_linear(merged: Any, adapted: LoraLinear) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is returned."""
+    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is
+    returned."""
     name = f"{adapted.name}.weight"
     base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
     return DenseWeight(Parameter(name, base)), float(np.abs(base - adapted.base.weight.dense()).max())
 
 
-def merge(model: Transformer, how: str = "auto", quant: QuantConfig | None = None) -> tuple[Transformer, dict[str, MergeError]]:
+def merge(
+    model: Transformer, how: str = "auto", quant: QuantConfig | None = None
+) -> tuple[Transformer, dict[str, MergeError]]:
     """Merge every adapter into a new model without adapters; also returns the error of each layer.
 
     A merged tied head becomes a head of its own. The injected model stays valid.

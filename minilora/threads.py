@@ -1,7 +1,8 @@
 """One pool, one shard a worker, one BLAS thread: what makes results independent of the number of threads.
 
-A matrix product can differ in its last bits between one and two BLAS threads, so every computation whose result is
-promised (training, evaluation, generation, merging) runs with one, and parallelism comes from shards of the batch instead.
+A matrix product can differ in its last bits between one and two BLAS threads, so every computation whose
+result is promised (training, evaluation, generation, merging) runs with one, and parallelism comes from
+shards of the batch instead.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ def _controller() -> ThreadpoolController:
 
 
 _blas_lock = threading.Lock()
-_blas_users: list[Any] = []  # the number of BLAS threads belongs to the process: the first sets it, the last gives it back
+_blas_users: list[
+    Any
+] = []  # the number of BLAS threads belongs to the process: the first sets it, the last gives it back
 
 
 @contextmanager
 def single_blas() -> Iterator[None]:
-    """Run a block (or, as a decorator, a function) with one BLAS thread; blocks may nest and overlap in several threads."""
+    """Run a block (or, as a decorator, a function) with one BLAS thread; blocks may nest and overlap in
+    several threads."""
     with _blas_lock:
         _blas_users.append(_controller().limit(limits=1, user_api="blas") if not _blas_users else None)
     try:
@@ -69,19 +73,23 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.threads - 1, "minilora") if self.threads > 1 else None
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """[function(item) for item in items], in parallel where there are threads, of which the caller's is one."""
+        """[function(item) for item in items], in parallel where there are threads, of which the caller's is
+        one."""
         if self._pool is None:
             return [function(item) for item in items]
         todo = [(item, self._pool.submit(function, item)) for item in items]
         try:
-            own = {i: function(item) for i, (item, future) in reversed(list(enumerate(todo))) if future.cancel()}
+            own = {
+                i: function(item) for i, (item, future) in reversed(list(enumerate(todo))) if future.cancel()
+            }
             return [own[i] if i in own else future.result() for i, (_, future) in enumerate(todo)]
         finally:
             for _, future in todo:  # after an error nothing more is begun
                 future.cancel()
 
     def map_arrays(self, function: Callable[[T], R], items: Sequence[T], sizes: Sequence[int]) -> list[R]:
-        """``map`` for what is done in no time unless arrays are large: each thread takes neighbours, about as many numbers each.
+        """``map`` for what is done in no time unless arrays are large: each thread takes neighbours, about as
+        many numbers each.
 
         Below ENOUGH numbers in all it would take longer to hand them on.
         """
@@ -108,7 +116,8 @@ class Workers:
 def keep_memory() -> bool:
     """Ask glibc to keep freed memory instead of handing it back; True if it agreed.
 
-    A training step frees and takes the same large arrays again and again; returned pages would be faulted in anew each time.
+    A training step frees and takes the same large arrays again and again; returned pages would be faulted in
+    anew each time.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -117,6 +126,14 @@ def keep_memory() -> bool:
     except (OSError, AttributeError):
         return False
     M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
-    # one arena: those of other threads are limited to 64 MiB, beyond which glibc maps (and faults in) each array anew
-    return all(mallopt(option, value) == 1 for option, value in
-               ((M_ARENA_MAX, 1), (M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**26)))
+    # one arena: those of other threads are limited to 64 MiB, beyond which glibc maps (and faults in) each
+    # array anew
+    return all(
+        mallopt(option, value) == 1
+        for option, value in (
+            (M_ARENA_MAX, 1),
+            (M_MMAP_THRESHOLD, 2**30),
+            (M_TRIM_THRESHOLD, 2**31 - 1),
+            (M_TOP_PAD, 2**26),
+        )
+    )

@@ -37,10 +37,12 @@ class Transformer:
     (1, 3, 259)
     """
 
-    def __init__(self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Linear):
+    def __init__(
+        self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Linear
+    ):
         self.config, self.embedding, self.blocks, self.norm, self.head = config, embedding, blocks, norm, head
 
-    # --- what is in it -------------------------------------------------------------------------------------------------
+    # --- what is in it --------------------------------------------------------------------------------------
 
     def linears(self) -> Iterator[tuple[str, Any]]:
         """(name, linear) of each projection from the lowest block up, and of the head."""
@@ -81,7 +83,8 @@ class Transformer:
         return new
 
     def map_parameters(self, change: Callable[[Parameter], Parameter]) -> Transformer:
-        """A new model whose dense parameters are ``change(parameter)``, once each, so that a tied head stays tied."""
+        """A new model whose dense parameters are ``change(parameter)``, once each, so that a tied head stays
+        tied."""
         done: dict[Parameter, Parameter] = {}
         weights: dict[int, DenseWeight] = {}
 
@@ -107,10 +110,11 @@ class Transformer:
         new.norm = norm(self.norm)
         return new
 
-    # --- forward and backward ------------------------------------------------------------------------------------------
+    # --- forward and backward -------------------------------------------------------------------------------
 
     def lowest_trainable(self) -> int:
-        """The lowest block that trains: backward stops there. −1 if the embedding trains, len(blocks) if no block does."""
+        """The lowest block that trains: backward stops there. −1 if the embedding trains, len(blocks) if no
+        block does."""
         if any(p.trainable for p in self.embedding.parameters()):
             return -1
         for i, block in enumerate(self.blocks):
@@ -124,18 +128,26 @@ class Transformer:
         return F.rope_tables(positions, c.head_dim, c.rope_theta, self.embedding.weight.dtype, c.rope_factors)
 
     def forward(
-        self, ids: Array, key: Key = None, checkpoint: bool = False, segments: Array | None = None, keep: bool = True
+        self,
+        ids: Array,
+        key: Key = None,
+        checkpoint: bool = False,
+        segments: Array | None = None,
+        keep: bool = True,
     ) -> tuple[Array, Cache]:
-        """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the rows it needs.
+        """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the
+        rows it needs.
 
-        With ``checkpoint`` a block keeps what is dear to compute and computes the rest again in the backward pass (arXiv
-        1604.06174; ``Block.checkpoint``). Blocks below the lowest trainable one keep nothing; without ``keep`` none does, and
-        there can be no backward pass. ``segments`` (B, T) number the examples packed into each row, which
-        do not see each other. Raises ValueError for ids outside the vocabulary.
+        With ``checkpoint`` a block keeps what is dear to compute and computes the rest again in the backward
+        pass (arXiv 1604.06174; ``Block.checkpoint``). Blocks below the lowest trainable one keep nothing;
+        without ``keep`` none does, and there can be no backward pass. ``segments`` (B, T) number the examples
+        packed into each row, which do not see each other. Raises ValueError for ids outside the vocabulary.
         """
         check_ids(ids, self.config)
         if segments is not None and segments.shape != ids.shape:
-            raise ValueError(f"segments: shape {segments.shape}, but the ids have {ids.shape}; number each token's example")
+            raise ValueError(
+                f"segments: shape {segments.shape}, but the ids have {ids.shape}; number each token's example"
+            )
         x, cache_embedding = self.embedding.forward(ids)  # (B, T, C)
         rope = self.rope(np.arange(ids.shape[1]))
         lowest = self.lowest_trainable()
@@ -149,7 +161,8 @@ class Transformer:
         return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm, segments)
 
     def backward(self, dx: Array, cache: Cache, grads: Gradients) -> None:
-        """Gradient of the hidden states (B, T, C) → grads, down to the lowest trainable layer. The cache is used up."""
+        """Gradient of the hidden states (B, T, C) → grads, down to the lowest trainable layer. The cache is
+        used up."""
         cache_embedding, rope, key, checkpoint, caches, cache_norm, segments = cache
         lowest = self.lowest_trainable()
         if lowest == len(self.blocks) and not self.norm.weight.trainable:
@@ -160,7 +173,9 @@ class Transformer:
             if checkpoint:  # one half after the other, so that only one is there at a time
                 x, mixed, qkv = caches.pop()
                 dx = block.backward_mlp(dx, block.restore_mlp(mixed, key), grads)
-                dx = block.backward_attention(dx, block.restore_attention(x, qkv, rope, key, segments), grads, last)
+                dx = block.backward_attention(
+                    dx, block.restore_attention(x, qkv, rope, key, segments), grads, last
+                )
                 del x, mixed, qkv
             else:
                 dx = block.backward(dx, caches.pop(), grads, last)
@@ -181,9 +196,13 @@ def check_ids(ids: Array, config: ModelConfig) -> None:
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids: must be an integer array (batch, time), not {ids.dtype} {ids.shape}")
     if ids.shape[1] > config.context_length:
-        raise ValueError(f"ids: {ids.shape[1]} tokens exceed context_length={config.context_length}; shorten the text")
+        raise ValueError(
+            f"ids: {ids.shape[1]} tokens exceed context_length={config.context_length}; shorten the text"
+        )
     if ids.size and not (ids.min() >= 0 and ids.max() < config.vocab_size):
-        raise ValueError(f"ids: values {ids.min()}…{ids.max()} outside the vocabulary 0…{config.vocab_size - 1}")
+        raise ValueError(
+            f"ids: values {ids.min()}…{ids.max()} outside the vocabulary 0…{config.vocab_size - 1}"
+        )
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -215,7 +234,9 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Any], trainable: bool 
     shapes = parameter_shapes(config)
     missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
     if missing or extra:
-        raise ValueError(f"arrays: missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'} for {config}")
+        raise ValueError(
+            f"arrays: missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'} for {config}"
+        )
     for name, shape in shapes.items():
         if arrays[name].shape != shape:
             raise ValueError(f"{name}: shape {arrays[name].shape}, but the configuration asks for {shape}")
@@ -243,8 +264,11 @@ def build_model(config: ModelConfig, arrays: Mapping[str, Any], trainable: bool 
     return Transformer(config, embedding, blocks, norm("model.norm.weight"), head)
 
 
-def init_model(config: ModelConfig, rng: np.random.Generator, dtype: Any = np.float32, trainable: bool = True) -> Transformer:
-    """A fresh model: matrices N(0, 0.02²), those that write to the residual stream divided by √(2·layers) (GPT-2), norms one."""
+def init_model(
+    config: ModelConfig, rng: np.random.Generator, dtype: Any = np.float32, trainable: bool = True
+) -> Transformer:
+    """A fresh model: matrices N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
+    (GPT-2), norms one."""
     arrays = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 1:

@@ -1,4 +1,5 @@
-"""What several test files share: small models, a task in memory, tolerances. Functions, which parametrised tests can call."""
+"""What several test files share: small models, a task in memory, tolerances. Functions, which parametrised
+tests can call."""
 
 from __future__ import annotations
 
@@ -42,8 +43,9 @@ CONFIGS = {
 def close_rtol(dtype: Any, *lengths: int, factor: float = 8.0) -> float:
     """Relative error of a chain of sums of these lengths, in units of the largest term.
 
-    A sum of n products errs by at most n·eps/2·Σ|ab| in any order (Higham, Accuracy and Stability, §3.1); independent
-    roundings add up like a random walk, so √n·eps is what is met. ``factor`` is the safety margin on that.
+    A sum of n products errs by at most n·eps/2·Σ|ab| in any order (Higham, Accuracy and Stability, §3.1);
+    independent roundings add up like a random walk, so √n·eps is what is met. ``factor`` is the safety margin
+    on that.
     """
     return factor * float(np.finfo(dtype).eps) * sum(n**0.5 for n in lengths)
 
@@ -58,7 +60,8 @@ def assert_close(found: Any, expected: Any, rtol: float, what: str = "") -> None
 
 
 def weights(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -> dict[str, np.ndarray]:
-    """Random arrays by name, large enough that every nonlinearity bends and every gradient is far from zero."""
+    """Random arrays by name, large enough that every nonlinearity bends and every gradient is far from
+    zero."""
     rng = np.random.default_rng(seed)
     return {
         name: (
@@ -70,7 +73,9 @@ def weights(config: ModelConfig, seed: int = 0, dtype: Any = np.float64) -> dict
     }
 
 
-def make_model(config: ModelConfig = GQA, seed: int = 0, dtype: Any = np.float64, trainable: bool = True) -> Transformer:
+def make_model(
+    config: ModelConfig = GQA, seed: int = 0, dtype: Any = np.float64, trainable: bool = True
+) -> Transformer:
     """A model of such arrays."""
     return build_model(config, weights(config, seed, dtype), trainable)
 
@@ -84,7 +89,8 @@ def make_linear(
 
 
 def fill_adapters(model: Transformer | LoraLinear, seed: int = 1, dtype: Any = None) -> Any:
-    """Give A and B random values, as if training had happened, and optionally another dtype; returns its argument."""
+    """Give A and B random values, as if training had happened, and optionally another dtype; returns its
+    argument."""
     rng = np.random.default_rng(seed)
     for linear in adapters(model):
         for p in (linear.lora_A, linear.lora_B):
@@ -117,16 +123,21 @@ def base_arrays(model: Transformer) -> list[np.ndarray]:
     return found
 
 
-def random_batch(config: ModelConfig = GQA, B: int = 3, T: int = 7, seed: int = 0, share: float = 0.6) -> Batch:
+def random_batch(
+    config: ModelConfig = GQA, B: int = 3, T: int = 7, seed: int = 0, share: float = 0.6
+) -> Batch:
     """Random ids, targets and mask (at least one target counts)."""
     rng = np.random.default_rng(seed)
     mask = rng.random((B, T)) < share
     mask[0, -1] = True
-    return Batch(rng.integers(config.vocab_size, size=(B, T)), rng.integers(config.vocab_size, size=(B, T)), mask)
+    return Batch(
+        rng.integers(config.vocab_size, size=(B, T)), rng.integers(config.vocab_size, size=(B, T)), mask
+    )
 
 
 class FakeTask:
-    """A task in memory with the protocol of minilora.data.tasks: short sequences whose next token is the last plus a step.
+    """A task in memory with the protocol of minilora.data.tasks: short sequences whose next token is the last
+    plus a step.
 
     The first two tokens are the prompt and do not count; lengths differ, so batches are padded on the right.
     """
@@ -150,7 +161,10 @@ class FakeTask:
     @staticmethod
     def _pad(sequences: Sequence[np.ndarray]) -> Batch:
         longest = max(map(len, sequences)) - 1
-        ids, targets = np.zeros((len(sequences), longest), np.int64), np.zeros((len(sequences), longest), np.int64)
+        ids, targets = (
+            np.zeros((len(sequences), longest), np.int64),
+            np.zeros((len(sequences), longest), np.int64),
+        )
         mask = np.zeros((len(sequences), longest), bool)
         for i, s in enumerate(sequences):
             ids[i, : len(s) - 1], targets[i, : len(s) - 1] = s[:-1], s[1:]
@@ -162,7 +176,9 @@ class FakeTask:
 
     def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
         assert split in self.splits
-        return [self._pad(self.held_out[i : i + batch_size]) for i in range(0, len(self.held_out), batch_size)]
+        return [
+            self._pad(self.held_out[i : i + batch_size]) for i in range(0, len(self.held_out), batch_size)
+        ]
 
     def prompts(self, split: str) -> list[list[int]]:
         return [s[:2].tolist() for s in self.held_out]
@@ -171,8 +187,11 @@ class FakeTask:
         return {}
 
 
-def mutate(data: Any, arrays: dict[str, np.ndarray], dtypes: Sequence[Any], names: Sequence[str], extra: str) -> str:
-    """Damage one of a weight's named arrays as a file might be, by Hypothesis's ``data``; returns what was done.
+def mutate(
+    data: Any, arrays: dict[str, np.ndarray], dtypes: Sequence[Any], names: Sequence[str], extra: str
+) -> str:
+    """Damage one of a weight's named arrays as a file might be, by Hypothesis's ``data``; returns what was
+    done.
 
     ``names`` are those that an array may also come under; ``extra`` is a kind that the caller carries out.
     """
@@ -210,7 +229,8 @@ CHATML = (
 
 
 def byte_alphabet() -> list[str]:
-    """GPT-2's 256 visible characters by byte: printable Latin-1 stands for itself, the others for U+0100 and on, in order."""
+    """GPT-2's 256 visible characters by byte: printable Latin-1 stands for itself, the others for U+0100 and
+    on, in order."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
@@ -218,18 +238,51 @@ def byte_alphabet() -> list[str]:
 
 
 def gguf_tokenizer(pre: str = "smollm", **changed: Any) -> dict[str, Any]:
-    """Metadata of a GGUF with a small vocabulary: 3 control tokens, 256 bytes, merges, a user-defined and a whole word.
+    """Metadata of a GGUF with a small vocabulary: 3 control tokens, 256 bytes, merges, a user-defined and a
+    whole word.
 
-    ``changed``: keys behind ``tokenizer.ggml.`` (``chat_template`` behind ``tokenizer.``); None takes a key out.
+    ``changed``: keys behind ``tokenizer.ggml.`` (``chat_template`` behind ``tokenizer.``); None takes a key
+    out.
     """
-    merges = ["Ġ Ġ", "Ċ Ċ", "h e", "l l", "he ll", "hell o", "Ġ t", "Ġt h", "1 2", "Ġ 1", "12 3", "Ġ hello", "' s", "i n"]
+    merges = [
+        "Ġ Ġ",
+        "Ċ Ċ",
+        "h e",
+        "l l",
+        "he ll",
+        "hell o",
+        "Ġ t",
+        "Ġt h",
+        "1 2",
+        "Ġ 1",
+        "12 3",
+        "Ġ hello",
+        "' s",
+        "i n",
+    ]
     merges += ["r e", "ĊĊ Ċ", "ĠĠ Ġ", "e Ċ", ". Ċ", "Ã ©"]
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *byte_alphabet(), *(merge.replace(" ", "") for merge in merges)]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        *byte_alphabet(),
+        *(merge.replace(" ", "") for merge in merges),
+    ]
     tokens += ["<think>", "abc"]
     types = [3] * 3 + [1] * (len(tokens) - 5) + [4, 1]
     values = {
-        "model": "gpt2", "pre": pre, "tokens": tokens, "token_type": np.array(types, np.int32), "merges": merges,
-        "bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0, "padding_token_id": 0, "chat_template": CHATML,
-    }  # fmt: skip
-    prefix = {key: "tokenizer." if key == "chat_template" else "tokenizer.ggml." for key in {**values, **changed}}
+        "model": "gpt2",
+        "pre": pre,
+        "tokens": tokens,
+        "token_type": np.array(types, np.int32),
+        "merges": merges,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "unknown_token_id": 0,
+        "padding_token_id": 0,
+        "chat_template": CHATML,
+    }
+    prefix = {
+        key: "tokenizer." if key == "chat_template" else "tokenizer.ggml." for key in {**values, **changed}
+    }
     return {prefix[key] + key: value for key, value in {**values, **changed}.items() if value is not None}

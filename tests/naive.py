@@ -1,7 +1,8 @@
 """Loop oracles: the slowest, plainest statement of what the library computes. Imports nothing of the library.
 
 One number at a time, no vectorisation, no shared code: an oracle that shared code could share its mistakes.
-Numbers of the formats (scales, thresholds, products) are float32 at each step, as the formats define; sums are exact (math.fsum).
+Numbers of the formats (scales, thresholds, products) are float32 at each step, as the formats define; sums
+are exact (math.fsum).
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def half_from_bits(bits):
 
 
 def quantize_affine(w, bits, group_size):
-    """(codes, scales, offsets) of the flat float32 sequence w; scales and offsets rounded to float16 before the fit."""
+    """(codes, scales, offsets) of the flat float32 sequence w; scales and offsets rounded to float16 before
+    the fit."""
     codes, scales, offsets = [], [], []
     top = 2**bits - 1
     for group in blocks(len(w), group_size):
@@ -113,7 +115,9 @@ def quantize_affine(w, bits, group_size):
         scales.append(scale)
         offsets.append(offset)
         for i in group:
-            q = round(float((np.float32(w[i]) - offset) / scale))  # Python rounds halves to even, as rint does
+            q = round(
+                float((np.float32(w[i]) - offset) / scale)
+            )  # Python rounds halves to even, as rint does
             codes.append(min(max(q, 0), top))
     return codes, scales, offsets
 
@@ -131,7 +135,9 @@ def dequantize_affine(codes, scales, offsets, group_size):
 def matmul(a, b):
     """a (n, k) times b (k, m), each element an exactly rounded sum of float64 products."""
     n, k, m = len(a), len(b), len(b[0])
-    return np.array([[math.fsum(float(a[i][t]) * float(b[t][j]) for t in range(k)) for j in range(m)] for i in range(n)])
+    return np.array(
+        [[math.fsum(float(a[i][t]) * float(b[t][j]) for t in range(k)) for j in range(m)] for i in range(n)]
+    )
 
 
 # ---- the transformer's mathematics (lists of Python floats, so always double precision)
@@ -145,8 +151,11 @@ def rms_norm(x, weight, eps):
 def rope(head, position, theta):
     """Turn the pair (i, i + D/2) of one head by position·theta^(-2i/D), as a complex number."""
     half = len(head) // 2
-    turned = [complex(head[i], head[i + half]) * complex(math.cos(a), math.sin(a))
-              for i in range(half) for a in [position * theta ** (-2 * i / len(head))]]
+    turned = [
+        complex(head[i], head[i + half]) * complex(math.cos(a), math.sin(a))
+        for i in range(half)
+        for a in [position * theta ** (-2 * i / len(head))]
+    ]
     return [z.real for z in turned] + [z.imag for z in turned]
 
 
@@ -159,11 +168,16 @@ def attention(q, k, v):
         for t in range(T):
             for h in range(H):
                 kv = h // (H // K)
-                scores = [math.fsum(q[b][t][h][d] * k[b][s][kv][d] for d in range(D)) / math.sqrt(D) for s in range(t + 1)]
+                scores = [
+                    math.fsum(q[b][t][h][d] * k[b][s][kv][d] for d in range(D)) / math.sqrt(D)
+                    for s in range(t + 1)
+                ]
                 largest = max(scores)
                 weights = [math.exp(score - largest) for score in scores]
                 for d in range(D):
-                    y[b, t, h, d] = math.fsum(w * v[b][s][kv][d] for s, w in enumerate(weights)) / math.fsum(weights)
+                    y[b, t, h, d] = math.fsum(w * v[b][s][kv][d] for s, w in enumerate(weights)) / math.fsum(
+                        weights
+                    )
     return y
 
 
@@ -194,9 +208,12 @@ def group_sum(x, g):
 def lora_delta(a, b, scaling, pool=1):
     """ΔW[o][i] = scaling · Σ_k B[o][k]·A[k][i // pool]."""
     out, r, groups = len(b), len(a), len(a[0])
-    return np.array([
-        [scaling * math.fsum(b[o][k] * a[k][i // pool] for k in range(r)) for i in range(groups * pool)] for o in range(out)
-    ])
+    return np.array(
+        [
+            [scaling * math.fsum(b[o][k] * a[k][i // pool] for k in range(r)) for i in range(groups * pool)]
+            for o in range(out)
+        ]
+    )
 
 
 # ---- optimizers: one number at a time, in double precision
@@ -237,9 +254,11 @@ def clip(grads, max_norm):
 
 
 def obq(w, hessian, damp, bits, group):
-    """Round row by row as optimal brain quantization says, by eliminating each column from H⁻¹: GPTQ without Cholesky or blocks.
+    """Round row by row as optimal brain quantization says, by eliminating each column from H⁻¹: GPTQ without
+    Cholesky or blocks.
 
-    Min/max groups of float16 scale and offset, fitted to the weights as they are when the group begins. Returns codes.
+    Min/max groups of float16 scale and offset, fitted to the weights as they are when the group begins.
+    Returns codes.
     """
     n = len(hessian)
     h = [[float(hessian[i][j]) for j in range(n)] for i in range(n)]

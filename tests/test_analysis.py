@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.study.analysis import (
+from minilora.report.analysis import (
     effective_rank,
     learned,
     plot_rank,
@@ -54,8 +54,9 @@ def test_a_subspace_lies_in_itself_however_its_basis_is_mixed(rng):
     a = rng.standard_normal((4, 12))
     phi = subspace_similarity(a, rng.standard_normal((4, 4)) @ a)
     assert phi[3, 3] == pytest.approx(1, abs=1e-12)
-    assert subspace_similarity(a, 3 * a) == pytest.approx(np.minimum.outer(range(1, 5), range(1, 5)) /
-                                                          np.minimum.outer(range(1, 5), range(1, 5)), abs=1e-12)  # fmt: skip
+    assert subspace_similarity(a, 3 * a) == pytest.approx(
+        np.minimum.outer(range(1, 5), range(1, 5)) / np.minimum.outer(range(1, 5), range(1, 5)), abs=1e-12
+    )
 
 
 def test_orthogonal_subspaces_share_nothing(rng):
@@ -69,7 +70,9 @@ def test_similarity_is_the_papers_formula(rng):
     v1, v2 = (np.linalg.svd(a)[2] for a in (a1, a2))
     for i in range(1, 4):
         for j in range(1, 6):
-            assert phi[i - 1, j - 1] == pytest.approx(np.linalg.norm(v1[:i] @ v2[:j].T) ** 2 / min(i, j), rel=1e-12)
+            assert phi[i - 1, j - 1] == pytest.approx(
+                np.linalg.norm(v1[:i] @ v2[:j].T) ** 2 / min(i, j), rel=1e-12
+            )
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 2**32 - 1))
@@ -84,7 +87,8 @@ def test_similarity_lies_between_0_and_1_and_is_symmetric(r1, r2, seed):
 def test_chance_is_the_share_of_space_that_the_larger_subspace_fills(rng):
     phi = random_subspace_similarity(3, 6, 48, rng, repeats=400)
     larger = np.maximum.outer(range(1, 4), range(1, 7))
-    # One draw's φ(i, j) spreads by less than its mean; 400 draws bring that to 1/20 of it, and three of those are allowed.
+    # One draw's φ(i, j) spreads by less than its mean; 400 draws bring that to 1/20 of it, and three of those
+    # are allowed.
     np.testing.assert_allclose(phi, larger / 48, rtol=0.15 * np.sqrt(2))
 
 
@@ -130,8 +134,10 @@ def test_the_figure_has_spectra_two_comparisons_and_a_control(rng):
     titles = [ax.get_title() for ax in figure.axes]
     assert titles[0] == "Spectrum of the update"
     assert [title.removeprefix("φ(i, j) ") for title in titles[1:4]] == [
-        "between two ranks", "between two seeds", "between random matrices (control)",
-    ]  # fmt: skip
+        "between two ranks",
+        "between two seeds",
+        "between random matrices (control)",
+    ]
     assert [ax.images[0].get_array().shape for ax in figure.axes[1:4]] == [(8, 32), (32, 32), (32, 32)]
     figure.canvas.draw()
 
@@ -141,8 +147,9 @@ def test_the_figure_has_spectra_two_comparisons_and_a_control(rng):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A tiny sweep that keeps its runs: full fine-tuning, and LoRA at two ranks and with two seeds; two steps each."""
-    from minilora.study.sweep import SweepConfig, expand, run_sweep
+    """A tiny sweep that keeps its runs: full fine-tuning, and LoRA at two ranks and with two seeds; two steps
+    each."""
+    from minilora.sweep.runner import SweepConfig, expand, run_sweep
 
     out = tmp_path_factory.mktemp("kept")
     shared = {"task": ("python",), "steps": 2, "batch_size": 2, "n_eval": 2}

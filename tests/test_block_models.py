@@ -12,11 +12,18 @@ from minilora.memory import count_parameters, effective_bits, model_bytes
 from minilora.merging import merge
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quantize import dequantize_model, quantize_model
+from minilora.quant.model import dequantize_model, quantize_model
 from minilora.transformer import Transformer, init_model
 
-CONFIG = ModelConfig(vocab_size=40, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=1, context_length=32)  # fmt: skip
+CONFIG = ModelConfig(
+    vocab_size=40,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    context_length=32,
+)
 IDS = np.arange(20).reshape(2, 10)
 
 
@@ -24,8 +31,11 @@ def block_model(quant_type: str = "Q4_1") -> Transformer:
     """As a GGUF holds a model: projections in 4 bits, a tied embedding in 8."""
     dense = init_model(CONFIG, np.random.default_rng(0), trainable=False)
     table = BlockWeight.quantize(dense.embedding.weight.dense(), "Q8_0")
-    model = dense.map_linears(lambda x: Linear(x.name, table if x is dense.head else
-                                               BlockWeight.quantize(20 * x.weight.dense(), quant_type)))  # fmt: skip
+    model = dense.map_linears(
+        lambda x: Linear(
+            x.name, table if x is dense.head else BlockWeight.quantize(20 * x.weight.dense(), quant_type)
+        )
+    )
     model.embedding = Embedding(dense.embedding.name, table)
     return model
 
@@ -45,7 +55,9 @@ def test_dequantized_model_computes_the_same_and_stays_tied():
     assert blocks.tied and dense.tied
     assert all(isinstance(linear.weight, DenseWeight) for _, linear in dense.linears())
     np.testing.assert_array_equal(dense.embedding.weight.dense(), blocks.embedding.weight.dense())
-    np.testing.assert_allclose(dense.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(dense.logits(IDS)).max())
+    np.testing.assert_allclose(
+        dense.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(dense.logits(IDS)).max()
+    )
 
 
 def test_the_table_may_stay_in_its_blocks():
@@ -54,7 +66,9 @@ def test_the_table_may_stay_in_its_blocks():
     assert model.tied and isinstance(model.embedding.weight, BlockWeight)
     assert not np.shares_memory(model.embedding.weight.blocks, blocks.embedding.weight.blocks)
     assert isinstance(model.blocks[0].mlp.up_proj.weight, DenseWeight)
-    np.testing.assert_allclose(model.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(blocks.logits(IDS)).max())
+    np.testing.assert_allclose(
+        model.logits(IDS), blocks.logits(IDS), rtol=0, atol=1e-4 * np.abs(blocks.logits(IDS)).max()
+    )
 
 
 def test_quantizing_a_block_model_equals_quantizing_its_numbers():
@@ -69,7 +83,9 @@ def test_quantizing_a_block_model_equals_quantizing_its_numbers():
 def test_qalora_on_blocks_is_qalora_on_the_same_groups():
     model = qalora(block_model())
     linear = model.blocks[0].mlp.down_proj
-    assert isinstance(linear, LoraLinear) and linear.pool == 32 and isinstance(linear.base.weight, BlockWeight)
+    assert (
+        isinstance(linear, LoraLinear) and linear.pool == 32 and isinstance(linear.base.weight, BlockWeight)
+    )
     assert linear.lora_A.data.shape == (4, 96 // 32)
 
 
@@ -77,7 +93,9 @@ def test_merging_into_blocks_keeps_every_code():
     blocks = block_model()
     model = qalora(blocks)
     merged, errors = merge(model)
-    np.testing.assert_allclose(merged.logits(IDS), model.logits(IDS), rtol=0, atol=2e-5 * np.abs(model.logits(IDS)).max())
+    np.testing.assert_allclose(
+        merged.logits(IDS), model.logits(IDS), rtol=0, atol=2e-5 * np.abs(model.logits(IDS)).max()
+    )
     before = dict(blocks.linears())
     for name, linear in merged.linears():
         if name != "lm_head":

@@ -1,4 +1,5 @@
-"""GGUF's blocks of 32: decoded, multiplied and made as plain loops do it; views, never copies; what does not fit is refused."""
+"""GGUF's blocks of 32: decoded, multiplied and made as plain loops do it; views, never copies; what does not
+fit is refused."""
 
 from __future__ import annotations
 
@@ -11,8 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from minilora.kernels import block_codes
+from minilora.kernels import block_vectors as blocks_simd
 from minilora.memory import unique_bytes
-from minilora.quant import AffineWeight, blocks, blocks_simd, packed
+from minilora.quant import AffineWeight, blocks, packed
 from minilora.quant.blocks import BlockWeight
 
 EPS = np.finfo(np.float32).eps
@@ -47,7 +50,9 @@ def decode_block(quant_type, raw):
 def decode(quant_type, raw):
     size = BYTES[quant_type]
     raw = np.asarray(raw).tobytes()
-    return np.array([decode_block(quant_type, raw[i : i + size]) for i in range(0, len(raw), size)], np.float32)
+    return np.array(
+        [decode_block(quant_type, raw[i : i + size]) for i in range(0, len(raw), size)], np.float32
+    )
 
 
 def encode_block(quant_type, xs):
@@ -56,7 +61,9 @@ def encode_block(quant_type, xs):
         d = f32(max(abs(x) for x in xs) / 127)
         inverse = f32(1 / d) if d else 0.0
         scaled = [f32(x * inverse) for x in xs]
-        codes = [int(math.copysign(math.floor(abs(v)) + (abs(v) - math.floor(abs(v)) >= 0.5), v)) for v in scaled]
+        codes = [
+            int(math.copysign(math.floor(abs(v)) + (abs(v) - math.floor(abs(v)) >= 0.5), v)) for v in scaled
+        ]
         return struct.pack("<e32b", d, *codes)
     if quant_type == "Q4_0":
         largest = 0.0
@@ -77,7 +84,8 @@ def encode_block(quant_type, xs):
 
 
 def random_blocks(quant_type, out, in_, seed=0):
-    """Any codes; any finite float16 as scale and minimum, subnormal and negative ones and both zeros among them."""
+    """Any codes; any finite float16 as scale and minimum, subnormal and negative ones and both zeros among
+    them."""
     rng = np.random.default_rng(seed)
     raw = rng.integers(0, 256, (out, in_ // 32, BYTES[quant_type]), np.uint8)
     for at in (1, 3) if quant_type == "Q4_1" else (1,):
@@ -116,9 +124,9 @@ def test_every_byte_decodes_as_the_loop_says_bit_by_bit(quant_type):
     expected = decode(quant_type, raw).reshape(24, 96)
     assert same_bits(weight.dense(), expected)
     twin = np.empty(24 * 96, np.float32)
-    blocks.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
+    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
     assert same_bits(twin, expected.reshape(-1))
-    blocks.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 3, twin[:96])
+    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 3, twin[:96])
     assert same_bits(twin[:96], expected[1])
 
 
@@ -130,7 +138,7 @@ def test_all_finite_float16_scales_decode(quant_type):
     raw[:, :2] = halves[:, None].view(np.uint8)
     weight = BlockWeight(raw, quant_type, (halves.size, 32))
     twin = np.empty(raw.shape[0] * 32, np.float32)
-    blocks.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
+    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
     assert same_bits(weight.dense().reshape(-1), twin)
     assert np.array_equal(weight.scales[:, 0].view(np.uint16), halves)
 
@@ -171,7 +179,11 @@ def assert_kernel(actual, weight, x):
     """actual = x Wᵀ by any of the kernels: with w = d·q + m, Σ d·q·x and Σ m·x may be summed apart."""
     w = weight.dense().astype(np.float64)
     d = np.repeat(np.abs(weight.scales.astype(np.float64)), 32, axis=1)
-    m = {"Q4_0": -8 * d, "Q4_1": np.repeat(weight.offsets, 32, axis=1) if weight.offsets is not None else 0, "Q8_0": 0}
+    m = {
+        "Q4_0": -8 * d,
+        "Q4_1": np.repeat(weight.offsets, 32, axis=1) if weight.offsets is not None else 0,
+        "Q8_0": 0,
+    }
     m = np.abs(np.broadcast_to(m[weight.quant_type], w.shape)).astype(np.float64)
     x = x.astype(np.float64)
     bound = (x.shape[1] + 4) * EPS / 2 * (np.abs(x) @ (np.abs(w) + 2 * m).T)  # |d·q| ≤ |w| + |m|
@@ -188,8 +200,12 @@ def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, 
     weight = BlockWeight(random_blocks(quant_type, out, in_, seed=out), quant_type, (out, in_))
     x = matrix(batch, in_, seed=in_)
     assert_kernel(weight.matmul(x), weight, x)
-    for multiply in (blocks.multiply_blocks, blocks.multiply_blocks.py_func, blocks.multiply_blocks_numpy):
-        if multiply is blocks.multiply_blocks.py_func and out * in_ > 1000:
+    for multiply in (
+        block_codes.multiply_blocks,
+        block_codes.multiply_blocks.py_func,
+        block_codes.multiply_blocks_numpy,
+    ):
+        if multiply is block_codes.multiply_blocks.py_func and out * in_ > 1000:
             continue
         y = np.full((batch, out), np.nan, np.float32)
         multiply(weight.blocks.reshape(-1), BYTES[quant_type], x, 0, out, y)
@@ -197,9 +213,12 @@ def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, 
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
-@pytest.mark.parametrize("module", [blocks, pytest.param(blocks_simd, marks=vectors)], ids=lambda m: m.__name__[-4:])
+@pytest.mark.parametrize(
+    "module", [block_codes, pytest.param(blocks_simd, marks=vectors)], ids=lambda m: m.__name__[-4:]
+)
 def test_rows_of_a_product_do_not_depend_on_what_is_computed_with_them(quant_type, module):
-    """Any cut of W's rows, as for two threads, and any company of x's rows, as for several prompts: the same bits."""
+    """Any cut of W's rows, as for two threads, and any company of x's rows, as for several prompts: the same
+    bits."""
     weight, x = BlockWeight(random_blocks(quant_type, 21, 96), quant_type, (21, 96)), matrix(7, 96, seed=3)
     raw, size = weight.blocks.reshape(-1), BYTES[quant_type]
     whole = np.empty((7, 21), np.float32)
@@ -222,7 +241,7 @@ def test_vectors_decode_the_loops_bits(quant_type):
     raw = random_blocks(quant_type, 24, 96).reshape(-1)
     for first, count in ((0, 72), (5, 9), (71, 1)):
         loops, vector = (np.full(32 * count, np.nan, np.float32) for _ in range(2))
-        blocks.dequantize_blocks(raw, BYTES[quant_type], first, loops)
+        block_codes.dequantize_blocks(raw, BYTES[quant_type], first, loops)
         blocks_simd.dequantize_blocks(raw, BYTES[quant_type], first, vector)
         assert same_bits(vector, loops)
 
@@ -230,7 +249,8 @@ def test_vectors_decode_the_loops_bits(quant_type):
 @vectors
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_every_code_meets_its_own_input(quant_type):
-    """With unit vectors as x a product is one weight: whatever order and factors the vectors use, they must cancel."""
+    """With unit vectors as x a product is one weight: whatever order and factors the vectors use, they must
+    cancel."""
     raw = random_blocks(quant_type, 5, 64)
     raw.reshape(5, 2, -1)[..., :4:2] = 0  # d and m of few digits, and not large: d·q + m is exact
     for at in (1, 3) if quant_type == "Q4_1" else (1,):
@@ -238,8 +258,14 @@ def test_every_code_meets_its_own_input(quant_type):
     weight, y = BlockWeight(raw, quant_type, (5, 64)), np.empty((64, 5), np.float32)
     for batch in (1, 4):
         for i in range(0, 64, batch):
-            blocks_simd.multiply_blocks(raw.reshape(-1), BYTES[quant_type], np.eye(64, dtype=np.float32)[i : i + batch], 0, 5,
-                                        y[i : i + batch])  # fmt: skip
+            blocks_simd.multiply_blocks(
+                raw.reshape(-1),
+                BYTES[quant_type],
+                np.eye(64, dtype=np.float32)[i : i + batch],
+                0,
+                5,
+                y[i : i + batch],
+            )
         assert np.array_equal(y, weight.dense().T)
 
 
@@ -296,14 +322,25 @@ def test_quantizing_gives_the_loops_bytes(quant_type, data):
     else:
         values = st.sampled_from([0.0, 1.0, -1.0, 127.0, -8.0, 2.5])
     row = data.draw(st.lists(values, min_size=32, max_size=32))
-    w = np.array([row], np.float32) + np.float32(0)  # no -0: which of two zeros is the least is nobody's definition
+    w = np.array([row], np.float32) + np.float32(
+        0
+    )  # no -0: which of two zeros is the least is nobody's definition
     assert BlockWeight.quantize(w, quant_type).blocks.tobytes() == encode_block(quant_type, w[0].tolist())
 
 
 def test_ties_go_away_from_zero_and_half_less_a_bit_does_not():
     w = np.zeros((1, 32), np.float32)
     w[0, :7] = 127, 0.5, -0.5, 1.5, 2.5, -2.5, np.nextafter(np.float32(0.5), np.float32(0))
-    assert BlockWeight.quantize(w, "Q8_0").codes.view(np.int8)[0, 0, :8].tolist() == [127, 1, -1, 2, 3, -3, 0, 0]
+    assert BlockWeight.quantize(w, "Q8_0").codes.view(np.int8)[0, 0, :8].tolist() == [
+        127,
+        1,
+        -1,
+        2,
+        3,
+        -3,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -320,7 +357,9 @@ def test_quantizing_in_pieces_is_quantizing_row_by_row(quant_type, monkeypatch):
     whole = BlockWeight.quantize(w, quant_type).blocks
     monkeypatch.setattr(blocks, "PIECE", 128)
     assert np.array_equal(BlockWeight.quantize(w, quant_type).blocks, whole)
-    assert np.array_equal(np.concatenate([BlockWeight.quantize(row[None], quant_type).blocks for row in w]), whole)
+    assert np.array_equal(
+        np.concatenate([BlockWeight.quantize(row[None], quant_type).blocks for row in w]), whole
+    )
 
 
 def test_the_error_of_quantizing_is_at_most_half_a_step():
@@ -329,11 +368,14 @@ def test_the_error_of_quantizing_is_at_most_half_a_step():
     steps = {
         "Q8_0": np.abs(groups).max(1) / 127 / 2,
         "Q4_1": (groups.max(1) - groups.min(1)) / 15 / 2,
-        "Q4_0": np.abs(groups).max(1) / 8,  # the value opposite to the largest is a whole step beyond the last code
+        "Q4_0": np.abs(groups).max(1)
+        / 8,  # the value opposite to the largest is a whole step beyond the last code
     }
     for quant_type, step in steps.items():
         error = np.abs(BlockWeight.quantize(w, quant_type).dense() - w).reshape(-1, 32).max(1)
-        assert (error <= step + 2**-10 * np.abs(groups).max(1) * 2).all()  # and what float16 takes from d·q and m
+        assert (
+            error <= step + 2**-10 * np.abs(groups).max(1) * 2
+        ).all()  # and what float16 takes from d·q and m
 
 
 # ---- bytes
@@ -343,10 +385,15 @@ def test_bytes_by_class_add_up_to_the_blocks(weight):
     assert weight.bits_per_weight == BITS[weight.quant_type]
     assert sum(weight.nbytes.values()) == weight.blocks.nbytes
     assert weight.nbytes["codes"] == 19 * 96 * weight.bits // 8 and weight.nbytes["scales"] == 19 * 3 * 2
-    assert weight.nbytes["offsets"] == (19 * 3 * 2 if weight.quant_type == "Q4_1" else 0) and weight.nbytes["code_maps"] == 0
+    assert (
+        weight.nbytes["offsets"] == (19 * 3 * 2 if weight.quant_type == "Q4_1" else 0)
+        and weight.nbytes["code_maps"] == 0
+    )
     for kind, arrays in weight.arrays().items():
         assert all(np.shares_memory(a, weight.blocks) and not a.flags.writeable for a in arrays)
-        assert unique_bytes([*arrays, *weight.arrays()[kind]]) == weight.nbytes[kind]  # the ledger counts each part once
+        assert (
+            unique_bytes([*arrays, *weight.arrays()[kind]]) == weight.nbytes[kind]
+        )  # the ledger counts each part once
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -394,7 +441,9 @@ def test_a_merged_offset_is_rounded_to_float16_and_the_change_is_told():
     assert change == np.abs(rounded - merged.offset.reshape(-1).astype(np.float64)).max() > 0
     assert change <= np.abs(merged.offset).max() * 2**-11
     assert np.array_equal(block.codes[..., 0] & 15, merged.unpacked()[:, ::32])
-    assert same_bits(block.affine().dense(), merged.with_offset(rounded.reshape(7, 2).astype(np.float32)).dense())
+    assert same_bits(
+        block.affine().dense(), merged.with_offset(rounded.reshape(7, 2).astype(np.float32)).dense()
+    )
 
 
 # ---- refusals
@@ -420,7 +469,9 @@ def test_blocks_that_do_not_fit_are_refused(change, message):
 
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
-@pytest.mark.parametrize(("quant_type", "at", "name"), [("Q4_0", 0, "d"), ("Q4_1", 0, "d"), ("Q4_1", 2, "m"), ("Q8_0", 0, "d")])
+@pytest.mark.parametrize(
+    ("quant_type", "at", "name"), [("Q4_0", 0, "d"), ("Q4_1", 0, "d"), ("Q4_1", 2, "m"), ("Q8_0", 0, "d")]
+)
 def test_a_scale_that_is_not_finite_is_refused_by_row_and_block(quant_type, at, name, bad, monkeypatch):
     monkeypatch.setattr(blocks, "PIECE", 4)  # two rows of blocks at a time
     raw = random_blocks(quant_type, 9, 64)
@@ -439,7 +490,9 @@ def test_what_cannot_be_quantized_is_refused():
     for quant_type, top in (("Q4_0", 8 * 65520), ("Q4_1", 65520), ("Q8_0", 127 * 65520)):
         w = np.zeros((2, 32), np.float32)
         w[1] = top
-        with pytest.raises(ValueError, match=f"{quant_type}: scale or minimum of block 1 exceeds float16's 65504"):
+        with pytest.raises(
+            ValueError, match=f"{quant_type}: scale or minimum of block 1 exceeds float16's 65504"
+        ):
             BlockWeight.quantize(w, quant_type)
     w = np.array([[-3e38, 3e38] * 16], np.float32)  # max - min is infinite already
     with pytest.raises(ValueError, match="exceeds float16"):

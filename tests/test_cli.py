@@ -1,4 +1,5 @@
-"""The command line, called as a user calls it: in this process where that is enough, in a fresh one for signals."""
+"""The command line, called as a user calls it: in this process where that is enough, in a fresh one for
+signals."""
 
 from __future__ import annotations
 
@@ -41,10 +42,29 @@ def test_each_example_is_accepted_by_the_parser(command):
 
 def test_train_generate_merge_in_a_row(tmp_path, capsys):
     out = tmp_path / "first"
-    assert call("train", "--method", "qalora", "--bits", 4, "--group-size", 16, "--steps", 3, "--n-eval", 4, "--out", out) == 0
+    assert (
+        call(
+            "train",
+            "--method",
+            "qalora",
+            "--bits",
+            4,
+            "--group-size",
+            16,
+            "--steps",
+            3,
+            "--n-eval",
+            4,
+            "--out",
+            out,
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     assert "trainable params: " in text and " || all params: " in text and " || trainable%: " in text
-    assert {"adapter_config.json", "adapter_model.safetensors"} == {p.name for p in (out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} == {
+        p.name for p in (out / "adapter").iterdir()
+    }
     assert call("generate", "--run", out, "--task-prompts", 2, "--max-new-tokens", 5) == 0
     assert capsys.readouterr().out.count("Describe: ") == 2
     assert call("merge", "--run", out) == 0
@@ -54,27 +74,42 @@ def test_train_generate_merge_in_a_row(tmp_path, capsys):
     assert abs(float(before) - float(after.split()[0])) < 1e-4
     assert call("merge", "--run", out, "--compare") == 0
     text = capsys.readouterr().out
-    for way in ("not merged", "full-precision base", "dequantized base", "re-quantized: int4, g = 16, gptq", "offsets, float32",
-                "offsets, whole zero points"):
+    for way in (
+        "not merged",
+        "full-precision base",
+        "dequantized base",
+        "re-quantized: int4, g = 16, gptq",
+        "offsets, float32",
+        "offsets, whole zero points",
+    ):
         assert f"| {way} |" in text
     assert (out / "merges.md").read_text() in text
     assert call("merge", "--run", out, "--offsets", "zero", "--out", tmp_path / "hf") == 0
-    assert (tmp_path / "hf" / "config.json").is_file() and "6.000 before, 5.250 merged" in capsys.readouterr().out
-    assert call("merge", "--run", out, "--out", tmp_path / "float offsets") == 2  # GPTQ's form holds whole zero points only
+    assert (
+        tmp_path / "hf" / "config.json"
+    ).is_file() and "6.000 before, 5.250 merged" in capsys.readouterr().out
+    assert (
+        call("merge", "--run", out, "--out", tmp_path / "float offsets") == 2
+    )  # GPTQ's form holds whole zero points only
     assert "whole zero points" in capsys.readouterr().err
 
 
 def test_merge_refuses_what_does_not_go_together(tmp_path, capsys):
     out = tmp_path / "run"
     assert call("train", "--method", "qlora", "--steps", 1, "--n-eval", 2, "--out", out) == 0
-    for arguments, part in ((("--offsets", "zero"), "offsets='zero': only --how requantize or offsets"),
-                            (("--how", "dense", "--quant-type", "int4"), "quant_type='int4': only --how requantize"),
-                            (("--compare", "--out", tmp_path / "x"), "leave out --how, --offsets and --out")):  # fmt: skip
+    for arguments, part in (
+        (("--offsets", "zero"), "offsets='zero': only --how requantize or offsets"),
+        (("--how", "dense", "--quant-type", "int4"), "quant_type='int4': only --how requantize"),
+        (("--compare", "--out", tmp_path / "x"), "leave out --how, --offsets and --out"),
+    ):
         assert call("merge", "--run", out, *arguments) == 2
         assert part in capsys.readouterr().err
     arguments = ("--how", "requantize", "--quant-type", "int4", "--quantizer", "hqq", "--offsets", "zero")
     assert call("merge", "--run", out, *arguments, "--out", tmp_path / "hf") == 0
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["quant_method"] == "gptq"
+    assert (
+        json.loads((tmp_path / "hf" / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "gptq"
+    )
 
 
 def test_what_a_weight_loses_and_a_model_saved_in_each_form(tmp_path, capsys):
@@ -83,15 +118,52 @@ def test_what_a_weight_loses_and_a_model_saved_in_each_form(tmp_path, capsys):
     assert call(*arguments, "--weight", "layers.1.self_attn.q_proj", "--save", tmp_path / "hf") == 0
     text = capsys.readouterr().out
     assert "model.layers.1.self_attn.q_proj 128 × 128" in text and "loss " in text
-    assert (out / "weight.md").is_file() and {p.stem for p in out.glob("*.png")} == {"levels", "blocks", "errors", "bytes"}
-    assert call("quantize", "--model", tmp_path / "hf", "--quant-type", "int4", "--quantizer", "hqq", "--out", out,
-                "--save", tmp_path / "m.safetensors") == 0
+    assert (out / "weight.md").is_file() and {p.stem for p in out.glob("*.png")} == {
+        "levels",
+        "blocks",
+        "errors",
+        "bytes",
+    }
+    assert (
+        call(
+            "quantize",
+            "--model",
+            tmp_path / "hf",
+            "--quant-type",
+            "int4",
+            "--quantizer",
+            "hqq",
+            "--out",
+            out,
+            "--save",
+            tmp_path / "m.safetensors",
+        )
+        == 0
+    )
     assert load_model(tmp_path / "m.safetensors").blocks[0].mlp.up_proj.weight.quant_type == "int4"
 
 
 def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys):
-    grid = ["sweep", "--method", "lora", "base", "--r", 2, "--seed", 0, "--steps", 2, "--n-eval", 4, "--n-jobs", 1,
-            "--out", tmp_path, "--name", "small"]
+    grid = [
+        "sweep",
+        "--method",
+        "lora",
+        "base",
+        "--r",
+        2,
+        "--seed",
+        0,
+        "--steps",
+        2,
+        "--n-eval",
+        4,
+        "--n-jobs",
+        1,
+        "--out",
+        tmp_path,
+        "--name",
+        "small",
+    ]
     assert call(*grid) == 0
     text = capsys.readouterr().out
     assert "2 runs in 1 process" in text and "LoRA" in text
@@ -100,7 +172,9 @@ def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys
     assert {"results.jsonl", "results.csv", "README.md"} <= names
     assert any(n.endswith(".png") for n in names | {p.name for p in folder.rglob("*.png")})
     rows = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
-    assert {row["method"] for row in rows} == {"lora", "base"} and all(row["status"] == "success" for row in rows)
+    assert {row["method"] for row in rows} == {"lora", "base"} and all(
+        row["status"] == "success" for row in rows
+    )
     assert call(*grid) == 0  # everything is there: nothing runs again
     assert (folder / "results.jsonl").read_text().count("\n") == 2
     (folder / "README.md").unlink()
@@ -108,30 +182,36 @@ def test_a_small_sweep_writes_everything_and_plot_does_it_again(tmp_path, capsys
     assert (folder / "README.md").is_file()
 
 
-@pytest.mark.parametrize(("arguments", "parts"), [
-    (["train", "--r", 0], ["r=0", "at least 1"]),
-    (["train", "--r", 4096], ["r=4096", "at most 128"]),
-    (["train", "--method", "qalora", "--group-size", 48], ["group_size=48", "divide", "32"]),
-    (["train", "--target-modules", "query"], ["query", "q_proj"]),
-    (["train", "--method", "qlora", "--bits", 5], ["nf5", "nf4"]),
-    (["train", "--task", "text", "--text-path", "no/such/file.txt"], ["no/such/file.txt"]),
-    (["generate"], ["--prompt"]),
-    (["generate", "--prompt", "x", "--run", "no/such/run"], ["no/such/run"]),
-    (["merge", "--run", "no/such/run"], ["no/such/run"]),
-    (["plot", "no/such/folder"], ["no/such/folder"]),
-    (["train", "--method", "lora", "--quantizer", "gptq"], ["quantizer='gptq'", "quantizes nothing"]),
-    (["train", "--method", "qalora", "--use-dora"], ["use_dora=True", "use_qalora"]),
-    (["quantize", "--weight", "proj", "--out", "{tmp}"], ["weight='proj'", "matches 0", "q_proj"]),
-    (["quantize", "--weight", "q_proj", "--out", "{tmp}"], ["weight='q_proj'", "matches 4"]),
-    (["quantize", "--model", "no/such/model", "--out", "{tmp}"], ["no/such/model"]),
-    (["quantize", "--quant-type", "nf5", "--out", "{tmp}"], ["nf5", "nf4"]),
-    (["quantize", "--quant-type", "nf4", "--quantizer", "hqq", "--out", "{tmp}"], ["nothing to do for nf4"]),
-    (["pretrain", "--text", "no/such/file.txt", "--out", "{tmp}"], ["no/such/file.txt"]),
-    (["sweep", "--method", "lora", "--r", 500, "--out", "{tmp}"], ["r=500", "at most"]),
-    (["sweep", "--preset", "fulll"], ["fulll", "demo, full"]),
-    (["sweep", "--preset", "full", "--task", "python"], ["full", "leave out --task"]),
-    (["sweep", "--preset", "demo", "--split", "validation"], ["demo", "--split"]),
-])
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["train", "--r", 0], ["r=0", "at least 1"]),
+        (["train", "--r", 4096], ["r=4096", "at most 128"]),
+        (["train", "--method", "qalora", "--group-size", 48], ["group_size=48", "divide", "32"]),
+        (["train", "--target-modules", "query"], ["query", "q_proj"]),
+        (["train", "--method", "qlora", "--bits", 5], ["nf5", "nf4"]),
+        (["train", "--task", "text", "--text-path", "no/such/file.txt"], ["no/such/file.txt"]),
+        (["generate"], ["--prompt"]),
+        (["generate", "--prompt", "x", "--run", "no/such/run"], ["no/such/run"]),
+        (["merge", "--run", "no/such/run"], ["no/such/run"]),
+        (["plot", "no/such/folder"], ["no/such/folder"]),
+        (["train", "--method", "lora", "--quantizer", "gptq"], ["quantizer='gptq'", "quantizes nothing"]),
+        (["train", "--method", "qalora", "--use-dora"], ["use_dora=True", "use_qalora"]),
+        (["quantize", "--weight", "proj", "--out", "{tmp}"], ["weight='proj'", "matches 0", "q_proj"]),
+        (["quantize", "--weight", "q_proj", "--out", "{tmp}"], ["weight='q_proj'", "matches 4"]),
+        (["quantize", "--model", "no/such/model", "--out", "{tmp}"], ["no/such/model"]),
+        (["quantize", "--quant-type", "nf5", "--out", "{tmp}"], ["nf5", "nf4"]),
+        (
+            ["quantize", "--quant-type", "nf4", "--quantizer", "hqq", "--out", "{tmp}"],
+            ["nothing to do for nf4"],
+        ),
+        (["pretrain", "--text", "no/such/file.txt", "--out", "{tmp}"], ["no/such/file.txt"]),
+        (["sweep", "--method", "lora", "--r", 500, "--out", "{tmp}"], ["r=500", "at most"]),
+        (["sweep", "--preset", "fulll"], ["fulll", "demo, full"]),
+        (["sweep", "--preset", "full", "--task", "python"], ["full", "leave out --task"]),
+        (["sweep", "--preset", "demo", "--split", "validation"], ["demo", "--split"]),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert call(*(str(tmp_path) if a == "{tmp}" else a for a in arguments)) == 2
@@ -142,7 +222,24 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsy
 
 
 def test_naming_an_axis_with_its_default_is_a_grid_of_ones_own(tmp_path, capsys):
-    assert call("sweep", "--method", "base", "--r", 8, "--steps", 1, "--n-eval", 2, "--n-jobs", 1, "--out", tmp_path) == 0
+    assert (
+        call(
+            "sweep",
+            "--method",
+            "base",
+            "--r",
+            8,
+            "--steps",
+            1,
+            "--n-eval",
+            2,
+            "--n-jobs",
+            1,
+            "--out",
+            tmp_path,
+        )
+        == 0
+    )
     assert "Your own grid." in capsys.readouterr().out and (tmp_path / "custom" / "results.jsonl").is_file()
 
 
@@ -157,8 +254,27 @@ def test_a_folder_of_another_run_is_refused(tmp_path, capsys):
 
 
 def test_a_loss_that_is_not_finite_is_one_line(tmp_path, capsys):
-    assert call("train", "--learning-rate", 1e30, "--steps", 3, "--batch-size", 2, "--n-eval", 2, "--out", tmp_path) == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "it/s" not in line and "step" in line and "error" in line]
+    assert (
+        call(
+            "train",
+            "--learning-rate",
+            1e30,
+            "--steps",
+            3,
+            "--batch-size",
+            2,
+            "--n-eval",
+            2,
+            "--out",
+            tmp_path,
+        )
+        == 2
+    )
+    lines = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if "it/s" not in line and "step" in line and "error" in line
+    ]
     assert len(lines) == 1 and "not finite" in lines[0]
 
 
@@ -172,7 +288,9 @@ def test_text_files_that_cannot_be_used(tmp_path, capsys, monkeypatch):
         assert word in capsys.readouterr().err
 
 
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs /proc")
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() == 0 and not os.path.exists("/proc"), reason="needs /proc"
+)
 def test_unwritable_folder_is_refused_before_work(capsys):
     assert call("sweep", "--method", "base", "--out", "/proc/nowhere") == 2
     assert "cannot be written" in capsys.readouterr().err
@@ -186,12 +304,39 @@ def test_info(capsys):
 
 
 def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
-    arguments = ["sweep", "--method", "base", "lora", "--r", "1", "2", "4", "--seed", "0", "1", "2", "3", "--steps", "20",
-                 "--batch-size", "4", "--n-eval", "8", "--n-jobs", "1", "--name", "cut", "--out", str(tmp_path)]
+    arguments = [
+        "sweep",
+        "--method",
+        "base",
+        "lora",
+        "--r",
+        "1",
+        "2",
+        "4",
+        "--seed",
+        "0",
+        "1",
+        "2",
+        "3",
+        "--steps",
+        "20",
+        "--batch-size",
+        "4",
+        "--n-eval",
+        "8",
+        "--n-jobs",
+        "1",
+        "--name",
+        "cut",
+        "--out",
+        str(tmp_path),
+    ]
     command = [sys.executable, "-m", "minilora.cli", *arguments]
     results = tmp_path / "cut" / "results.jsonl"
     deadline = time.monotonic() + 90
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell in the background hands it on ignored
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell in the background hands it on ignored
     try:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     finally:
@@ -208,5 +353,8 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
 
 def test_import_is_cheap():
     code = "import time; t = time.perf_counter(); import minilora; print(time.perf_counter() - t)"
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    runs = [
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        for _ in range(2)
+    ]
     assert min(float(run.stdout) for run in runs) < 0.7

@@ -1,4 +1,5 @@
-"""Codebooks: each is derived again by other means; the frozen tables are their derivations; thresholds are the known ones."""
+"""Codebooks: each is derived again by other means; the frozen tables are their derivations; thresholds are
+the known ones."""
 
 import math
 
@@ -16,14 +17,29 @@ EPS = np.finfo(np.float32).eps
 
 # csrc/kernels.cu of bitsandbytes, as listed in the comparison tree of dQuantizeNF4 and of the FP4 quantizer
 NF4_THRESHOLDS = [
-    -0.8480964005, -0.6106329262, -0.4599952698, -0.3396794349, -0.2346074060, -0.1379117332, -0.0455250181, 0.0397901498,
-    0.1202552505, 0.2035212517, 0.2920137718, 0.3893125355, 0.5016634166, 0.6427869201, 0.8614784181,
-]  # fmt: skip
+    -0.8480964005,
+    -0.6106329262,
+    -0.4599952698,
+    -0.3396794349,
+    -0.2346074060,
+    -0.1379117332,
+    -0.0455250181,
+    0.0397901498,
+    0.1202552505,
+    0.2035212517,
+    0.2920137718,
+    0.3893125355,
+    0.5016634166,
+    0.6427869201,
+    0.8614784181,
+]
 FP4_THRESHOLDS = [0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333, 0.8333333]
 
 
 def same_bits(a, b):
-    return np.array_equal(np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32))
+    return np.array_equal(
+        np.asarray(a, np.float32).view(np.uint32), np.asarray(b, np.float32).view(np.uint32)
+    )
 
 
 def test_nf4_table_is_its_derivation():
@@ -36,10 +52,16 @@ def test_nf4_table_is_its_derivation():
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_loftq_takes_the_offset_of_4_bits_for_every_width(bits, dtype):
     half, largest = 2 ** (bits - 1), naive.normal_quantile(0.9677083)
-    positive = [naive.normal_quantile(0.9677083 + (0.5 - 0.9677083) * i / half) / largest for i in range(half)]
-    negative = [-naive.normal_quantile(0.9677083 + (0.5 - 0.9677083) * i / (half - 1)) / largest for i in range(half - 1)]
+    positive = [
+        naive.normal_quantile(0.9677083 + (0.5 - 0.9677083) * i / half) / largest for i in range(half)
+    ]
+    negative = [
+        -naive.normal_quantile(0.9677083 + (0.5 - 0.9677083) * i / (half - 1)) / largest
+        for i in range(half - 1)
+    ]
     found = codebooks.normal_float(bits, codebooks.LOFTQ_OFFSET, dtype)
-    # a probability rounded to float32 (by half an eps at most) moves its quantile by that over the density, which is at least .07
+    # a probability rounded to float32 (by half an eps at most) moves its quantile by that over the density,
+    # which is at least .07
     tolerance = 2 * EPS / 0.07 if dtype == np.float32 else 2 * EPS
     np.testing.assert_allclose(found, sorted([*negative, 0.0, *positive]), rtol=0, atol=tolerance)
     same = np.abs(found - codebooks.normal_float(bits)).max() < 1e-6
@@ -75,7 +97,9 @@ def test_normal_float_has_all_values_zero_and_both_ends(bits):
 def test_offset_is_the_one_of_bitsandbytes_and_formula():
     assert codebooks.normal_float_offset(4) == pytest.approx(0.9677083, abs=5e-8)
     assert codebooks.normal_float_offset(2) == pytest.approx(1 - (1 / 8 + 1 / 6) / 2, rel=1e-15)
-    assert [codebooks.normal_float_offset(k) for k in (2, 3, 4)] == pytest.approx([0.854167, 0.933036, 0.967708], abs=5e-7)
+    assert [codebooks.normal_float_offset(k) for k in (2, 3, 4)] == pytest.approx(
+        [0.854167, 0.933036, 0.967708], abs=5e-7
+    )
     assert pytest.approx(codebooks.normal_float_offset(4), abs=5e-8) == codebooks.LOFTQ_OFFSET
 
 
@@ -103,7 +127,8 @@ def test_fp4_table_is_its_derivation():
 
 
 def test_fp4_value_by_spelling_out_the_bits():
-    """(-1)^s · 1.m · 2^(4-e) in binary, 0.m · 2^-3 for e = 0; a bias of 2 shrinks all but the subnormal by 2, which doubles."""
+    """(-1)^s · 1.m · 2^(4-e) in binary, 0.m · 2^-3 for e = 0; a bias of 2 shrinks all but the subnormal by 2,
+    which doubles."""
     for code in range(16):
         s, e, m = int(f"{code:04b}"[0]), int(f"{code:04b}"[1:3], 2), int(f"{code:04b}"[3])
         value = (-1) ** s * (2 + m if e else m) / 2 * 2.0 ** (4 - e if e else -3)
@@ -143,7 +168,11 @@ def test_unsigned_dynamic_map_equals_the_formula():
         expected += [10.0 ** (i - 6) * (0.1 + 0.9 * (j + 0.5) / count) for j in range(count)]
     np.testing.assert_allclose(values, sorted(expected), rtol=2 * EPS, atol=0)
     assert len(values) == 256 and (np.diff(values) > 0).all() and values[0] == 0 and values[-1] == 1
-    assert not values.flags.writeable and not codebooks.dynamic_map().flags.writeable and codebooks.dynamic_map()[0] < 0
+    assert (
+        not values.flags.writeable
+        and not codebooks.dynamic_map().flags.writeable
+        and codebooks.dynamic_map()[0] < 0
+    )
 
 
 @pytest.mark.parametrize("name", ["nf5", "int4", "", "NF4"])
@@ -170,9 +199,12 @@ PUBLISHED = {
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 @pytest.mark.parametrize("block_size", [32, 64, 128, 256, 4096])
 def test_mean_error_on_normal_numbers_is_the_published_one(quant_type, block_size, normal_matrices):
-    """To three digits. The published means are of random draws, too: of 2^20 errors, so uncertain by about 1e-3, most at 4096."""
+    """To three digits. The published means are of random draws, too: of 2^20 errors, so uncertain by about
+    1e-3, most at 4096."""
     errors = [
-        np.abs(w - CodebookWeight.quantize(w, quant_type, block_size, double_quant=False).dense()).mean(dtype=np.float64)
+        np.abs(w - CodebookWeight.quantize(w, quant_type, block_size, double_quant=False).dense()).mean(
+            dtype=np.float64
+        )
         for w in normal_matrices
     ]
     assert np.mean(errors) == pytest.approx(PUBLISHED[quant_type][block_size], rel=1e-3)
@@ -180,9 +212,12 @@ def test_mean_error_on_normal_numbers_is_the_published_one(quant_type, block_siz
 
 @pytest.fixture(scope="module")
 def normal_matrices():
-    """N(0, 1) without luck in the values: the 2^20 quantiles, in four random orders; only what shares a block is random."""
+    """N(0, 1) without luck in the values: the 2^20 quantiles, in four random orders; only what shares a block
+    is random."""
     quantiles = ndtri((np.arange(2**20) + 0.5) / 2**20).astype(np.float32).reshape(1024, 1024)
-    return [np.random.default_rng(seed).permuted(quantiles.reshape(-1)).reshape(1024, 1024) for seed in range(4)]
+    return [
+        np.random.default_rng(seed).permuted(quantiles.reshape(-1)).reshape(1024, 1024) for seed in range(4)
+    ]
 
 
 # ---- double quantization, by brute force
@@ -191,8 +226,8 @@ def normal_matrices():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 700), st.sampled_from([1e-3, 1.0, 1e6]), st.floats(0, 3), st.integers(0, 2**32 - 1))
 def test_nested_codes_are_the_nearest_values_of_the_dynamic_map(count, size, spread, seed):
-    """Nearest to (absmax - offset)·(1/absmax2): all 256 distances in float64, where they are exact. The lower value on a tie with
-    their midpoint, which is a float32 number and so may be half an ulp beside the middle.
+    """Nearest to (absmax - offset)·(1/absmax2): all 256 distances in float64, where they are exact. The lower
+    value on a tie with their midpoint, which is a float32 number and so may be half an ulp beside the middle.
     """
     scales = (size * np.exp(spread * np.random.default_rng(seed).standard_normal(count))).astype(np.float32)
     found = DoubleQuant.quantize(scales)
@@ -219,5 +254,8 @@ def normal_matrix():
 
 
 def test_more_bits_of_normal_float_are_closer(normal_matrix):
-    errors = [np.abs(normal_matrix - CodebookWeight.quantize(normal_matrix, f"nf{k}").dense()).mean() for k in (2, 3, 4, 8)]
+    errors = [
+        np.abs(normal_matrix - CodebookWeight.quantize(normal_matrix, f"nf{k}").dense()).mean()
+        for k in (2, 3, 4, 8)
+    ]
     assert all(2 * b < a for a, b in zip(errors, errors[1:], strict=False)) and math.isfinite(errors[0])

@@ -1,4 +1,5 @@
-"""Configuration: every bad value is refused when the object is made, with its field, its value and what would be allowed."""
+"""Configuration: every bad value is refused when the object is made, with its field, its value and what would
+be allowed."""
 
 from dataclasses import FrozenInstanceError
 

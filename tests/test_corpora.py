@@ -55,7 +55,9 @@ def test_tests_tools_and_machine_files_are_left_out() -> None:
     names = [name for name, _ in corpora._module_files()]
     assert len(set(names)) == len(names)
     assert "json.decoder" in names and "json" in names
-    skipped = re.compile(r"(^|\.)(test|tests|idlelib|lib2to3|encodings|pydoc_data)(\.|$)|_sysconfigdata|__pycache__|-packages")
+    skipped = re.compile(
+        r"(^|\.)(test|tests|idlelib|lib2to3|encodings|pydoc_data)(\.|$)|_sysconfigdata|__pycache__|-packages"
+    )
     assert not [name for name in names if skipped.search(name)]
 
 
@@ -217,5 +219,7 @@ def test_unusable_text_files_name_their_path(tmp_path: Path, data: bytes, match:
 def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere.txt.*No such file"):
         read_text(tmp_path / "nowhere.txt")
-    with pytest.raises(ValueError, match=re.escape(repr(str(tmp_path))) if sys.platform != "win32" else "text file"):
+    with pytest.raises(
+        ValueError, match=re.escape(repr(str(tmp_path))) if sys.platform != "win32" else "text file"
+    ):
         read_text(tmp_path)

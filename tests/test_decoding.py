@@ -1,4 +1,5 @@
-"""The compiled way of one token: equal to the plain path, the same bytes for any number of threads, never left waiting."""
+"""The compiled way of one token: equal to the plain path, the same bytes for any number of threads, never
+left waiting."""
 
 from __future__ import annotations
 
@@ -14,25 +15,37 @@ from minilora import decoding
 from minilora.config import LoraConfig
 from minilora.decoding import Decoder
 from minilora.generation import KVCache, decode, generate, prefill, stream
+from minilora.kernels import block_vectors as blocks_simd
 from minilora.layers import Linear
 from minilora.lora import inject_lora
-from minilora.quant import blocks_simd
 from minilora.quant.blocks import BlockWeight
 
 pytestmark = pytest.mark.skipif(not blocks_simd.available(), reason="this processor lacks AVX2, FMA or F16C")
 
-CONFIG = replace(GQA, vocab_size=61, hidden_size=96, intermediate_size=160, num_attention_heads=6, num_key_value_heads=3,
-                 num_hidden_layers=3, context_length=40)  # fmt: skip
+CONFIG = replace(
+    GQA,
+    vocab_size=61,
+    hidden_size=96,
+    intermediate_size=160,
+    num_attention_heads=6,
+    num_key_value_heads=3,
+    num_hidden_layers=3,
+    context_length=40,
+)
 ROTATIONS = {  # which type each matrix has: all alike, and all kinds within a block
-    "Q4_1": ("Q4_1",), "Q8_0": ("Q8_0",), "mixed": ("Q4_0", "Q8_0", "Q4_1"),
-}  # fmt: skip
+    "Q4_1": ("Q4_1",),
+    "Q8_0": ("Q8_0",),
+    "mixed": ("Q4_0", "Q8_0", "Q4_1"),
+}
 LENGTHS = [n for _ in range(CONFIG.num_hidden_layers) for n in (96, 96, 16, 40, 96, 96, 160)]
 
 
 def block_model(types=("Q4_1",), config=CONFIG):
     left = list(types) * 99
     model = make_model(config, dtype=np.float32, trainable=False)
-    return model.map_linears(lambda linear: Linear(linear.name, BlockWeight.quantize(linear.weight.dense(), left.pop(0))))
+    return model.map_linears(
+        lambda linear: Linear(linear.name, BlockWeight.quantize(linear.weight.dense(), left.pop(0)))
+    )
 
 
 def stored(model, prompt, slots=40):
@@ -48,7 +61,9 @@ def decoder_of(model, cache, threads=1):
 @pytest.mark.parametrize("name", ROTATIONS)
 @pytest.mark.parametrize("heads", [(6, 3), (3, 3), (6, 1)], ids=str)
 def test_each_token_equals_the_plain_path(name, heads):
-    model = block_model(ROTATIONS[name], replace(CONFIG, num_attention_heads=heads[0], num_key_value_heads=heads[1]))
+    model = block_model(
+        ROTATIONS[name], replace(CONFIG, num_attention_heads=heads[0], num_key_value_heads=heads[1])
+    )
     cache = stored(model, [3, 1, 4, 1, 5])
     decoder = decoder_of(model, cache)
     rtol = close_rtol(np.float32, *LENGTHS, factor=1)
@@ -75,14 +90,19 @@ def test_any_number_of_threads_gives_the_same_bytes(threads, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "mixed"])
-@pytest.mark.parametrize("options", [{"r": 4}, {"r": 3, "lora_alpha": 2, "target_modules": ("q_proj", "down_proj", "lm_head")}],
-                         ids=["all", "some"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"r": 4}, {"r": 3, "lora_alpha": 2, "target_modules": ("q_proj", "down_proj", "lm_head")}],
+    ids=["all", "some"],
+)
 @pytest.mark.parametrize("use_qalora", [False, True])
 def test_adapters_are_added(name, options, use_qalora):
     if use_qalora and name != "Q4_1":
         pytest.skip("QA-LoRA needs offsets")
     base = block_model(ROTATIONS[name])
-    model = fill_adapters(inject_lora(base, LoraConfig(**options, use_qalora=use_qalora), np.random.default_rng(0)))
+    model = fill_adapters(
+        inject_lora(base, LoraConfig(**options, use_qalora=use_qalora), np.random.default_rng(0))
+    )
     assert Decoder.fits(model)
     cache = stored(model, [3, 1, 4])
     one, two = decoder_of(model, cache), decoder_of(model, cache, 2)
@@ -100,7 +120,9 @@ def test_generation_takes_it_and_says_what_the_plain_path_says(monkeypatch):
     model = block_model()
     prompts = [[1, 2, 3], [4], [5, 6, 0, 7, 8, 2]]
     steps = []
-    monkeypatch.setattr(Decoder, "step", lambda self, *a, step=Decoder.step: steps.append(a) or step(self, *a))
+    monkeypatch.setattr(
+        Decoder, "step", lambda self, *a, step=Decoder.step: steps.append(a) or step(self, *a)
+    )
     alone = [generate(model, [p], 20)[0] for p in prompts]
     assert len(steps) == 3 * 19 and steps[0] == (alone[0][0], 3)
     assert [list(stream(model, p, 20, threads=2)) for p in prompts] == alone
@@ -118,7 +140,12 @@ def test_what_does_not_fit_takes_the_plain_path(monkeypatch):
     assert Decoder.fits(model)
     dora = inject_lora(model, LoraConfig(r=2, use_dora=True), np.random.default_rng(0))
     gelu = replace(CONFIG, hidden_act="gelu_pytorch_tanh")
-    for other in (dora, make_model(CONFIG, dtype=np.float32), block_model(config=gelu), model.map_linears(to_float64)):
+    for other in (
+        dora,
+        make_model(CONFIG, dtype=np.float32),
+        block_model(config=gelu),
+        model.map_linears(to_float64),
+    ):
         assert not Decoder.fits(other)
     monkeypatch.setattr(blocks_simd, "available", lambda: False)
     assert not Decoder.fits(model)
@@ -167,7 +194,9 @@ def test_the_faster_way_is_kept_until_it_is_tried_again(slow, monkeypatch):
     def kernel(*arguments):
         if arguments[-3] == 0:
             crews.append(arguments[-2])
-            first = len(crews) % decoding.PERIOD == 1  # which may load the compiled code: as if it took very long
+            first = (
+                len(crews) % decoding.PERIOD == 1
+            )  # which may load the compiled code: as if it took very long
             clock[0] += 1000 if first else 3 if (arguments[-2] == 2) == slow else 1
 
     monkeypatch.setattr(decoding, "decode_token", kernel)

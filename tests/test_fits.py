@@ -27,10 +27,15 @@ def error(q, w):
 def test_every_weight_takes_the_nearest_value_of_its_group(bits, store, fit):
     w = matrix(5, 24, seed=bits)
     q = AffineWeight.quantize(w, bits, 8, fit, store)
-    values = q.scale.astype(np.float64)[..., None] * np.arange(2**bits) + q.offset.astype(np.float64)[..., None]
+    values = (
+        q.scale.astype(np.float64)[..., None] * np.arange(2**bits) + q.offset.astype(np.float64)[..., None]
+    )
     best = np.abs(w.reshape(5, 3, 8, 1) - values[:, :, None]).min(axis=-1).reshape(5, 24)
-    # the codes are found in float32: a weight half way between two values may take either, at an ulp of difference
-    np.testing.assert_allclose(error(q, w), best, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(values).max())
+    # the codes are found in float32: a weight half way between two values may take either, at an ulp of
+    # difference
+    np.testing.assert_allclose(
+        error(q, w), best, rtol=0, atol=4 * np.finfo(np.float32).eps * np.abs(values).max()
+    )
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -54,7 +59,9 @@ def test_mse_is_the_best_of_the_grid(bits, store):
     plain = best = 0.0
     for row in range(3):
         losses = []
-        low, high = (min(w[row].min(), 0), max(w[row].max(), 0)) if store == "zero" else (w[row].min(), w[row].max())
+        low, high = (
+            (min(w[row].min(), 0), max(w[row].max(), 0)) if store == "zero" else (w[row].min(), w[row].max())
+        )
         for i in range(80):
             p = np.float32(1 - i / 100)
             s = np.float16(p * (high - low) / np.float32(2**bits - 1))
@@ -76,18 +83,24 @@ def test_hqq_lowers_the_error_that_it_minimises(bits):
     w = matrix(64, 128, seed=5)
     plain, fitted = (error(AffineWeight.quantize(w, bits, 64, fit), w) for fit in ("minmax", "hqq"))
     assert fitted.mean() < plain.mean()
-    assert np.array_equal(AffineWeight.quantize(w, bits, 64, "hqq").scale, AffineWeight.quantize(w, bits, 64).scale)
+    assert np.array_equal(
+        AffineWeight.quantize(w, bits, 64, "hqq").scale, AffineWeight.quantize(w, bits, 64).scale
+    )
 
 
 def test_zero_points_are_exact_and_take_their_bits():
     for bits in BITS:
         q = AffineWeight.quantize(matrix(8, 64, seed=bits), bits, 32, store="zero")
         assert q.zeros.dtype == np.uint8 and q.zeros.max() < 2**bits
-        exact = q.scale.astype(np.float64).repeat(32, axis=1) * (q.unpacked().astype(np.float64) - q.zeros.repeat(32, axis=1))
+        exact = q.scale.astype(np.float64).repeat(32, axis=1) * (
+            q.unpacked().astype(np.float64) - q.zeros.repeat(32, axis=1)
+        )
         assert np.array_equal(q.dense(), exact)  # 11 bits of scale times 9 bits fit float32
         assert q.bits_per_weight == bits + 16 / 32 + bits / 32
         x = matrix(3, 64, seed=9)
-        bound = 65 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(exact).T)  # a sum of 64 products
+        bound = (
+            65 * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(exact).T)
+        )  # a sum of 64 products
         for rows in (x, x[:1]):
             assert (np.abs(q.matmul(rows) - rows.astype(np.float64) @ exact.T) <= bound[: len(rows)]).all()
         assert np.array_equal(q.rows(np.array([3, 5])), q.dense()[[3, 5]])
@@ -100,16 +113,24 @@ def test_the_three_stores_of_a_merged_weight():
     for store in OFFSET_STORES:
         again, worst = merged.stored(store)
         assert again.codes is merged.codes and again.scale is merged.scale
-        assert worst == np.abs(again.offset - merged.offset).max() == pytest.approx(error(again, merged.dense()).max(), rel=1e-5)
+        assert (
+            worst
+            == np.abs(again.offset - merged.offset).max()
+            == pytest.approx(error(again, merged.dense()).max(), rel=1e-5)
+        )
         sizes[store], errors[store] = again.bits_per_weight, worst
     assert sizes == {"float32": 5.5, "float16": 5.0, "zero": 4.625}
     assert errors["float32"] == 0 < errors["float16"] <= np.abs(merged.offset).max() * 2**-11 < errors["zero"]
     inside = (-merged.offset >= 0) & (-merged.offset <= 15 * merged.scale)
     zero = merged.stored("zero")[0]
-    assert (np.abs(zero.offset - merged.offset)[inside] <= merged.scale[inside] / 2).all()  # else half a step, or clipped
+    assert (
+        np.abs(zero.offset - merged.offset)[inside] <= merged.scale[inside] / 2
+    ).all()  # else half a step, or clipped
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(BITS), st.sampled_from(FITS), st.sampled_from(OFFSET_STORES))
+@given(
+    st.integers(0, 2**32 - 1), st.sampled_from(BITS), st.sampled_from(FITS), st.sampled_from(OFFSET_STORES)
+)
 @settings(max_examples=60, deadline=None)
 def test_any_finite_group_is_fitted(seed, bits, fit, store):
     rng = np.random.default_rng(seed)
@@ -135,7 +156,13 @@ def test_what_cannot_be_is_refused():
             AffineWeight.from_zeros(q.codes, q.scale, bad, q.shape, 4, 8)
     with pytest.raises(ConfigError, match=r"zeros.shape=\(1, 2\)"):
         AffineWeight.from_zeros(q.codes, q.scale, np.zeros((1, 2), int), q.shape, 4, 8)
-    for bad in ({"quantizer": "awq"}, {"fit": "mse"}, {"offset_dtype": "zero"}, {"quantizer": "hqq"}, {"damp_percent": 0}):
+    for bad in (
+        {"quantizer": "awq"},
+        {"fit": "mse"},
+        {"offset_dtype": "zero"},
+        {"quantizer": "hqq"},
+        {"damp_percent": 0},
+    ):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             QuantConfig("nf4", **bad)
     with pytest.raises(ConfigError, match="static_groups=True: quantizer='rtn' has no such option"):

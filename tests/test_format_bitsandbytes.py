@@ -1,4 +1,5 @@
-"""bitsandbytes' arrays: written and read bit by bit, against loops that know only the layout; damage is refused by name."""
+"""bitsandbytes' arrays: written and read bit by bit, against loops that know only the layout; damage is
+refused by name."""
 
 from __future__ import annotations
 
@@ -21,10 +22,33 @@ from minilora.quant import CodebookWeight, DoubleQuant
 NAME = "model.layers.0.self_attn.q_proj.weight"
 STATES = [".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4"]
 STATE = NAME + STATES[0].removesuffix("nf4")
-SHAPES = ((64, 64), (1, 1), (3, 7), (5, 13), (33, 96), (2, 1000), (130, 256))  # odd ends, short last blocks, many blocks
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+SHAPES = (
+    (64, 64),
+    (1, 1),
+    (3, 7),
+    (5, 13),
+    (33, 96),
+    (2, 1000),
+    (130, 256),
+)  # odd ends, short last blocks, many blocks
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 FP4 = [sign * f / 12 for sign in (1, -1) for f in (0, 0.0625, 8, 12, 4, 6, 2, 3)]
 
 
@@ -42,7 +66,12 @@ def same_bits(a, b):
 
 
 def assert_same_weight(a, b):
-    assert (a.quant_type, a.block_size, a.shape, a.double_quant) == (b.quant_type, b.block_size, b.shape, b.double_quant)
+    assert (a.quant_type, a.block_size, a.shape, a.double_quant) == (
+        b.quant_type,
+        b.block_size,
+        b.shape,
+        b.double_quant,
+    )
     assert same_bits(a.codes, b.codes)
     for part in ("codes", "absmax", "offset") if a.double_quant else ("scales",):
         ours = (getattr(a.scales, part), getattr(b.scales, part)) if a.double_quant else (a.scales, b.scales)
@@ -73,7 +102,10 @@ def decode_by_loops(arrays):
     scales = []
     for i in range(len(absmax)):
         if "nested_offset" in state:
-            value = f32(float(arrays[f"{NAME}.nested_quant_map"][absmax[i]]) * float(arrays[f"{NAME}.nested_absmax"][i // 256]))
+            value = f32(
+                float(arrays[f"{NAME}.nested_quant_map"][absmax[i]])
+                * float(arrays[f"{NAME}.nested_absmax"][i // 256])
+            )
             scales.append(f32(value + state["nested_offset"]))
         else:
             scales.append(absmax[i])
@@ -123,15 +155,25 @@ def test_the_layout_written_by_hand():
 
 
 def test_the_nested_layout_written_by_hand():
-    scales = DoubleQuant(np.array([0, 255], np.uint8), np.array([0.5], np.float32), np.array([0.75], np.float32))
+    scales = DoubleQuant(
+        np.array([0, 255], np.uint8), np.array([0.5], np.float32), np.array([0.75], np.float32)
+    )
     arrays = to_arrays("w", CodebookWeight(np.full(32, 0x77, np.uint8), scales, (2, 32), "fp4", 32))
-    assert list(arrays) == ["w", *(f"w.{p}" for p in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
-                            "w.quant_state.bitsandbytes__fp4"]  # fmt: skip
+    assert list(arrays) == [
+        "w",
+        *(f"w.{p}" for p in ("absmax", "quant_map", "nested_absmax", "nested_quant_map")),
+        "w.quant_state.bitsandbytes__fp4",
+    ]
     assert arrays["w.absmax"].dtype == np.uint8 and arrays["w.absmax"].tolist() == [0, 255]
-    expected = (b'{"quant_type": "fp4", "blocksize": 32, "dtype": "float32", "shape": [2, 32], "nested_blocksize": 256, '
-                b'"nested_dtype": "float32", "nested_offset": 0.75}')  # fmt: skip
+    expected = (
+        b'{"quant_type": "fp4", "blocksize": 32, "dtype": "float32", "shape": [2, 32], "nested_blocksize": 256, '
+        b'"nested_dtype": "float32", "nested_offset": 0.75}'
+    )
     assert arrays["w.quant_state.bitsandbytes__fp4"].tobytes() == expected
-    assert from_arrays("w", arrays, "f").dense()[:, 0].tolist() == [f32(0.25 * (0.5 * -0.99296875 + 0.75)), 0.25 * 1.25]
+    assert from_arrays("w", arrays, "f").dense()[:, 0].tolist() == [
+        f32(0.25 * (0.5 * -0.99296875 + 0.75)),
+        0.25 * 1.25,
+    ]
 
 
 def test_zeros_of_the_fp4_map_are_positive_as_in_bitsandbytes():
@@ -197,15 +239,33 @@ NESTED_DAMAGE = {
     "no nested absmax": (without(f"{NAME}.nested_absmax"), "nested_absmax is missing"),
     "no nested map": (without(f"{NAME}.nested_quant_map"), "nested_quant_map is missing"),
     "no state": (without(STATE + "nf4"), "has no quant_state.bitsandbytes__…, needs exactly one"),
-    "two states": (lambda a: a | {STATE + "fp4": a[STATE + "nf4"]}, "nf4 and quant_state.bitsandbytes__fp4, needs exactly one"),
-    "state of fp4 under nf4": (lambda a: with_state(a, quant_type="fp4"), "quant_type='fp4', choose one of nf4"),
+    "two states": (
+        lambda a: a | {STATE + "fp4": a[STATE + "nf4"]},
+        "nf4 and quant_state.bitsandbytes__fp4, needs exactly one",
+    ),
+    "state of fp4 under nf4": (
+        lambda a: with_state(a, quant_type="fp4"),
+        "quant_type='fp4', choose one of nf4",
+    ),
     "block size": (lambda a: with_state(a, blocksize=48), "blocksize=48, choose one of 32, 64"),
     "block size is a float": (lambda a: with_state(a, blocksize=64.0), "blocksize=64.0"),
     "block size is true": (lambda a: with_state(a, blocksize=True), "blocksize=True"),
-    "other block size": (lambda a: with_state(a, blocksize=128), r"absmax is uint8 \(50,\), must be uint8 \(25,\)"),
-    "dtype": (lambda a: with_state(a, dtype="float64"), "dtype='float64', choose one of float32, float16, bfloat16"),
-    "nested dtype": (lambda a: with_state(a, nested_dtype="bfloat16"), "nested_dtype='bfloat16', choose one of float32"),
-    "nested block size": (lambda a: with_state(a, nested_blocksize=128), "nested_blocksize=128, choose one of 256"),
+    "other block size": (
+        lambda a: with_state(a, blocksize=128),
+        r"absmax is uint8 \(50,\), must be uint8 \(25,\)",
+    ),
+    "dtype": (
+        lambda a: with_state(a, dtype="float64"),
+        "dtype='float64', choose one of float32, float16, bfloat16",
+    ),
+    "nested dtype": (
+        lambda a: with_state(a, nested_dtype="bfloat16"),
+        "nested_dtype='bfloat16', choose one of float32",
+    ),
+    "nested block size": (
+        lambda a: with_state(a, nested_blocksize=128),
+        "nested_blocksize=128, choose one of 256",
+    ),
     "shape": (lambda a: with_state(a, shape=[33, 97]), r"\(1584, 1\), must be uint8 \(1601, 1\)"),
     "huge shape": (lambda a: with_state(a, shape=[10**40, 10**40]), "must be uint8 "),
     "shape of one": (lambda a: with_state(a, shape=[3168]), "shape=.3168., must be .out, in."),
@@ -214,7 +274,10 @@ NESTED_DAMAGE = {
     "float shape": (lambda a: with_state(a, shape=[33.0, 96]), "must be .out, in."),
     "true shape": (lambda a: with_state(a, shape=[True, 96]), "must be .out, in."),
     "shape is text": (lambda a: with_state(a, shape="ab"), "shape='ab'"),
-    "offset nan": (lambda a: with_state(a, nested_offset=math.nan), "nested_offset=nan, must be a finite float32"),
+    "offset nan": (
+        lambda a: with_state(a, nested_offset=math.nan),
+        "nested_offset=nan, must be a finite float32",
+    ),
     "offset infinite": (lambda a: with_state(a, nested_offset=-math.inf), "nested_offset=-inf"),
     "offset beyond float32": (lambda a: with_state(a, nested_offset=1e39), "nested_offset=1e.39"),
     "offset is a long number": (lambda a: with_state(a, nested_offset=10**400), "must be a finite float32"),
@@ -227,8 +290,14 @@ NESTED_DAMAGE = {
         lambda a: with_state(a, nested_offset=None, nested_dtype=None, nested_blocksize=None),
         r"absmax is uint8 \(50,\), must be float32 \(50,\)",
     ),
-    "codes int8": (replaced(NAME, lambda x: x.view(np.int8)), "int8 .*must be uint8 .*quant_storage must be uint8"),
-    "codes stored as float32": (replaced(NAME, lambda x: x.reshape(-1).view(np.float32)), "quant_storage must be uint8"),
+    "codes int8": (
+        replaced(NAME, lambda x: x.view(np.int8)),
+        "int8 .*must be uint8 .*quant_storage must be uint8",
+    ),
+    "codes stored as float32": (
+        replaced(NAME, lambda x: x.reshape(-1).view(np.float32)),
+        "quant_storage must be uint8",
+    ),
     "codes flat": (replaced(NAME, lambda x: x.reshape(-1)), r"uint8 \(1584,\), must be uint8 \(1584, 1\)"),
     "codes short": (replaced(NAME, lambda x: x[:-1]), r"\(1583, 1\)"),
     "map of fp4": (
@@ -242,23 +311,38 @@ NESTED_DAMAGE = {
     "map nan": (replaced(f"{NAME}.quant_map", at(3, np.nan)), r"quant_map\[3\]=nan"),
     "map float64": (replaced(f"{NAME}.quant_map", lambda x: x.astype(np.float64)), "quant_map is float64"),
     "map big-endian": (replaced(f"{NAME}.quant_map", lambda x: x.astype(">f4")), "quant_map is >f4"),
-    "nested map": (replaced(f"{NAME}.nested_quant_map", at(200, 0)), r"map\[200\]=0.0, the 8-bit dynamic map has 0.233"),
+    "nested map": (
+        replaced(f"{NAME}.nested_quant_map", at(200, 0)),
+        r"map\[200\]=0.0, the 8-bit dynamic map has 0.233",
+    ),
     "nested map short": (replaced(f"{NAME}.nested_quant_map", lambda x: x[1:]), r"\(255,\)"),
-    "nested absmax nan": (replaced(f"{NAME}.nested_absmax", at(0, np.nan)), r"nested_absmax\[0\]=nan, must be from 0"),
+    "nested absmax nan": (
+        replaced(f"{NAME}.nested_absmax", at(0, np.nan)),
+        r"nested_absmax\[0\]=nan, must be from 0",
+    ),
     "nested absmax negative": (replaced(f"{NAME}.nested_absmax", at(0, -1)), r"nested_absmax\[0\]=-1.0"),
     "scales that overflow": (
         lambda a: with_state(replaced(f"{NAME}.nested_absmax", at(0, 3e38))(a), nested_offset=3e38),
         "must be from 0 to 4.0.*e.37",
     ),
-    "nested absmax too many": (replaced(f"{NAME}.nested_absmax", lambda x: np.append(x, x)), r"\(2,\), must be float32 \(1,\)"),
-}  # fmt: skip
+    "nested absmax too many": (
+        replaced(f"{NAME}.nested_absmax", lambda x: np.append(x, x)),
+        r"\(2,\), must be float32 \(1,\)",
+    ),
+}
 PLAIN_DAMAGE = {
     "absmax uint8": (replaced(f"{NAME}.absmax", lambda x: x.astype(np.uint8)), "absmax is uint8"),
     "absmax float16": (replaced(f"{NAME}.absmax", lambda x: x.astype(np.float16)), "absmax is float16"),
-    "absmax negative": (replaced(f"{NAME}.absmax", at(7, -0.5)), r"absmax\[7\]=-0.5, must be from 0 to 3.40282e\+38"),
+    "absmax negative": (
+        replaced(f"{NAME}.absmax", at(7, -0.5)),
+        r"absmax\[7\]=-0.5, must be from 0 to 3.40282e\+38",
+    ),
     "absmax nan": (replaced(f"{NAME}.absmax", at(7, np.nan)), r"absmax\[7\]=nan"),
     "absmax infinite": (replaced(f"{NAME}.absmax", at(7, np.inf)), r"absmax\[7\]=inf"),
-    "nested array left over": (lambda a: a | {f"{NAME}.nested_absmax": np.ones(1, np.float32)}, "nested_absmax does not belong"),
+    "nested array left over": (
+        lambda a: a | {f"{NAME}.nested_absmax": np.ones(1, np.float32)},
+        "nested_absmax does not belong",
+    ),
     "nested settings": (
         lambda a: with_state(a, nested_blocksize=256, nested_dtype="float32", nested_offset=1.0),
         r"absmax is float32 \(50,\), must be uint8",
@@ -309,9 +393,29 @@ def test_a_json_text_of_another_form_is_refused(bad):
 # ---- fuzz
 
 SETTINGS = settings(max_examples=80, deadline=None)
-DTYPES = (np.uint8, np.int8, np.float32, np.float64, np.float16, np.int32, np.int64, bool, ">f4", "U3", object)
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(BLOCK_SIZES),
-                    lambda inner: st.lists(inner, max_size=3), max_leaves=4)  # fmt: skip
+DTYPES = (
+    np.uint8,
+    np.int8,
+    np.float32,
+    np.float64,
+    np.float16,
+    np.int32,
+    np.int64,
+    bool,
+    ">f4",
+    "U3",
+    object,
+)
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(BLOCK_SIZES),
+    lambda inner: st.lists(inner, max_size=3),
+    max_leaves=4,
+)
 
 
 def check_outcome(arrays):
@@ -328,11 +432,17 @@ def check_outcome(arrays):
 @SETTINGS
 @given(st.data())
 def test_mutated_arrays_are_refused_or_valid(data):
-    arrays = to_arrays(NAME, make((5, 70), data.draw(st.sampled_from(["nf4", "fp4"])), 32, data.draw(st.booleans())))
+    arrays = to_arrays(
+        NAME, make((5, 70), data.draw(st.sampled_from(["nf4", "fp4"])), 32, data.draw(st.booleans()))
+    )
     for _ in range(data.draw(st.integers(1, 3))):
         names = [NAME + part for part in ("", ".absmax", ".quant_map", *STATES)]
         if mutate(data, arrays, DTYPES, names, "state") == "state":
-            text = {data.draw(st.sampled_from(["blocksize", "shape", "nested_offset", "dtype", "x"])): data.draw(JSON)}
+            text = {
+                data.draw(st.sampled_from(["blocksize", "shape", "nested_offset", "dtype", "x"])): data.draw(
+                    JSON
+                )
+            }
             state = [k for k in arrays if k.startswith(STATE) and arrays[k].dtype == np.uint8]
             if state:
                 try:
@@ -345,13 +455,20 @@ def test_mutated_arrays_are_refused_or_valid(data):
 
 
 @SETTINGS
-@given(st.binary(max_size=300) | st.dictionaries(st.text(max_size=12), JSON, max_size=8).map(lambda d: json.dumps(d).encode()))
+@given(
+    st.binary(max_size=300)
+    | st.dictionaries(st.text(max_size=12), JSON, max_size=8).map(lambda d: json.dumps(d).encode())
+)
 def test_any_json_text_is_refused_or_valid(raw):
     check_outcome(to_arrays(NAME, make((5, 70))) | {STATE + "nf4": np.frombuffer(raw, np.uint8)})
 
 
 @SETTINGS
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6), st.booleans(), st.integers(0, 60))
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6),
+    st.booleans(),
+    st.integers(0, 60),
+)
 def test_mutated_files_are_refused_or_valid(tmp_path_factory, changes, double_quant, cut):
     raw = bytearray(save(to_arrays(NAME, make((5, 70), double_quant=double_quant))))
     for i, value in changes:

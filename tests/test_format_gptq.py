@@ -1,4 +1,5 @@
-"""GPTQ's arrays: written and read exactly, against loops that set single bits; the zero point's trap; damage refused by name."""
+"""GPTQ's arrays: written and read exactly, against loops that set single bits; the zero point's trap; damage
+refused by name."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from safetensors.numpy import save
 
 from minilora.config import ConfigError
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.formats.gptq import from_arrays, is_quantized, to_arrays
+from minilora.formats.gptq_words import from_arrays, is_quantized, to_arrays
 from minilora.quant import AffineWeight
 from minilora.quant.packed import packed
 
@@ -32,7 +33,9 @@ def random_weight(bits, out, columns, group_size, seed=0, least_zero=1):
     codes = rng.integers(0, 2**bits, (out, columns)).astype(np.uint8)
     zeros = rng.integers(least_zero, 2**bits, (out, columns // group_size))
     scale = rng.standard_normal(zeros.shape).astype(np.float16)
-    return AffineWeight.from_zeros(packed(codes.reshape(-1), bits), scale, zeros, (out, columns), bits, group_size)
+    return AffineWeight.from_zeros(
+        packed(codes.reshape(-1), bits), scale, zeros, (out, columns), bits, group_size
+    )
 
 
 def make(bits=4, out=32, columns=64, group_size=32, version=1):
@@ -99,13 +102,17 @@ def test_decoding_is_scale_times_code_minus_zero(bits):
     for row in range(out):
         for i in range(columns):
             group = i // group_size
-            assert w[row, i] == scale[row, group] * (codes[row, i] - zeros[row, group])  # exact: 11 + 8 bits fit in float32
+            assert w[row, i] == scale[row, group] * (
+                codes[row, i] - zeros[row, group]
+            )  # exact: 11 + 8 bits fit in float32
 
 
 def test_in_3_bits_values_10_and_21_straddle_words():
     codes = np.zeros((32, 32), np.uint8)
     codes[0, 10], codes[1, 21], codes[2, 31] = 0b101, 0b110, 0b111
-    weight = AffineWeight.from_zeros(packed(codes.reshape(-1), 3), np.ones((32, 1)), np.ones((32, 1), int), (32, 32), 3, 32)
+    weight = AffineWeight.from_zeros(
+        packed(codes.reshape(-1), 3), np.ones((32, 1)), np.ones((32, 1), int), (32, 32), 3, 32
+    )
     words = to_arrays("m", weight)["m.qweight"].view(np.uint32)
     assert words[:, 0].tolist() == [0b01 << 30, 1, 0]
     assert words[:, 1].tolist() == [0, 0, 0b11]
@@ -114,7 +121,9 @@ def test_in_3_bits_values_10_and_21_straddle_words():
 
 def test_the_usual_symmetric_zero_point_by_hand():
     """AutoGPTQ's symmetric 4-bit files hold zero 8 as 0x77777777, version 2 as 0x88888888."""
-    weight = AffineWeight.from_zeros(np.full(64, 0x12, np.uint8), np.ones((8, 1)), np.full((8, 1), 8), (8, 16), 4, 16)
+    weight = AffineWeight.from_zeros(
+        np.full(64, 0x12, np.uint8), np.ones((8, 1)), np.full((8, 1), 8), (8, 16), 4, 16
+    )
     for version, word in ((1, 0x77777777), (2, 0x88888888)):
         arrays = to_arrays("m", weight, version)
         assert arrays["m.qzeros"].view(np.uint32).tolist() == [[word]]
@@ -153,8 +162,12 @@ def test_large_matrices_are_packed_in_tiles():
 
 
 def test_real_offsets_are_rounded_by_stored_and_then_written():
-    weight = AffineWeight.quantize(np.random.default_rng(4).standard_normal((32, 64)).astype(np.float32), 4, 32)
-    with pytest.raises(ValueError, match=r"up_proj: its offsets are real numbers, .* weight.stored\('zero'\) rounds them"):
+    weight = AffineWeight.quantize(
+        np.random.default_rng(4).standard_normal((32, 64)).astype(np.float32), 4, 32
+    )
+    with pytest.raises(
+        ValueError, match=r"up_proj: its offsets are real numbers, .* weight.stored\('zero'\) rounds them"
+    ):
         to_arrays(NAME, weight)
     rounded, error = weight.stored("zero")
     found = read(to_arrays(NAME, rounded, 2), version=2)
@@ -168,16 +181,24 @@ def test_a_zero_of_0_is_not_written_in_version_1():
     zeros = np.full((32, 2), 5)
     zeros[7, 1] = 0
     weight = AffineWeight.from_zeros(np.zeros(32 * 32, np.uint8), np.ones((32, 2)), zeros, (32, 64), 4, 32)
-    with pytest.raises(ConfigError, match=r"up_proj: zeros\[7, 1\]=0: version 1 stores zero - 1 .* write version=2"):
+    with pytest.raises(
+        ConfigError, match=r"up_proj: zeros\[7, 1\]=0: version 1 stores zero - 1 .* write version=2"
+    ):
         to_arrays(NAME, weight)
     assert_same_weight(read(to_arrays(NAME, weight, 2), version=2), weight)
 
 
-@pytest.mark.parametrize("bits, out, columns, message", [
-    (2, 16, 24, "in=24: must be a multiple of 16: 2-bit"), (2, 24, 16, "out=24: must be a multiple of 16"),
-    (3, 32, 48, "in=48: must be a multiple of 32"), (3, 16, 32, "out=16: must be a multiple of 32"),
-    (4, 8, 12, "in=12: must be a multiple of 8"), (8, 5, 8, "out=5: must be a multiple of 4"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "bits, out, columns, message",
+    [
+        (2, 16, 24, "in=24: must be a multiple of 16: 2-bit"),
+        (2, 24, 16, "out=24: must be a multiple of 16"),
+        (3, 32, 48, "in=48: must be a multiple of 32"),
+        (3, 16, 32, "out=16: must be a multiple of 32"),
+        (4, 8, 12, "in=12: must be a multiple of 8"),
+        (8, 5, 8, "out=5: must be a multiple of 4"),
+    ],
+)
 def test_widths_that_do_not_fill_words_are_not_written(bits, out, columns, message):
     with pytest.raises(ConfigError, match=message):
         to_arrays(NAME, random_weight(bits, out, columns, 4))
@@ -206,21 +227,51 @@ def at(index, value):
 
 
 DAMAGE = {
-    **{f"no {part}": (without(part), f"{part} is missing") for part in ("qweight", "qzeros", "scales", "g_idx")},
+    **{
+        f"no {part}": (without(part), f"{part} is missing")
+        for part in ("qweight", "qzeros", "scales", "g_idx")
+    },
     "AWQ": (without("g_idx"), "AWQ files have none"),
-    "qweight int64": (replaced("qweight", lambda x: x.astype(np.int64)), r"qweight is int64 with shape \(8, 32\), must be int32"),
+    "qweight int64": (
+        replaced("qweight", lambda x: x.astype(np.int64)),
+        r"qweight is int64 with shape \(8, 32\), must be int32",
+    ),
     "qweight unsigned": (replaced("qweight", lambda x: x.view(np.uint32)), "qweight is uint32"),
     "qweight big-endian": (replaced("qweight", lambda x: x.astype(">i4")), "qweight is >i4"),
-    "qweight flat": (replaced("qweight", lambda x: x.reshape(-1)), r"shape \(256,\), must be int32 with 2 axes"),
-    "qweight transposed": (replaced("qweight", lambda x: x.T), r"qweight has shape \(32, 8\), must be \(8, 8\) for 8 outputs"),
-    "qweight short": (replaced("qweight", lambda x: x[:-1]), r"qweight has shape \(7, 32\), must be \(8, 32\)"),
-    "qweight without outputs": (replaced("qweight", lambda x: x[:, :0]), "has 0 outputs, must be a multiple of 8"),
-    "qweight of odd outputs": (replaced("qweight", lambda x: x[:, :12]), "has 12 outputs, must be a multiple of 8 for 4 bits"),
+    "qweight flat": (
+        replaced("qweight", lambda x: x.reshape(-1)),
+        r"shape \(256,\), must be int32 with 2 axes",
+    ),
+    "qweight transposed": (
+        replaced("qweight", lambda x: x.T),
+        r"qweight has shape \(32, 8\), must be \(8, 8\) for 8 outputs",
+    ),
+    "qweight short": (
+        replaced("qweight", lambda x: x[:-1]),
+        r"qweight has shape \(7, 32\), must be \(8, 32\)",
+    ),
+    "qweight without outputs": (
+        replaced("qweight", lambda x: x[:, :0]),
+        "has 0 outputs, must be a multiple of 8",
+    ),
+    "qweight of odd outputs": (
+        replaced("qweight", lambda x: x[:, :12]),
+        "has 12 outputs, must be a multiple of 8 for 4 bits",
+    ),
     "qzeros int16": (replaced("qzeros", lambda x: x.view(np.int16)), "qzeros is int16"),
     "qzeros as float": (replaced("qzeros", lambda x: x.view(np.float16)), "qzeros is float16"),
-    "qzeros wide": (replaced("qzeros", lambda x: np.hstack([x, x])), r"qzeros has shape \(2, 8\), must be \(2, 4\)"),
-    "scales float32": (replaced("scales", lambda x: x.astype(np.float32)), "scales is float32 .* must be float16"),
-    "scales too many": (replaced("scales", lambda x: np.vstack([x, x])), r"scales has shape \(4, 32\), must be \(2, 32\)"),
+    "qzeros wide": (
+        replaced("qzeros", lambda x: np.hstack([x, x])),
+        r"qzeros has shape \(2, 8\), must be \(2, 4\)",
+    ),
+    "scales float32": (
+        replaced("scales", lambda x: x.astype(np.float32)),
+        "scales is float32 .* must be float16",
+    ),
+    "scales too many": (
+        replaced("scales", lambda x: np.vstack([x, x])),
+        r"scales has shape \(4, 32\), must be \(2, 32\)",
+    ),
     "scales nan": (replaced("scales", at((1, 7), np.nan)), r"scales\[1, 7\]=nan, must be finite"),
     "scales infinite": (replaced("scales", at((0, 3), np.inf)), r"scales\[0, 3\]=inf"),
     "g_idx int64": (replaced("g_idx", lambda x: x.astype(np.int64)), "g_idx is int64"),
@@ -228,11 +279,14 @@ DAMAGE = {
     "g_idx scalar": (replaced("g_idx", lambda x: x[0, ...]), "must be int32 with 1 axes"),
     "g_idx empty": (replaced("g_idx", lambda x: x[:0]), "has 0 inputs"),
     "g_idx short": (replaced("g_idx", lambda x: x[:32]), r"qweight has shape \(8, 32\), must be \(4, 32\)"),
-    "act-order": (replaced("g_idx", at([5, 40], [1, 0])), r"g_idx\[5\]=1, must be 0 = 5 // 32: .*\(act-order\)"),
+    "act-order": (
+        replaced("g_idx", at([5, 40], [1, 0])),
+        r"g_idx\[5\]=1, must be 0 = 5 // 32: .*\(act-order\)",
+    ),
     "groups in another order": (replaced("g_idx", lambda x: 1 - x), r"g_idx\[0\]=1, must be 0"),
     "g_idx too large": (replaced("g_idx", at(63, 2**31 - 1)), r"g_idx\[63\]=2147483647, must be 1"),
     "g_idx negative": (replaced("g_idx", at(33, -1)), r"g_idx\[33\]=-1, must be 1 = 33 // 32"),
-}  # fmt: skip
+}
 SETTINGS_DAMAGE = {
     "bits": ({"bits": 5}, "bits=5, choose one of 2, 3, 4, 8"),
     "bits as float": ({"bits": 4.0}, "bits=4.0"),
@@ -250,7 +304,7 @@ SETTINGS_DAMAGE = {
     "group size true": ({"group_size": True}, "group_size=True"),
     "group size is nothing": ({"group_size": None}, "group_size=None"),
     "other group size": ({"group_size": 16}, r"qzeros has shape \(2, 4\), must be \(4, 4\) .* group_size=16"),
-}  # fmt: skip
+}
 
 
 def refused(arrays, message, **how):
@@ -271,9 +325,17 @@ def test_settings_that_cannot_be_are_refused_by_name(how, message):
 
 def test_in_3_bits_inputs_and_outputs_are_multiples_of_32():
     arrays = make(3)
-    refused(arrays | {f"{NAME}.g_idx": np.arange(48, dtype=np.int32) // 16}, "has 48 inputs, must be a multiple of 32", bits=3,
-            group_size=16)  # fmt: skip
-    refused(replaced("qweight", lambda x: x[:, :16])(make(3)), "has 16 outputs, must be a multiple of 32 for 3 bits", bits=3)
+    refused(
+        arrays | {f"{NAME}.g_idx": np.arange(48, dtype=np.int32) // 16},
+        "has 48 inputs, must be a multiple of 32",
+        bits=3,
+        group_size=16,
+    )
+    refused(
+        replaced("qweight", lambda x: x[:, :16])(make(3)),
+        "has 16 outputs, must be a multiple of 32 for 3 bits",
+        bits=3,
+    )
 
 
 # ---- fuzz
@@ -306,8 +368,11 @@ def test_mutated_arrays_are_refused_or_valid(data, bits, version):
 
 
 @SETTINGS
-@given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6), st.sampled_from(BITS),
-       st.integers(0, 60))  # fmt: skip
+@given(
+    st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=6),
+    st.sampled_from(BITS),
+    st.integers(0, 60),
+)
 def test_mutated_files_are_refused_or_valid(tmp_path_factory, changes, bits, cut):
     raw = bytearray(save(make(bits)))
     for i, value in changes:

@@ -1,4 +1,5 @@
-"""Hugging Face folders: what is written is read back bit by bit; foreign, damaged or hostile folders are refused by name."""
+"""Hugging Face folders: what is written is read back bit by bit; foreign, damaged or hostile folders are
+refused by name."""
 
 from __future__ import annotations
 
@@ -41,7 +42,9 @@ def base(config=GQA, **kw):
 def quantized(model, way, head=False):
     """Every projection of the blocks, and with ``head`` the head, is ``way`` of its dense matrix."""
     return model.map_linears(
-        lambda linear: linear if linear is model.head and not head else Linear(linear.name, way(linear.weight.dense()))
+        lambda linear: (
+            linear if linear is model.head and not head else Linear(linear.name, way(linear.weight.dense()))
+        )
     )
 
 
@@ -65,7 +68,9 @@ def affine(model, bits=4, group_size=8, head=False):
 def same(found, model):
     """The same configuration and the same bytes, quantized or not."""
     assert found.config == model.config and found.tied == model.tied and not found.trainable()
-    assert {p.name: p.data.tobytes() for p in found.parameters()} == {p.name: p.data.tobytes() for p in model.parameters()}
+    assert {p.name: p.data.tobytes() for p in found.parameters()} == {
+        p.name: p.data.tobytes() for p in model.parameters()
+    }
     for (name, a), (_, b) in zip(found.linears(), model.linears(), strict=True):
         assert type(a.weight) is type(b.weight), name
         if not isinstance(a.weight, DenseWeight):
@@ -88,7 +93,7 @@ def edit_tensors(path, change):
     save_file(arrays, path, {"format": "pt"})
 
 
-# --- what is written ---------------------------------------------------------------------------------------------------
+# --- what is written ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("max_shard_bytes", [5 * 10**9, 3000, 1])
@@ -123,7 +128,9 @@ def test_shards_are_filled_in_order_up_to_the_limit_and_indexed(tmp_path):
         sizes.append(sum(a.nbytes for a in arrays.values()))
         with safe_open(tmp_path / file, "numpy") as opened:
             assert opened.metadata() == {"format": "pt"}
-    assert max(sizes) <= 3000 and sum(sizes) == index["metadata"]["total_size"] == sum(p.data.nbytes for p in model.parameters())
+    assert max(sizes) <= 3000 and sum(sizes) == index["metadata"]["total_size"] == sum(
+        p.data.nbytes for p in model.parameters()
+    )
     assert list(index["weight_map"]) == [p.name for p in model.parameters()]
 
 
@@ -133,7 +140,10 @@ def test_saving_again_leaves_no_shards_of_before_and_no_other_file_away(tmp_path
     model = base()
     for limit in (3000, 10**9, 6000, 3000):
         files = save_huggingface(model, tmp_path, max_shard_bytes=limit)
-        assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files} | {"README.md", "model-00001-of-00002.bin"}
+        assert {p.name for p in tmp_path.iterdir()} == {p.name for p in files} | {
+            "README.md",
+            "model-00001-of-00002.bin",
+        }
         same(load_huggingface(tmp_path), model)
 
 
@@ -141,13 +151,25 @@ def test_the_configuration_says_it_for_both_versions_of_transformers(tmp_path):
     save_huggingface(base(), tmp_path)
     found = read_json(tmp_path / "config.json")
     assert found["architectures"] == ["LlamaForCausalLM"] and found["model_type"] == "llama"
-    assert found["rope_theta"] == found["rope_parameters"]["rope_theta"] == GQA.rope_theta and found["rope_scaling"] is None
-    assert found["dtype"] == found["torch_dtype"] == "float32" and found["max_position_embeddings"] == GQA.context_length
-    assert found["bos_token_id"] is None and found["eos_token_id"] is None  # a vocabulary of 19 has no such tokens
+    assert (
+        found["rope_theta"] == found["rope_parameters"]["rope_theta"] == GQA.rope_theta
+        and found["rope_scaling"] is None
+    )
+    assert (
+        found["dtype"] == found["torch_dtype"] == "float32"
+        and found["max_position_embeddings"] == GQA.context_length
+    )
+    assert (
+        found["bos_token_id"] is None and found["eos_token_id"] is None
+    )  # a vocabulary of 19 has no such tokens
 
 
 def test_byte_models_name_their_specials(tmp_path):
-    assert BYTE_TOKENS == {"vocab_size": tokenizer.VOCAB_SIZE, "bos_token_id": tokenizer.BOS, "eos_token_id": tokenizer.EOS}
+    assert BYTE_TOKENS == {
+        "vocab_size": tokenizer.VOCAB_SIZE,
+        "bos_token_id": tokenizer.BOS,
+        "eos_token_id": tokenizer.EOS,
+    }
     save_huggingface(base(replace(GQA, vocab_size=259)), tmp_path)
     found = read_json(tmp_path / "config.json")
     assert (found["bos_token_id"], found["eos_token_id"]) == (256, 257)
@@ -181,11 +203,19 @@ def test_affine_weights_come_back_bit_by_bit_in_gptq_form(tmp_path, bits, group_
     model = affine(base(WIDE), bits, group_size)
     save_huggingface(model, tmp_path, max_shard_bytes=9000)
     found = read_json(tmp_path / "config.json")["quantization_config"]
-    assert (found["quant_method"], found["bits"], found["group_size"], found["desc_act"]) == ("gptq", bits, group_size, False)
+    assert (found["quant_method"], found["bits"], found["group_size"], found["desc_act"]) == (
+        "gptq",
+        bits,
+        group_size,
+        False,
+    )
     again = load_huggingface(tmp_path)
     same(again, model)
     for (_, a), (_, b) in list(zip(again.linears(), model.linears(), strict=True))[:-1]:
-        assert np.array_equal(a.weight.zeros, b.weight.zeros) and a.weight.scale.tobytes() == b.weight.scale.tobytes()
+        assert (
+            np.array_equal(a.weight.zeros, b.weight.zeros)
+            and a.weight.scale.tobytes() == b.weight.scale.tobytes()
+        )
 
 
 @pytest.mark.parametrize("fit, version, sym", [("symmetric", "gptq", True), ("minmax", "gptq_v2", False)])
@@ -202,7 +232,9 @@ def test_version_1_with_any_zero_points_is_read(tmp_path):
     model = affine(base(WIDE), group_size=32)
     save_huggingface(model, tmp_path)
 
-    def change(arrays):  # zero - 1 in each of a word's eight places; no zero here is 0, or it would borrow from the next
+    def change(
+        arrays,
+    ):  # zero - 1 in each of a word's eight places; no zero here is 0, or it would borrow from the next
         for name in arrays:
             if name.endswith(".qzeros"):
                 arrays[name] = (arrays[name].view(np.uint32) - np.uint32(0x11111111)).view(np.int32)
@@ -225,33 +257,52 @@ def test_heads_may_be_quantized_too(tmp_path):
     same(load_huggingface(tmp_path / "gptq"), model)
 
 
-# --- what cannot be written --------------------------------------------------------------------------------------------
+# --- what cannot be written ---------------------------------------------------------------------------------
 
 
 def mixed(first, second):
-    """Quantize the projections one way, all up_projs another; a way is a function of the dense matrix, or None."""
+    """Quantize the projections one way, all up_projs another; a way is a function of the dense matrix, or
+    None."""
     model = base(WIDE)
 
     def change(linear):
         way = second if "up" in linear.name else first
-        return linear if linear is model.head or way is None else Linear(linear.name, way(linear.weight.dense()))
+        return (
+            linear if linear is model.head or way is None else Linear(linear.name, way(linear.weight.dense()))
+        )
 
     return model.map_linears(change)
 
 
 CANNOT = {
-    "gelu": (lambda: base(CONFIGS["gelu tied"]), {}, "hidden_act='gelu_pytorch_tanh': transformers' Llama has the gated MLP"),
-    "adapter": (lambda: inject_lora(base(), LoraConfig(r=2), np.random.default_rng(0)), {}, "q_proj: has an adapter; merge"),
+    "gelu": (
+        lambda: base(CONFIGS["gelu tied"]),
+        {},
+        "hidden_act='gelu_pytorch_tanh': transformers' Llama has the gated MLP",
+    ),
+    "adapter": (
+        lambda: inject_lora(base(), LoraConfig(r=2), np.random.default_rng(0)),
+        {},
+        "q_proj: has an adapter; merge",
+    ),
     "dtype": (base, {"dtype": np.float64}, "dtype='float64': choose one of float32, float16"),
     "shard": (base, {"max_shard_bytes": 0}, "max_shard_bytes=0: must be a whole number"),
     "nf3": (lambda: codebook(base(), "nf3"), {}, "quant_type='nf3': bitsandbytes has nf4 and fp4 only"),
     "block": (lambda: codebook(base(), "nf4", 16), {}, "block_size=16: choose one of 32"),
-    "offsets": (lambda: quantized(base(), lambda w: AffineWeight.quantize(w, 4, 4)), {}, "has float offsets, GPTQ stores whole"),
-    "some dense": (lambda: mixed(CodebookWeight.quantize, None), {}, "up_proj is dense, .*q_proj is nf4, .*quantize all alike"),
+    "offsets": (
+        lambda: quantized(base(), lambda w: AffineWeight.quantize(w, 4, 4)),
+        {},
+        "has float offsets, GPTQ stores whole",
+    ),
+    "some dense": (
+        lambda: mixed(CodebookWeight.quantize, None),
+        {},
+        "up_proj is dense, .*q_proj is nf4, .*quantize all alike",
+    ),
     "some fp4": (lambda: mixed(CodebookWeight.quantize, fp4), {}, "up_proj is fp4, .*q_proj is nf4"),
     "some int": (lambda: mixed(CodebookWeight.quantize, whole), {}, "up_proj is int4, .*q_proj is nf4"),
     "groups": (lambda: affine(base(), group_size=4), {}, "gate_proj: out=20: must be a multiple of 8"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("make, options, message", CANNOT.values(), ids=CANNOT.keys())
@@ -270,7 +321,7 @@ def test_values_that_do_not_fit_the_dtype_are_refused_by_array(tmp_path, bad, dt
     assert not list(tmp_path.iterdir())
 
 
-# --- tensors -----------------------------------------------------------------------------------------------------------
+# --- tensors ------------------------------------------------------------------------------------------------
 
 
 def write_types(folder, dtype, to_bytes):
@@ -279,8 +330,12 @@ def write_types(folder, dtype, to_bytes):
 
     arrays = load_file(folder / "model.safetensors")
     data = {name: np.frombuffer(to_bytes(a), np.uint8).copy() for name, a in arrays.items()}
-    specs = {name: TensorSpec(dtype=dtype, shape=a.shape, data_ptr=data[name].ctypes.data, data_len=data[name].nbytes)
-             for name, a in arrays.items()}  # fmt: skip
+    specs = {
+        name: TensorSpec(
+            dtype=dtype, shape=a.shape, data_ptr=data[name].ctypes.data, data_len=data[name].nbytes
+        )
+        for name, a in arrays.items()
+    }
     serialize_file(specs, str(folder / "model.safetensors"), {"format": "pt"})
 
 
@@ -289,7 +344,9 @@ def test_bfloat16_is_widened_exactly(tmp_path):
     for p in model.parameters():
         p.data = (p.data.view(np.uint32) & 0xFFFF0000).view(np.float32)  # what bfloat16 can hold
     save_huggingface(model, tmp_path)
-    write_types(tmp_path, "bfloat16", lambda a: b"".join(struct.pack("<f", x)[2:] for x in a.reshape(-1).tolist()))
+    write_types(
+        tmp_path, "bfloat16", lambda a: b"".join(struct.pack("<f", x)[2:] for x in a.reshape(-1).tolist())
+    )
     assert {t.dtype for t in stored_tensors(tmp_path / "model.safetensors").values()} == {"BF16"}
     same(load_huggingface(tmp_path), model)
 
@@ -309,7 +366,9 @@ def test_a_tied_head_may_be_absent_or_equal(tmp_path):
     edit_tensors(path, lambda a: a.update({"lm_head.weight": a["model.embed_tokens.weight"].copy()}))
     same(load_huggingface(tmp_path), model)
     edit_tensors(path, lambda a: a["lm_head.weight"].__setitem__((3, 3), 7))
-    with pytest.raises(FileError, match="tie_word_embeddings=True, but lm_head.weight differs from model.embed_tokens.weight"):
+    with pytest.raises(
+        FileError, match="tie_word_embeddings=True, but lm_head.weight differs from model.embed_tokens.weight"
+    ):
         load_huggingface(tmp_path)
 
 
@@ -317,19 +376,34 @@ def test_rotary_buffers_of_old_checkpoints_are_ignored(tmp_path):
     model = base()
     save_huggingface(model, tmp_path)
     name = "model.layers.{}.self_attn.rotary_emb.inv_freq"
-    edit_tensors(tmp_path / "model.safetensors", lambda a: a.update({name.format(i): np.ones(2, np.float32) for i in range(2)}))
+    edit_tensors(
+        tmp_path / "model.safetensors",
+        lambda a: a.update({name.format(i): np.ones(2, np.float32) for i in range(2)}),
+    )
     same(load_huggingface(tmp_path), model)
 
 
 TENSORS = {
     "missing": (lambda a: a.pop(UP), f"{UP} is missing, config.json asks for \\(20, 16\\)"),
-    "no head": (lambda a: a.pop("lm_head.weight"), "lm_head.weight is missing, .*tie_word_embeddings=True if"),
-    "bias": (lambda a: a.update({UP.replace("weight", "bias"): np.ones(20, np.float32)}), "unknown tensors .*up_proj.bias"),
+    "no head": (
+        lambda a: a.pop("lm_head.weight"),
+        "lm_head.weight is missing, .*tie_word_embeddings=True if",
+    ),
+    "bias": (
+        lambda a: a.update({UP.replace("weight", "bias"): np.ones(20, np.float32)}),
+        "unknown tensors .*up_proj.bias",
+    ),
     "unknown": (lambda a: a.update({"value_head": np.ones(20, np.float32)}), "unknown tensors .*value_head"),
     "third layer": (lambda a: a.update({UP.replace("1", "2"): a[UP].copy()}), "unknown tensors .*layers.2"),
-    "shape": (lambda a: a.update({UP: np.ones((16, 20), np.float32)}), r"up_proj.weight is F32 \(16, 20\), .*asks .* \(20, 16\)"),
+    "shape": (
+        lambda a: a.update({UP: np.ones((16, 20), np.float32)}),
+        r"up_proj.weight is F32 \(16, 20\), .*asks .* \(20, 16\)",
+    ),
     "flat": (lambda a: a.update({UP: np.ones(320, np.float32)}), r"is F32 \(320,\)"),
-    "integers": (lambda a: a.update({UP: np.ones((20, 16), np.int32)}), r"is I32 \(20, 16\), .*asks for F32, F16 or BF16"),
+    "integers": (
+        lambda a: a.update({UP: np.ones((20, 16), np.int32)}),
+        r"is I32 \(20, 16\), .*asks for F32, F16 or BF16",
+    ),
     "bytes": (lambda a: a.update({UP: np.ones((20, 16), np.uint8)}), r"is U8 \(20, 16\)"),
     "nan": (lambda a: a[UP].__setitem__((0, 0), np.nan), f"{UP} holds NaN or infinity"),
     "infinity": (lambda a: a[UP].__setitem__((0, 0), -np.inf), f"{UP} holds NaN or infinity"),
@@ -349,11 +423,19 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
 PACKED = {
     "missing": (lambda a: a.pop(UP + ".absmax"), "up_proj.weight.absmax is missing"),
     "codes": (lambda a: a.pop(UP), "up_proj.weight is missing"),
-    "bias": (lambda a: a.update({UP.replace("weight", "bias"): np.ones(20, np.float32)}), "unknown .*up_proj.bias.* beside"),
-    "shape": (lambda a: a.update({k: a[k.replace("up", "down")].copy() for k in a if "1.mlp.up" in k}),
-              r"up_proj.weight is quantized from \(16, 20\), config.json asks for \(20, 16\)"),
-    "swapped": (lambda a: a.update({"model.norm.weight.absmax": np.ones(1, np.float32)}), "unknown tensors .*norm.weight.absmax"),
-}  # fmt: skip
+    "bias": (
+        lambda a: a.update({UP.replace("weight", "bias"): np.ones(20, np.float32)}),
+        "unknown .*up_proj.bias.* beside",
+    ),
+    "shape": (
+        lambda a: a.update({k: a[k.replace("up", "down")].copy() for k in a if "1.mlp.up" in k}),
+        r"up_proj.weight is quantized from \(16, 20\), config.json asks for \(20, 16\)",
+    ),
+    "swapped": (
+        lambda a: a.update({"model.norm.weight.absmax": np.ones(1, np.float32)}),
+        "unknown tensors .*norm.weight.absmax",
+    ),
+}
 
 
 @pytest.mark.parametrize("change, message", PACKED.values(), ids=PACKED.keys())
@@ -376,7 +458,9 @@ def test_one_projection_may_have_been_left_dense_by_the_quantizer(tmp_path):
 
     edit_tensors(tmp_path / "model.safetensors", change)
     found = load_huggingface(tmp_path)
-    assert isinstance(found.blocks[1].mlp.up_proj.weight, DenseWeight) and np.array_equal(found.logits(IDS), model.logits(IDS))
+    assert isinstance(found.blocks[1].mlp.up_proj.weight, DenseWeight) and np.array_equal(
+        found.logits(IDS), model.logits(IDS)
+    )
 
 
 def header(path, change):
@@ -413,7 +497,7 @@ HEADERS = {
     "no JSON": (lambda h: "{", "no JSON"),
     "deep": (lambda h: "[" * 10**5, "no JSON"),
     "utf-16": (lambda h: "\x00{", "no JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("change, message", HEADERS.values(), ids=HEADERS.keys())
@@ -453,10 +537,15 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(tmp_path):
         tensors["model.norm.weight"].read()
 
 
-# --- config.json -------------------------------------------------------------------------------------------------------
+# --- config.json --------------------------------------------------------------------------------------------
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 8192}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 REFUSED = [
     ({"model_type": "qwen2"}, "model_type='qwen2', can be 'llama' only"),
     ({"model_type": "mistral"}, "model_type='mistral', can be 'llama' only"),
@@ -467,18 +556,42 @@ REFUSED = [
     ({"mlp_bias": 0}, "mlp_bias=0"),
     ({"head_dim": 8}, "head_dim=8, can be 4 only"),
     ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, can be 1.0 only"),
-    ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor=None, must be a number"),
-    ({"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "rope_scaling.high_freq_factor=1.0, must be above low_freq_factor"),
-    ({"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}}, "original_max_position_embeddings=None"),
-    ({"rope_scaling": LLAMA3 | {"attention_factor": 1.0}}, "attention_factor=1.0, is no setting of rope_type='llama3'"),
+    (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        "rope_scaling.low_freq_factor=None, must be a number",
+    ),
+    (
+        {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+        "rope_scaling.high_freq_factor=1.0, must be above low_freq_factor",
+    ),
+    (
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": None}},
+        "original_max_position_embeddings=None",
+    ),
+    (
+        {"rope_scaling": LLAMA3 | {"attention_factor": 1.0}},
+        "attention_factor=1.0, is no setting of rope_type='llama3'",
+    ),
     ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor=None, must be a number"),
     ({"rope_scaling": {"type": "linear", "factor": 0}}, "rope_scaling.factor=0, must be above 0"),
-    ({"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}}, "='default', .*type='linear' contradict"),
+    (
+        {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 2.0}},
+        "='default', .*type='linear' contradict",
+    ),
     ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_parameters and rope_scaling contradict"),
-    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling.rope_type='dynamic', can be 'default' or 'linear'"),
+    (
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        "rope_scaling.rope_type='dynamic', can be 'default' or 'linear'",
+    ),
     ({"rope_scaling": {"rope_type": "longrope"}}, "rope_scaling.rope_type='longrope'"),
-    ({"rope_parameters": {"factor": 2.0}}, "rope_parameters.factor=2.0, is no setting of rope_type='default'"),
-    ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "rope_parameters.partial_rotary_factor=0.5, can be 1.0 only"),
+    (
+        {"rope_parameters": {"factor": 2.0}},
+        "rope_parameters.factor=2.0, is no setting of rope_type='default'",
+    ),
+    (
+        {"rope_parameters": {"partial_rotary_factor": 0.5}},
+        "rope_parameters.partial_rotary_factor=0.5, can be 1.0 only",
+    ),
     ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 5e5}}, "rope_parameters.rope_type='yarn'"),
     ({"rope_interleaved": True}, "rope_interleaved=True, can be False only"),
     ({"rope_parameters": [1]}, r"rope_parameters=\[1\], must be an object"),
@@ -495,7 +608,10 @@ REFUSED = [
     ({"vocab_size": 20}, r"embed_tokens.weight is F32 \(19, 16\), .*\(20, 16\)"),
     ({"hidden_size": 16.0}, "hidden_size=16.0, must be a whole number"),
     ({"hidden_size": 0}, "hidden_size=0"),
-    ({"intermediate_size": 2**31}, "intermediate_size=2147483648, must be a whole number from 1 to 2147483647"),
+    (
+        {"intermediate_size": 2**31},
+        "intermediate_size=2147483648, must be a whole number from 1 to 2147483647",
+    ),
     ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000, but there are 21 tensors in all"),
     ({"num_hidden_layers": 3}, "layers.2.*is missing"),
     ({"num_hidden_layers": 1}, "unknown tensors .*layers.1"),
@@ -506,21 +622,44 @@ REFUSED = [
     ({"num_key_value_heads": 0}, "num_key_value_heads=0, must be a whole number"),
     ({"max_position_embeddings": None}, "max_position_embeddings=None"),
     ({"quantization_config": 3}, "quantization_config=3, must be an object"),
-    ({"quantization_config": {}}, "quantization_config.quant_method=None, can be 'bitsandbytes' or 'gptq' only"),
+    (
+        {"quantization_config": {}},
+        "quantization_config.quant_method=None, can be 'bitsandbytes' or 'gptq' only",
+    ),
     ({"quantization_config": {"quant_method": "awq"}}, "quant_method='awq'"),
-    ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "load_in_8bit=True, can be False only"),
-    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}}, "bnb_4bit_quant_storage='bfloat16'"),
-    ({"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}}, "bnb_4bit_quant_type='nf3'"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 5, "group_size": 8}}, "bits=5, can be 2 or 3 or 4 or 8 only"),
-    ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}}, "group_size=0, must be a whole"),
+    (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        "load_in_8bit=True, can be False only",
+    ),
+    (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"}},
+        "bnb_4bit_quant_storage='bfloat16'",
+    ),
+    (
+        {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf3"}},
+        "bnb_4bit_quant_type='nf3'",
+    ),
+    (
+        {"quantization_config": {"quant_method": "gptq", "bits": 5, "group_size": 8}},
+        "bits=5, can be 2 or 3 or 4 or 8 only",
+    ),
+    (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 0}},
+        "group_size=0, must be a whole",
+    ),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "group_size=None, must be a whole"),
     ({"quantization_config": {"quant_method": "gptq", "desc_act": True}}, "desc_act=True, can be False only"),
-    ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}}, "checkpoint_format='marlin'"),
+    (
+        {"quantization_config": {"quant_method": "gptq", "checkpoint_format": "marlin"}},
+        "checkpoint_format='marlin'",
+    ),
     ({"quantization_config": {"quant_method": "gptq", "dynamic": {"+:.*down.*": {"bits": 8}}}}, "dynamic="),
 ]
 
 
-@pytest.mark.parametrize("changes, message", REFUSED, ids=lambda x: json.dumps(x)[:50] if isinstance(x, dict) else "")
+@pytest.mark.parametrize(
+    "changes, message", REFUSED, ids=lambda x: json.dumps(x)[:50] if isinstance(x, dict) else ""
+)
 def test_architectures_and_settings_that_differ_from_ours_are_refused(tmp_path, changes, message):
     save_huggingface(base(), tmp_path)
     edit(tmp_path / "config.json", lambda c: c.update(changes))
@@ -540,13 +679,22 @@ def test_the_configuration_may_leave_out_what_transformers_fills_in(tmp_path):
     config = replace(GQA, num_key_value_heads=4, rope_theta=10000.0, rms_norm_eps=1e-6)
     model = base(config)
     save_huggingface(model, tmp_path)
-    needed = {"model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "max_position_embeddings"}  # fmt: skip
+    needed = {
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "max_position_embeddings",
+    }
     everything = read_json(tmp_path / "config.json")
     (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in everything.items() if k in needed}))
     same(load_huggingface(tmp_path), model)
     for name in needed:
-        (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in everything.items() if k in needed - {name}}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({k: v for k, v in everything.items() if k in needed - {name}})
+        )
         with pytest.raises(FileError, match=f"{name}=None"):
             load_huggingface(tmp_path)
 
@@ -569,7 +717,9 @@ def test_older_and_newer_ways_to_say_the_same_are_read(tmp_path, changes):
     same(load_huggingface(tmp_path), model)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 10**5, '{"a": \ud800}', '{"hidden_size": ' + "9" * 5000 + "}"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[" * 10**5, '{"a": \ud800}', '{"hidden_size": ' + "9" * 5000 + "}"]
+)
 def test_config_files_that_are_no_json_object_are_refused(tmp_path, text):
     save_huggingface(base(), tmp_path)
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -577,7 +727,7 @@ def test_config_files_that_are_no_json_object_are_refused(tmp_path, text):
         load_huggingface(tmp_path)
 
 
-# --- the index and the folder ------------------------------------------------------------------------------------------
+# --- the index and the folder -------------------------------------------------------------------------------
 
 
 def point(name, file):
@@ -594,11 +744,26 @@ INDEXES = {
     "nul": (point(UP, "model\x00.safetensors"), "must be the plain name"),
     "pickle": (point(UP, "pytorch_model.bin"), "must be the plain name of a .safetensors"),
     "number": (point(UP, 3), "=3, must be the plain name"),
-    "no such shard": (point(UP, "model-00099-of-00099.safetensors"), "lies in model-00099-of-00099.safetensors"),
-    "no shards": (lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], "m.safetensors")), "m.safetensors: no such file"),
-    "other shard": (point(UP, "model-00001-of-00005.safetensors"), f"holds '{UP}', which according to .*index.json lies in"),
-    "not listed": (lambda i: i["weight_map"].pop(UP), f"holds '{UP}', which according to .*index.json is not there"),
-    "not there": (point("model.extra", "model-00001-of-00005.safetensors"), "should lie in model-00001.*does not hold"),
+    "no such shard": (
+        point(UP, "model-00099-of-00099.safetensors"),
+        "lies in model-00099-of-00099.safetensors",
+    ),
+    "no shards": (
+        lambda i: i.update(weight_map=dict.fromkeys(i["weight_map"], "m.safetensors")),
+        "m.safetensors: no such file",
+    ),
+    "other shard": (
+        point(UP, "model-00001-of-00005.safetensors"),
+        f"holds '{UP}', which according to .*index.json lies in",
+    ),
+    "not listed": (
+        lambda i: i["weight_map"].pop(UP),
+        f"holds '{UP}', which according to .*index.json is not there",
+    ),
+    "not there": (
+        point("model.extra", "model-00001-of-00005.safetensors"),
+        "should lie in model-00001.*does not hold",
+    ),
     "total": (lambda i: i["metadata"].update(total_size=1), "total_size=1, but the tensors have"),
     "total type": (lambda i: i["metadata"].update(total_size="1"), "total_size='1', but the tensors have"),
     "empty": (lambda i: i.update(weight_map={}), "weight_map={}"),
@@ -656,7 +821,9 @@ def test_missing_files_are_named(sharded):
         load_huggingface(sharded / "nowhere")
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "model-00002-of-00005.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors.index.json", "model-00002-of-00005.safetensors"]
+)
 def test_links_that_lead_out_of_the_folder_are_refused(tmp_path, name):
     folder = tmp_path / "m"
     save_huggingface(base(), folder, max_shard_bytes=4000)
@@ -680,14 +847,22 @@ def test_links_into_the_blobs_of_the_hubs_cache_are_how_it_stores_models(tmp_pat
     same(load_huggingface(folder), base())
 
 
-# --- anything at all ---------------------------------------------------------------------------------------------------
+# --- anything at all ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz")
-    config = ModelConfig(vocab_size=7, hidden_size=8, intermediate_size=6, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, context_length=8, tie_word_embeddings=False)  # fmt: skip
+    config = ModelConfig(
+        vocab_size=7,
+        hidden_size=8,
+        intermediate_size=6,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        context_length=8,
+        tie_word_embeddings=False,
+    )
     dense = base(config)
     save_huggingface(dense, path / "dense", max_shard_bytes=300)
     save_huggingface(codebook(dense, "nf4"), path / "nf4")
@@ -705,17 +880,26 @@ def refused_or_valid(folder):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-9, 40) | st.integers() | st.just(10**30) | st.floats() | st.text(max_size=8)
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 40)
+    | st.integers()
+    | st.just(10**30)
+    | st.floats()
+    | st.text(max_size=8)
     | st.sampled_from(["llama", "silu", "default", "gptq", "bitsandbytes", "nf4", "uint8"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=5)  # fmt: skip
+    max_leaves=5,
+)
 
 
 def mutated(data, value, depth=0):
     """Change, drop or add one entry, somewhere in an object."""
     if not isinstance(value, dict) or not value or (depth and data.draw(st.booleans())):
         return data.draw(values)
-    key = data.draw(st.sampled_from(sorted(value)) | st.sampled_from(["quantization_config", "rope_scaling", "head_dim"]))
+    key = data.draw(
+        st.sampled_from(sorted(value)) | st.sampled_from(["quantization_config", "rope_scaling", "head_dim"])
+    )
     if data.draw(st.integers(0, 9)) == 0:
         return {k: v for k, v in value.items() if k != key}
     return value | {key: mutated(data, value.get(key), depth + 1)}
@@ -762,7 +946,10 @@ def agrees_with_safetensors(path):
     try:
         ours = stored_tensors(path)
         with safe_open(path, "numpy") as file:
-            theirs = {name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
+            theirs = {
+                name: (file.get_slice(name).get_dtype(), tuple(file.get_slice(name).get_shape()))
+                for name in file
+            }
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (FileError, SafetensorError, TypeError):
         return
@@ -772,9 +959,11 @@ def agrees_with_safetensors(path):
             assert ours[name].read().tobytes() == array.tobytes()
 
 
-# --- scaled rotary positions (that transformers means the same is among the peers) -------------------------------------
+# --- scaled rotary positions (that transformers means the same is among the peers) --------------------------
 
-LONG = replace(GQA, rope_theta=500000.0, hidden_size=32, num_attention_heads=2, num_key_value_heads=1)  # 8 pairs
+LONG = replace(
+    GQA, rope_theta=500000.0, hidden_size=32, num_attention_heads=2, num_key_value_heads=1
+)  # 8 pairs
 
 
 def llama3_factors(theta, pairs, factor=8.0, low=1.0, high=4.0, original=8192):
@@ -798,11 +987,16 @@ def test_rope_scaling_becomes_factors(tmp_path):
     found = load_huggingface(tmp_path).config.rope_factors
     np.testing.assert_allclose(found, llama3_factors(5e5, 8), rtol=1e-12)
     assert found[0] == 1 and found[-1] == 8 and any(1 < factor < 8 for factor in found)
-    edit(tmp_path / "config.json", lambda c: c.update(rope_parameters={"type": "linear", "factor": 4, "rope_theta": 5e5}))
+    edit(
+        tmp_path / "config.json",
+        lambda c: c.update(rope_parameters={"type": "linear", "factor": 4, "rope_theta": 5e5}),
+    )
     assert load_huggingface(tmp_path).config.rope_factors == (4.0,) * 8
 
 
-@pytest.mark.parametrize("factors", [(2.5,) * 8, llama3_factors(5e5, 8), np.float32(llama3_factors(5e5, 8, 32.0)).tolist()])
+@pytest.mark.parametrize(
+    "factors", [(2.5,) * 8, llama3_factors(5e5, 8), np.float32(llama3_factors(5e5, 8, 32.0)).tolist()]
+)
 def test_rope_factors_come_back(tmp_path, factors):
     """Linear ones and Llama 3's exactly; those that a GGUF has rounded to float32 are recognised too."""
     model = base(replace(LONG, rope_factors=tuple(factors)))
@@ -813,7 +1007,9 @@ def test_rope_factors_come_back(tmp_path, factors):
 
 
 def test_rope_factors_that_have_no_name_there_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"rope_factors=\(1.*config.json has no name for them; save_model and save_gguf"):
+    with pytest.raises(
+        ValueError, match=r"rope_factors=\(1.*config.json has no name for them; save_model and save_gguf"
+    ):
         save_huggingface(base(replace(LONG, rope_factors=(1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0))), tmp_path)
     assert not list(tmp_path.iterdir())
 
@@ -821,6 +1017,8 @@ def test_rope_factors_that_have_no_name_there_are_refused(tmp_path):
 def test_an_embedding_of_blocks_has_no_form_there(tmp_path):
     model = base(LONG)
     model.embedding.weight = BlockWeight.quantize(model.embedding.weight.dense(), "Q8_0")
-    with pytest.raises(ValueError, match="model.embed_tokens: BlockWeight has no form in a Hugging Face folder; save_gguf"):
+    with pytest.raises(
+        ValueError, match="model.embed_tokens: BlockWeight has no form in a Hugging Face folder; save_gguf"
+    ):
         save_huggingface(model, tmp_path)
     assert not list(tmp_path.iterdir())

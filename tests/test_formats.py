@@ -1,4 +1,5 @@
-"""Files: what is written is read back bit by bit, complete or not at all, and what is not ours is refused by name."""
+"""Files: what is written is read back bit by bit, complete or not at all, and what is not ours is refused by
+name."""
 
 from __future__ import annotations
 
@@ -18,11 +19,13 @@ from minilora.formats.files import FileError, atomic, read_json, read_tensors, w
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.lora import LoraLinear, inject_lora
 from minilora.merging import merge
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
 from minilora.transformer import init_model
 
 IDS = np.array([[1, 2, 3, 4]])
-LORA = LoraConfig(r=3, lora_alpha=5, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj"), use_rslora=True)
+LORA = LoraConfig(
+    r=3, lora_alpha=5, lora_dropout=0.1, target_modules=("q_proj", "v_proj", "down_proj"), use_rslora=True
+)
 
 
 def base(config=GQA, quant=None):
@@ -34,7 +37,7 @@ def lora(model=None, config=LORA):
     return fill_adapters(inject_lora(base() if model is None else model, config, np.random.default_rng(0)))
 
 
-# --- the common part --------------------------------------------------------------------------------------------------
+# --- the common part ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16, np.uint8, np.int64, bool])
@@ -49,7 +52,11 @@ def test_arrays_and_metadata_come_back_bit_by_bit(tmp_path, dtype):
     found, meta = read_tensors(tmp_path / "f.safetensors")
     assert meta == metadata and set(found) == set(arrays)
     for name, array in arrays.items():
-        assert found[name].dtype == array.dtype and found[name].shape == array.shape and np.array_equal(found[name], array)
+        assert (
+            found[name].dtype == array.dtype
+            and found[name].shape == array.shape
+            and np.array_equal(found[name], array)
+        )
 
 
 def test_transposed_and_sliced_arrays_are_written_as_they_look(tmp_path):
@@ -87,7 +94,9 @@ def test_truncated_files_are_refused(tmp_path, keep):
         read_tensors(path)
 
 
-@pytest.mark.parametrize("content", [b"not a tensor", b"\x80\x04\x95pickle", b"PK\x03\x04zip", b"\xff" * 64, b"GGUF" + bytes(60)])
+@pytest.mark.parametrize(
+    "content", [b"not a tensor", b"\x80\x04\x95pickle", b"PK\x03\x04zip", b"\xff" * 64, b"GGUF" + bytes(60)]
+)
 def test_foreign_files_are_refused(tmp_path, content):
     (tmp_path / "f").write_bytes(content)
     with pytest.raises(FileError, match="not a complete safetensors file"):
@@ -103,7 +112,12 @@ def test_missing_files_and_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{", "not JSON"), ("", "not JSON"), ("[1]", "expected a JSON object, found list"), ("3", "expected .* found int")],
+    [
+        ("{", "not JSON"),
+        ("", "not JSON"),
+        ("[1]", "expected a JSON object, found list"),
+        ("3", "expected .* found int"),
+    ],
 )
 def test_bad_json_is_refused(tmp_path, content, message):
     (tmp_path / "f.json").write_text(content)
@@ -157,7 +171,7 @@ def test_folders_are_made_and_impossible_ones_refused(tmp_path):
         write_file(tmp_path / "a" / "b" / "f.txt" / "g.txt", "below a file")
 
 
-# --- models -----------------------------------------------------------------------------------------------------------
+# --- models -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -166,7 +180,9 @@ def test_models_come_back_bit_by_bit(tmp_path, name):
     save_model(model, tmp_path / "m.safetensors", metadata={"note": "x"})
     found = load_model(tmp_path / "m.safetensors")
     assert found.config == model.config and found.tied == model.tied and not found.trainable()
-    assert {p.name: p.data.tobytes() for p in found.parameters()} == {p.name: p.data.tobytes() for p in model.parameters()}
+    assert {p.name: p.data.tobytes() for p in found.parameters()} == {
+        p.name: p.data.tobytes() for p in model.parameters()
+    }
     assert np.array_equal(found.logits(IDS), model.logits(IDS)) and sha256(found) == sha256(model)
 
 
@@ -212,10 +228,16 @@ def rewrite(path, change):
         (lambda a, m: m.update(minilora_model=[1]), "no minilora model"),
         (lambda a, m: m["minilora_model"].pop("rope_theta"), "no minilora model"),
         (lambda a, m: m["minilora_model"].update(bias=True), "no minilora model"),
-        (lambda a, m: m["minilora_model"].update(num_attention_heads=3), "num_attention_heads=3: must divide"),
+        (
+            lambda a, m: m["minilora_model"].update(num_attention_heads=3),
+            "num_attention_heads=3: must divide",
+        ),
         (lambda a, m: m["minilora_model"].update(hidden_size="16"), "hidden_size='16'"),
         (lambda a, m: m["minilora_model"].update(num_hidden_layers=3), "missing .*layers.2"),
-        (lambda a, m: m["minilora_model"].update(vocab_size=20), r"shape \(19, 16\), but the configuration asks for \(20, 16\)"),
+        (
+            lambda a, m: m["minilora_model"].update(vocab_size=20),
+            r"shape \(19, 16\), but the configuration asks for \(20, 16\)",
+        ),
         (lambda a, m: a.pop("model.norm.weight"), "missing .*model.norm.weight"),
         (lambda a, m: a.update(extra=np.ones(1)), "unknown .*extra"),
         (lambda a, m: a.update({"model.norm.weight": np.ones(16, np.int64)}), "not floating point"),
@@ -240,7 +262,7 @@ def test_the_hash_tells_models_apart():
     assert sha256(other) != sha256(model)
 
 
-# --- adapters ---------------------------------------------------------------------------------------------------------
+# --- adapters -----------------------------------------------------------------------------------------------
 
 
 QALORA = LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj", "up_proj"), use_qalora=True)
@@ -273,7 +295,10 @@ def test_the_folder_holds_a_and_b_alone_under_pefts_names(tmp_path):
     assert len(arrays) == 2 * 3 * 2 and {a.dtype for a in arrays.values()} == {np.dtype(np.float32)}
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (
-        settings["peft_type"] == "LORA" and settings["r"] == 3 and settings["lora_alpha"] == 5 and settings["use_rslora"] is True
+        settings["peft_type"] == "LORA"
+        and settings["r"] == 3
+        and settings["lora_alpha"] == 5
+        and settings["use_rslora"] is True
     )
     assert sorted(settings["target_modules"]) == ["down_proj", "q_proj", "v_proj"]
 
@@ -396,7 +421,10 @@ def test_an_adapter_with_nan_is_refused(tmp_path, bad):
 
 def test_integer_tensors_are_refused(tmp_path):
     save_adapter(lora(), LORA, tmp_path)
-    rewrite(tmp_path / "adapter_model.safetensors", lambda a, m: a.update({k: v.astype(np.int32) for k, v in a.items()}))
+    rewrite(
+        tmp_path / "adapter_model.safetensors",
+        lambda a, m: a.update({k: v.astype(np.int32) for k, v in a.items()}),
+    )
     with pytest.raises(FileError, match=r"is int32 \(3, 16\), this base needs a float array"):
         load_adapter(base(), tmp_path)
 
@@ -421,14 +449,26 @@ def test_pefts_all_linear_means_all_projections(tmp_path):
     assert len(adapters(load_adapter(base(), tmp_path)[0])) == 14
 
 
-QUANTS = [QuantConfig("nf4"), QuantConfig("nf3", double_quant=False), QuantConfig("fp4", block_size=32),
-          QuantConfig("int3", group_size=8), QuantConfig("int8", group_size=8)]
+QUANTS = [
+    QuantConfig("nf4"),
+    QuantConfig("nf3", double_quant=False),
+    QuantConfig("fp4", block_size=32),
+    QuantConfig("int3", group_size=8),
+    QuantConfig("int8", group_size=8),
+]
 
 
 @pytest.mark.parametrize("quant", QUANTS, ids=lambda q: q.quant_type)
 def test_quantized_models_come_back_bit_for_bit(quant, tmp_path):
-    config = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-                         num_key_value_heads=1, context_length=16)
+    config = ModelConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        context_length=16,
+    )
     model = quantize_model(init_model(config, np.random.default_rng(0)), quant)
     save_model(model, tmp_path / "q.safetensors")
     again = load_model(tmp_path / "q.safetensors")
@@ -440,8 +480,15 @@ def test_quantized_models_come_back_bit_for_bit(quant, tmp_path):
 
 
 def test_a_merged_qalora_model_stays_quantized_in_its_file(tmp_path):
-    config = ModelConfig(vocab_size=11, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, context_length=16)
+    config = ModelConfig(
+        vocab_size=11,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        context_length=16,
+    )
     base = quantize_model(init_model(config, np.random.default_rng(0)), QuantConfig("int4", group_size=8))
     adapted = inject_lora(base, LoraConfig(r=2, use_qalora=True), np.random.default_rng(1))
     for _, linear in adapted.linears():
@@ -456,7 +503,7 @@ def test_a_merged_qalora_model_stays_quantized_in_its_file(tmp_path):
     assert np.array_equal(merged.logits(ids), again.logits(ids))
 
 
-# --- every kind of quantized weight ------------------------------------------------------------------------------------
+# --- every kind of quantized weight -------------------------------------------------------------------------
 
 
 def kinds_of_weights():
@@ -491,7 +538,11 @@ def test_zero_points_of_another_length_are_refused(tmp_path):
 
     model = base()
     quantized = model.map_linears(
-        lambda x: x if x is model.head else type(x)(x.name, AffineWeight.quantize(x.weight.dense(), 4, 4, store="zero"))
+        lambda x: (
+            x
+            if x is model.head
+            else type(x)(x.name, AffineWeight.quantize(x.weight.dense(), 4, 4, store="zero"))
+        )
     )
     save_model(quantized, tmp_path / "m.safetensors")
     name = "model.layers.0.self_attn.q_proj.offset"
@@ -501,14 +552,19 @@ def test_zero_points_of_another_length_are_refused(tmp_path):
 
 
 def test_an_adapter_in_bfloat16_is_widened_exactly(tmp_path):
-    """As torch saves half-precision adapters; NumPy has no such type, so the bytes are written here by hand."""
+    """As torch saves half-precision adapters; NumPy has no such type, so the bytes are written here by
+    hand."""
     save_adapter(lora(), LORA, tmp_path)
     path = tmp_path / "adapter_model.safetensors"
     arrays, _ = read_tensors(path)
     header, body = {}, b""
     for name, a in arrays.items():
         half = (np.ascontiguousarray(a).view(np.uint32) >> 16).astype(np.uint16).tobytes()
-        header[name] = {"dtype": "BF16", "shape": list(a.shape), "data_offsets": [len(body), len(body) + len(half)]}
+        header[name] = {
+            "dtype": "BF16",
+            "shape": list(a.shape),
+            "data_offsets": [len(body), len(body) + len(half)],
+        }
         body += half
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -540,14 +596,30 @@ def test_json_that_says_something_twice_or_is_too_long_is_refused(tmp_path):
 Q = "model.layers.0.self_attn.q_proj"
 # what is damaged, in the arrays a or the metadata m of a quantized model, and what must be said of it
 DAMAGED_MODELS = {
-    "norm": (lambda a, m: m["minilora_quantized"].update({"model.norm": m["minilora_quantized"][Q]}), "is no projection"),
-    "embedding": (
-        lambda a, m: m["minilora_quantized"].update({"model.embed_tokens": m["minilora_quantized"][Q]}), "is no projection"
+    "norm": (
+        lambda a, m: m["minilora_quantized"].update({"model.norm": m["minilora_quantized"][Q]}),
+        "is no projection",
     ),
-    "infinity": (lambda a, m: m["minilora_quantized"][Q].update(block_size=float("inf")), "block_size=inf, must be a whole"),
-    "layers": (lambda a, m: m["minilora_model"].update(num_hidden_layers=10**9), "num_hidden_layers=1000000000, but there"),
-    "float codes": (lambda a, m: a.update({f"{Q}.scale.codes": a[f"{Q}.scale.codes"] + 300.5}), "scale.codes: float64, must be"),
-    "whole scales": (lambda a, m: a.update({f"{Q}.scale.absmax": a[f"{Q}.scale.absmax"].astype(int)}), "must be float32"),
+    "embedding": (
+        lambda a, m: m["minilora_quantized"].update({"model.embed_tokens": m["minilora_quantized"][Q]}),
+        "is no projection",
+    ),
+    "infinity": (
+        lambda a, m: m["minilora_quantized"][Q].update(block_size=float("inf")),
+        "block_size=inf, must be a whole",
+    ),
+    "layers": (
+        lambda a, m: m["minilora_model"].update(num_hidden_layers=10**9),
+        "num_hidden_layers=1000000000, but there",
+    ),
+    "float codes": (
+        lambda a, m: a.update({f"{Q}.scale.codes": a[f"{Q}.scale.codes"] + 300.5}),
+        "scale.codes: float64, must be",
+    ),
+    "whole scales": (
+        lambda a, m: a.update({f"{Q}.scale.absmax": a[f"{Q}.scale.absmax"].astype(int)}),
+        "must be float32",
+    ),
     "missing": (lambda a, m: a.pop(f"{Q}.codes"), "codes: missing"),
 }
 
@@ -568,7 +640,10 @@ def real_model_file(tmp_path_factory):
     return path.read_bytes(), path.with_name("changed.safetensors")
 
 
-@given(st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=3), st.integers(0, 40))
+@given(
+    st.lists(st.tuples(st.integers(0, 4000), st.binary(min_size=1, max_size=8)), min_size=1, max_size=3),
+    st.integers(0, 40),
+)
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_mutated_model_file_is_read_or_refused(real_model_file, changes, cut):
     data, path = bytearray(real_model_file[0]), real_model_file[1]

@@ -1,4 +1,5 @@
-"""The mathematics against loops in double precision, its derivatives against finite differences, and its properties."""
+"""The mathematics against loops in double precision, its derivatives against finite differences, and its
+properties."""
 
 import naive
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minilora import functional as F
-from minilora.gradients import gradcheck
+from minilora.training.gradcheck import gradcheck
 
 DTYPES = [np.float32, np.float64]
 rng0 = np.random.default_rng(0)
@@ -18,7 +19,7 @@ def normal(*shape, dtype=np.float64, seed=0):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-# --- forward against loops --------------------------------------------------------------------------------------------
+# --- forward against loops ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -37,7 +38,8 @@ def test_rope_equals_complex_rotation(dtype, head_dim, theta):
     x, positions = normal(2, 5, 3, head_dim, dtype=dtype), np.array([0, 1, 2, 7, 100])
     y = F.rope_forward(x, *F.rope_tables(positions, head_dim, theta, np.dtype(dtype)))
     expected = [
-        [[naive.rope(x[b, t, h].astype(float), positions[t], theta) for h in range(3)] for t in range(5)] for b in range(2)
+        [[naive.rope(x[b, t, h].astype(float), positions[t], theta) for h in range(3)] for t in range(5)]
+        for b in range(2)
     ]
     assert y.dtype == dtype
     assert_close(y, expected, close_rtol(dtype, 2))
@@ -62,7 +64,9 @@ def test_attention_equals_loop(dtype, heads, kv, T):
     )
     y, _ = F.attention_forward(q, k, v)
     assert y.dtype == dtype
-    assert_close(y, naive.attention(q.astype(float), k.astype(float), v.astype(float)), close_rtol(dtype, 3, T))
+    assert_close(
+        y, naive.attention(q.astype(float), k.astype(float), v.astype(float)), close_rtol(dtype, 3, T)
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -72,7 +76,10 @@ def test_swiglu_and_gelu_equal_loops(dtype):
     assert y.dtype == dtype
     assert_close(
         y,
-        [[naive.silu(float(g)) * float(u) for g, u in zip(gs, us, strict=True)] for gs, us in zip(gate, up, strict=True)],
+        [
+            [naive.silu(float(g)) * float(u) for g, u in zip(gs, us, strict=True)]
+            for gs, us in zip(gate, up, strict=True)
+        ],
         close_rtol(dtype, 1),
     )
     y, _ = F.gelu_forward(gate)
@@ -85,16 +92,22 @@ def test_cross_entropy_equals_loop(dtype):
     logits, targets = 3 * normal(7, 11, dtype=dtype), np.arange(7) % 11
     loss, _ = F.cross_entropy_forward(logits, targets, 5.0)
     assert isinstance(loss, float)
-    assert abs(loss - naive.cross_entropy(logits.astype(float), targets) / 5) <= close_rtol(dtype, 11) * abs(loss)
+    assert abs(loss - naive.cross_entropy(logits.astype(float), targets) / 5) <= close_rtol(dtype, 11) * abs(
+        loss
+    )
 
 
 @pytest.mark.parametrize("g", [1, 2, 3, 6])
 def test_group_sum_equals_loop(g):
     x = normal(2, 3, 6)
-    assert_close(F.group_sum(x, g), [[naive.group_sum(row, g) for row in rows] for rows in x], close_rtol(np.float64, g))
+    assert_close(
+        F.group_sum(x, g),
+        [[naive.group_sum(row, g) for row in rows] for rows in x],
+        close_rtol(np.float64, g),
+    )
 
 
-# --- derivatives ------------------------------------------------------------------------------------------------------
+# --- derivatives --------------------------------------------------------------------------------------------
 
 
 def check(forward, arrays, gradients):
@@ -122,13 +135,20 @@ def test_rms_norm_backward_skips_a_frozen_weight():
 def test_rope_gradient_is_the_rotation_back():
     x, dy = normal(2, 5, 3, 6), normal(2, 5, 3, 6, seed=1)
     tables = F.rope_tables(np.arange(5), 6, 100.0, np.dtype(np.float64))
-    check(lambda: float((F.rope_forward(x, *tables) * dy).sum()), {"x": x}, {"x": F.rope_backward(dy, *tables)})
+    check(
+        lambda: float((F.rope_forward(x, *tables) * dy).sum()), {"x": x}, {"x": F.rope_backward(dy, *tables)}
+    )
     assert_close(F.rope_backward(F.rope_forward(x, *tables), *tables), x, close_rtol(np.float64, 2))
 
 
 @pytest.mark.parametrize("heads, kv", [(2, 2), (4, 2), (3, 1)])
 def test_attention_gradient(heads, kv):
-    q, k, v, dy = normal(2, 4, heads, 3), normal(2, 4, kv, 3, seed=1), normal(2, 4, kv, 3, seed=2), normal(2, 4, heads, 3, seed=3)
+    q, k, v, dy = (
+        normal(2, 4, heads, 3),
+        normal(2, 4, kv, 3, seed=1),
+        normal(2, 4, kv, 3, seed=2),
+        normal(2, 4, heads, 3, seed=3),
+    )
     gradients = F.attention_backward(dy, F.attention_forward(q, k, v)[1])
     check(
         lambda: float((F.attention_forward(q, k, v)[0] * dy).sum()),
@@ -140,34 +160,53 @@ def test_attention_gradient(heads, kv):
 def test_swiglu_and_gelu_gradients():
     gate, up, dy = 2 * normal(4, 9), normal(4, 9, seed=1), normal(4, 9, seed=2)
     dgate, dup = F.swiglu_backward(dy, F.swiglu_forward(gate, up)[1])
-    check(lambda: float((F.swiglu_forward(gate, up)[0] * dy).sum()), {"gate": gate, "up": up}, {"gate": dgate, "up": dup})
-    check(lambda: float((F.gelu_forward(gate)[0] * dy).sum()), {"x": gate}, {"x": F.gelu_backward(dy, F.gelu_forward(gate)[1])})
+    check(
+        lambda: float((F.swiglu_forward(gate, up)[0] * dy).sum()),
+        {"gate": gate, "up": up},
+        {"gate": dgate, "up": dup},
+    )
+    check(
+        lambda: float((F.gelu_forward(gate)[0] * dy).sum()),
+        {"x": gate},
+        {"x": F.gelu_backward(dy, F.gelu_forward(gate)[1])},
+    )
 
 
 def test_cross_entropy_gradient():
     logits, targets = normal(5, 9), np.array([0, 8, 3, 3, 1])
     dlogits = F.cross_entropy_backward(F.cross_entropy_forward(logits, targets, 3.0)[1])
     check(lambda: F.cross_entropy_forward(logits, targets, 3.0)[0], {"logits": logits}, {"logits": dlogits})
-    assert np.abs(dlogits.sum(-1)).max() <= close_rtol(np.float64, 9)  # probabilities sum to one whatever the logits
+    assert np.abs(dlogits.sum(-1)).max() <= close_rtol(
+        np.float64, 9
+    )  # probabilities sum to one whatever the logits
 
 
 @pytest.mark.parametrize("g", [1, 2, 3])
 def test_group_repeat_is_the_transpose_of_group_sum(g):
     x, dy = normal(4, 6), normal(4, 6 // g, seed=1)
-    assert abs(float((F.group_sum(x, g) * dy).sum()) - float((x * F.group_repeat(dy, g)).sum())) < close_rtol(np.float64, 24) * 24
+    assert (
+        abs(float((F.group_sum(x, g) * dy).sum()) - float((x * F.group_repeat(dy, g)).sum()))
+        < close_rtol(np.float64, 24) * 24
+    )
     assert F.group_repeat(dy, g).shape == x.shape
 
 
-# --- properties -------------------------------------------------------------------------------------------------------
+# --- properties ---------------------------------------------------------------------------------------------
 
 FUNCTIONS = {
     "rms_norm": lambda x: F.rms_norm_backward(x, x[0, 0, 0], F.rms_norm_forward(x, x[0, 0, 0], 1e-5)[1]),
-    "rope": lambda x: (F.rope_backward(F.rope_forward(x, *(tables := F.rope_tables(np.arange(4), 6, 100.0, x.dtype))), *tables),),
+    "rope": lambda x: (
+        F.rope_backward(
+            F.rope_forward(x, *(tables := F.rope_tables(np.arange(4), 6, 100.0, x.dtype))), *tables
+        ),
+    ),
     "softmax": lambda x: (F.softmax(x),),
     "attention": lambda x: F.attention_backward(x, F.attention_forward(x, x, x)[1]),
     "swiglu": lambda x: F.swiglu_backward(x, F.swiglu_forward(x, x)[1]),
     "gelu": lambda x: (F.gelu_backward(x, F.gelu_forward(x)[1]),),
-    "cross_entropy": lambda x: (F.cross_entropy_backward(F.cross_entropy_forward(x[0, 0], np.arange(4), 3)[1]),),
+    "cross_entropy": lambda x: (
+        F.cross_entropy_backward(F.cross_entropy_forward(x[0, 0], np.arange(4), 3)[1]),
+    ),
     "group": lambda x: (F.group_repeat(F.group_sum(x, 3), 3),),
 }
 
@@ -245,8 +284,14 @@ def test_attention_is_causal_bitwise():
 
 
 def test_grouped_queries_equal_repeated_keys():
-    """Query head h reads key head h // (H/K): heads that share are neighbours, as in transformers' repeat_kv."""
-    q, k, v, dy = normal(2, 5, 6, 3), normal(2, 5, 2, 3, seed=1), normal(2, 5, 2, 3, seed=2), normal(2, 5, 6, 3, seed=3)
+    """Query head h reads key head h // (H/K): heads that share are neighbours, as in transformers'
+    repeat_kv."""
+    q, k, v, dy = (
+        normal(2, 5, 6, 3),
+        normal(2, 5, 2, 3, seed=1),
+        normal(2, 5, 2, 3, seed=2),
+        normal(2, 5, 6, 3, seed=3),
+    )
     y, cache = F.attention_forward(q, k, v)
     wide, wide_cache = F.attention_forward(q, k.repeat(3, axis=2), v.repeat(3, axis=2))
     assert_close(y, wide, close_rtol(np.float64, 5))
@@ -265,19 +310,24 @@ def test_attention_of_equal_keys_is_the_mean_of_the_past():
 
 @pytest.mark.parametrize("dtype, extreme", [(np.float32, 1e4), (np.float64, 1e6)])
 def test_swiglu_of_extreme_gates_is_finite_and_silent(dtype, extreme):
-    """silu(−z) → 0 and silu(z) → z; exp(z) overflows on the way, which must not warn (warnings are errors here)."""
+    """silu(−z) → 0 and silu(z) → z; exp(z) overflows on the way, which must not warn (warnings are errors
+    here)."""
     gate, up = np.array([-extreme, -100, 100, extreme], dtype), np.ones(4, dtype)
     y, cache = F.swiglu_forward(gate, up)
     dgate, dup = F.swiglu_backward(np.ones(4, dtype), cache)
     tiny = 100 * np.exp(-100.0)
     assert np.allclose(y, [0, 0, 100, extreme], rtol=close_rtol(dtype, 1), atol=2 * tiny)
-    assert np.allclose(dgate, [0, 0, 1, 1], rtol=close_rtol(dtype, 1), atol=2 * tiny) and np.array_equal(dup, y)
+    assert np.allclose(dgate, [0, 0, 1, 1], rtol=close_rtol(dtype, 1), atol=2 * tiny) and np.array_equal(
+        dup, y
+    )
 
 
 def test_gelu_of_extremes():
     y, cache = F.gelu_forward(np.array([-1e4, -50, 0, 50, 1e4], np.float32))
     assert np.array_equal(y, np.array([0, 0, 0, 50, 1e4], np.float32))
-    assert np.array_equal(F.gelu_backward(np.ones(5, np.float32), cache), np.array([0, 0, 0.5, 1, 1], np.float32))
+    assert np.array_equal(
+        F.gelu_backward(np.ones(5, np.float32), cache), np.array([0, 0, 0.5, 1, 1], np.float32)
+    )
 
 
 def test_cross_entropy_of_uniform_logits_is_log_v():
@@ -286,7 +336,9 @@ def test_cross_entropy_of_uniform_logits_is_log_v():
 
 
 def test_cross_entropy_survives_huge_logits():
-    loss, cache = F.cross_entropy_forward(np.array([[1e30, 0.0], [-1e30, 0.0]], np.float32), np.array([0, 1]), 1)
+    loss, cache = F.cross_entropy_forward(
+        np.array([[1e30, 0.0], [-1e30, 0.0]], np.float32), np.array([0, 1]), 1
+    )
     assert loss == 0.0 and not F.cross_entropy_backward(cache).any()
 
 
@@ -295,7 +347,9 @@ def test_cross_entropy_of_pieces_adds_up_to_the_whole():
     whole, cache = F.cross_entropy_forward(logits, targets, 6.0)
     parts = [F.cross_entropy_forward(logits[i], targets[i], 6.0) for i in (slice(0, 1), slice(1, 6))]
     assert abs(whole - sum(p[0] for p in parts)) < close_rtol(np.float64, 6) * whole
-    assert np.array_equal(F.cross_entropy_backward(cache), np.concatenate([F.cross_entropy_backward(p[1]) for p in parts]))
+    assert np.array_equal(
+        F.cross_entropy_backward(cache), np.concatenate([F.cross_entropy_backward(p[1]) for p in parts])
+    )
 
 
 def test_cross_entropy_of_no_rows_is_zero():

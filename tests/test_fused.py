@@ -1,4 +1,5 @@
-"""The compiled functions give what the mathematics gives: against functional in float64, and products against loops."""
+"""The compiled functions give what the mathematics gives: against functional in float64, and products against
+loops."""
 
 import os
 import subprocess
@@ -10,13 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora import functional, fused
+from minilora import functional
+from minilora import kernels as fused
 from minilora.config import QuantConfig
-from minilora.fused import products, rows, vectors
+from minilora.kernels import gemm as products
+from minilora.kernels import microkernel as vectors
+from minilora.kernels import rows
 from minilora.quant import quantize_weight
 
 EPS = float(np.finfo(np.float32).eps)
-pytestmark = pytest.mark.skipif(not vectors.AVAILABLE, reason="this processor has no vectors: functional itself is used")
+pytestmark = pytest.mark.skipif(
+    not vectors.AVAILABLE, reason="this processor has no vectors: functional itself is used"
+)
 
 
 def normal(rng, *shape):
@@ -37,12 +43,19 @@ def within(found, expected, bound):
 
 
 def sum_bound(a, b, n):
-    """Error of sums of n products in any order, each rounded once or twice: (n + 2) eps/2 Σ |a||b| (Higham, §3.1)."""
+    """Error of sums of n products in any order, each rounded once or twice: (n + 2) eps/2 Σ |a||b| (Higham,
+    §3.1)."""
     return (n + 2) * EPS * (np.abs(double(a)) @ np.abs(double(b))) + 1e-30
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(9, 150), st.integers(1, 140), st.integers(1, 140), st.integers(0, 17), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(9, 150),
+    st.integers(1, 140),
+    st.integers(1, 140),
+    st.integers(0, 17),
+    st.integers(0, 2**32 - 1),
+)
 def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
     rng = np.random.default_rng(seed)
     x, w, dy = normal(rng, m, k), normal(rng, n, k), normal(rng, m, n)
@@ -59,10 +72,21 @@ def test_products_with_a_low_rank_path_are_what_float64_gives(m, k, n, r, seed):
     within(onto, double(w) + double(dy).T @ double(x), sum_bound(dy.T, x, m) + EPS * np.abs(w))
 
 
-@pytest.mark.parametrize(("m", "n", "k", "r"), [
-    (9, 5, 3, 1), (100, 128, 64, 8), (97, 259, 40, 6), (200, 30, 150, 16), (250, 64, 70, 33), (130, 80, 90, 70),
-    (50, 36, 33, 4), (61, 32, 70, 3), (57, 34, 31, 5), (17, 2, 64, 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("m", "n", "k", "r"),
+    [
+        (9, 5, 3, 1),
+        (100, 128, 64, 8),
+        (97, 259, 40, 6),
+        (200, 30, 150, 16),
+        (250, 64, 70, 33),
+        (130, 80, 90, 70),
+        (50, 36, 33, 4),
+        (61, 32, 70, 3),
+        (57, 34, 31, 5),
+        (17, 2, 64, 2),
+    ],
+)
 def test_gradients_of_an_adapter_are_what_float64_gives(m, n, k, r):
     rng = np.random.default_rng(m)
     dy, h, p, b = normal(rng, m, n), normal(rng, m, r), normal(rng, m, k), normal(rng, n, r)
@@ -107,7 +131,9 @@ def test_a_row_has_the_same_bits_however_many_stand_beside_it():
     x, w, h, b = normal(rng, 61, 700), normal(rng, 83, 700), normal(rng, 61, 3), normal(rng, 83, 3)
     whole = fused.product(x, w, (h, b, 2.0))
     for first, last in [(0, 9), (9, 22), (30, 61)]:
-        assert np.array_equal(fused.product(x[first:last].copy(), w, (h[first:last].copy(), b, 2.0)), whole[first:last])
+        assert np.array_equal(
+            fused.product(x[first:last].copy(), w, (h[first:last].copy(), b, 2.0)), whole[first:last]
+        )
     out = np.zeros((61, 83), np.float32)
     for first, last in [(0, 8), (8, 72), (72, 83)]:
         fused.product(x, w[first:last], (h, b[first:last], 2.0), out=out, column=first)
@@ -138,7 +164,9 @@ def test_what_is_not_float32_or_not_contiguous_is_left_to_numpy():
     x, w = rng.standard_normal((20, 30)), rng.standard_normal((40, 30))
     assert np.array_equal(fused.product(x, w), x @ w.T) and fused.product(x, w).dtype == np.float64
     wide = normal(rng, 20, 60)
-    assert np.array_equal(fused.product(wide[:, ::2], double(w).astype(np.float32)), wide[:, ::2] @ w.astype(np.float32).T)
+    assert np.array_equal(
+        fused.product(wide[:, ::2], double(w).astype(np.float32)), wide[:, ::2] @ w.astype(np.float32).T
+    )
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "int4", "int3"])
@@ -197,7 +225,12 @@ def test_largest_is_numpys_maximum():
         out[0] = rows.largest(x)
 
     rng, out = np.random.default_rng(6), np.empty(1, np.float32)
-    for x in (normal(rng, 77), -np.abs(normal(rng, 13)), np.array([-np.inf, -5], np.float32), np.array([3, np.inf], np.float32)):
+    for x in (
+        normal(rng, 77),
+        -np.abs(normal(rng, 13)),
+        np.array([-np.inf, -5], np.float32),
+        np.array([3, np.inf], np.float32),
+    ):
         maximum(x, out)
         assert out[0] == x.max()
     maximum(np.array([1, np.nan, 2], np.float32), out)
@@ -205,15 +238,28 @@ def test_largest_is_numpys_maximum():
 
 
 ROW_CASES = {
-    "norm": lambda r, B, T: (fused.rms_norm_forward, functional.rms_norm_forward, (normal(r, B, T, 48), normal(r, 48), 1e-5)),
-    "swiglu": lambda r, B, T: (fused.swiglu_forward, functional.swiglu_forward, (3 * normal(r, B, T, 37), normal(r, B, T, 37))),
-    "rope": lambda r, B, T: (fused.rope_forward, functional.rope_forward,
-                             (normal(r, B, T, 3, 10), *functional.rope_tables(np.arange(T), 10, 1e4, np.float32))),
-    "rope of packed rows": lambda r, B, T: (fused.rope_forward, functional.rope_forward,
-                                            (normal(r, B, T, 2, 8), *functional.rope_tables(r.integers(0, 9, (B, T)), 8, 1e4,
-                                                                                            np.float32))),
+    "norm": lambda r, B, T: (
+        fused.rms_norm_forward,
+        functional.rms_norm_forward,
+        (normal(r, B, T, 48), normal(r, 48), 1e-5),
+    ),
+    "swiglu": lambda r, B, T: (
+        fused.swiglu_forward,
+        functional.swiglu_forward,
+        (3 * normal(r, B, T, 37), normal(r, B, T, 37)),
+    ),
+    "rope": lambda r, B, T: (
+        fused.rope_forward,
+        functional.rope_forward,
+        (normal(r, B, T, 3, 10), *functional.rope_tables(np.arange(T), 10, 1e4, np.float32)),
+    ),
+    "rope of packed rows": lambda r, B, T: (
+        fused.rope_forward,
+        functional.rope_forward,
+        (normal(r, B, T, 2, 8), *functional.rope_tables(r.integers(0, 9, (B, T)), 8, 1e4, np.float32)),
+    ),
     "pool": lambda r, B, T: (fused.group_sum, functional.group_sum, (normal(r, B, T, 96), 32)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", ROW_CASES)
@@ -226,11 +272,16 @@ def test_functions_of_rows_are_what_float64_gives(case, B, T):
     within(y, expected_y, 16 * EPS * np.abs(expected_y).max(initial=1))
     if case in ("norm", "swiglu"):
         dy = normal(np.random.default_rng(7), *y.shape)
-        backward = {"norm": (fused.rms_norm_backward, functional.rms_norm_backward),
-                    "swiglu": (fused.swiglu_backward, functional.swiglu_backward)}[case]  # fmt: skip
+        backward = {
+            "norm": (fused.rms_norm_backward, functional.rms_norm_backward),
+            "swiglu": (fused.swiglu_backward, functional.swiglu_backward),
+        }[case]
         if case == "norm":
             weights = arguments[1], double(arguments[1])
-            both = [b(d, w, c[1]) for b, d, w, c in zip(backward, (dy, double(dy)), weights, (found, expected), strict=True)]
+            both = [
+                b(d, w, c[1])
+                for b, d, w, c in zip(backward, (dy, double(dy)), weights, (found, expected), strict=True)
+            ]
             assert fused.rms_norm_backward(dy, arguments[1], found[1], need_dweight=False)[1] is None
         else:
             both = [b(d, c[1]) for b, d, c in zip(backward, (dy, double(dy)), (found, expected), strict=True)]
@@ -251,18 +302,27 @@ def test_rows_of_the_embedding_s_gradient_are_added_token_by_token():
 @pytest.mark.parametrize("need_dweight", [True, False])
 def test_in_place_gives_the_same_bytes_where_the_argument_lay(need_dweight):
     rng = np.random.default_rng(11)
-    x, dy, weight, gate = normal(rng, 2, 5, 3, 8), normal(rng, 2, 5, 24), normal(rng, 24), normal(rng, 2, 5, 24)
+    x, dy, weight, gate = (
+        normal(rng, 2, 5, 3, 8),
+        normal(rng, 2, 5, 24),
+        normal(rng, 24),
+        normal(rng, 2, 5, 24),
+    )
     tables = functional.rope_tables(np.arange(5), 8, 1e4, np.float32)
     norm, act = fused.rms_norm_forward(gate, weight, 1e-5)[1], fused.swiglu_forward(gate, 2 * gate)[1]
     for function, argument, others, place in (
-        (fused.rope_forward, x, tables, None), (fused.rope_backward, x, tables, None), (fused.swiglu_backward, dy, (act,), 1),
+        (fused.rope_forward, x, tables, None),
+        (fused.rope_backward, x, tables, None),
+        (fused.swiglu_backward, dy, (act,), 1),
         (fused.rms_norm_backward, dy, (weight, norm, need_dweight), 0),
-    ):  # fmt: skip
+    ):
         before, own = argument.copy(), argument.copy()
         apart, there = function(argument, *others), function(own, *others, in_place=True)
         assert np.array_equal(argument, before)
         assert (there if place is None else there[place]) is own
-        for a, b in zip((apart,) if place is None else apart, (there,) if place is None else there, strict=True):
+        for a, b in zip(
+            (apart,) if place is None else apart, (there,) if place is None else there, strict=True
+        ):
             assert (a is None and b is None) or a.tobytes() == b.tobytes()
 
 
@@ -288,17 +348,31 @@ def test_cross_entropy_is_what_float64_gives(in_place):
 
 
 @pytest.mark.parametrize("segmented", [False, True])
-@pytest.mark.parametrize(("B", "T", "H", "K", "D"), [
-    (1, 1, 1, 1, 2), (2, 5, 2, 1, 16), (1, 64, 3, 3, 32), (2, 77, 6, 2, 48), (1, 130, 4, 1, 64), (1, 70, 2, 2, 96),
-    (3, 129, 2, 1, 6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("B", "T", "H", "K", "D"),
+    [
+        (1, 1, 1, 1, 2),
+        (2, 5, 2, 1, 16),
+        (1, 64, 3, 3, 32),
+        (2, 77, 6, 2, 48),
+        (1, 130, 4, 1, 64),
+        (1, 70, 2, 2, 96),
+        (3, 129, 2, 1, 6),
+    ],
+)
 def test_attention_is_what_float64_gives(B, T, H, K, D, segmented):
     rng = np.random.default_rng(T)
-    q, dy, k, v = normal(rng, B, T, H, D), normal(rng, B, T, H, D), normal(rng, B, T, K, D), normal(rng, B, T, K, D)
+    q, dy, k, v = (
+        normal(rng, B, T, H, D),
+        normal(rng, B, T, H, D),
+        normal(rng, B, T, K, D),
+        normal(rng, B, T, K, D),
+    )
     segments = np.sort(rng.integers(0, 3, (B, T)), axis=1) if segmented else None
     y, cache = fused.attention_forward(q, k, v, segments)
     expected, expected_cache = functional.attention_forward(double(q), double(k), double(v), segments)
-    # a score errs by D roundings of a sum of order √D · max; its exponential, and what it multiplies, by as much again
+    # a score errs by D roundings of a sum of order √D · max; its exponential, and what it multiplies, by as
+    # much again
     bound = 8 * EPS * (D**0.5 + T**0.5 + 8)
     within(y, expected, bound * np.abs(v).max())
     again, cache_again = fused.attention_again(*cache[:3], segments)
@@ -319,7 +393,9 @@ def test_large_scores_do_not_overflow():
     q = np.full((1, 70, 1, 4), 200, np.float32)
     v = normal(np.random.default_rng(0), 1, 70, 1, 4)
     y, cache = fused.attention_forward(q, q.copy(), v)
-    assert np.isfinite(y).all() and all(np.isfinite(g).all() for g in fused.attention_backward(np.ones_like(q), cache))
+    assert np.isfinite(y).all() and all(
+        np.isfinite(g).all() for g in fused.attention_backward(np.ones_like(q), cache)
+    )
 
 
 # ---- other processors
@@ -329,8 +405,8 @@ def test_large_scores_do_not_overflow():
 def test_a_processor_with_less_gives_the_same_up_to_rounding(features, tmp_path):
     code = """
 import sys, numpy as np
-from minilora import fused
-from minilora.fused import vectors
+from minilora import kernels as fused
+from minilora.kernels import microkernel as vectors
 rng = np.random.default_rng(0)
 x, w, h, b = (rng.standard_normal(s, np.float32) for s in ((50, 70), (90, 70), (50, 3), (90, 3)))
 q = rng.standard_normal((1, 40, 2, 16), np.float32)
@@ -340,7 +416,10 @@ np.savez(sys.argv[1], fused.product(x, w, (h, b, 1.0)), fused.outer(h, x), y, *f
 print(vectors.AVAILABLE, vectors.LANES)
 """
     found = []
-    for name, environment in {"less": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}, "all": {}}.items():
+    for name, environment in {
+        "less": {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features},
+        "all": {},
+    }.items():
         env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)} | environment
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
@@ -348,4 +427,6 @@ print(vectors.AVAILABLE, vectors.LANES)
     assert found[0] == (["True", "8"] if "avx2" in features else ["False", "4"])
     with np.load(tmp_path / "less.npz") as less, np.load(tmp_path / "all.npz") as everything:
         for name in everything:
-            np.testing.assert_allclose(less[name], everything[name], rtol=0, atol=200 * EPS * np.abs(everything[name]).max())
+            np.testing.assert_allclose(
+                less[name], everything[name], rtol=0, atol=200 * EPS * np.abs(everything[name]).max()
+            )

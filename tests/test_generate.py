@@ -1,4 +1,5 @@
-"""Generation: the key/value cache must change the speed and nothing else; sampling must follow the distribution it claims."""
+"""Generation: the key/value cache must change the speed and nothing else; sampling must follow the
+distribution it claims."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from minilora import generation
 from minilora.config import LoraConfig, QuantConfig
 from minilora.generation import KVCache, decode, generate, prefill, sample, stream
 from minilora.lora import inject_lora
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
 from minilora.threads import Workers
 
 LENGTH = GQA.context_length
@@ -40,14 +41,18 @@ def variants():
     yield (
         "lora",
         lambda: fill_adapters(
-            inject_lora(make_model(GQA), LoraConfig(r=2, lora_alpha=3, lora_dropout=0.5), np.random.default_rng(0))
+            inject_lora(
+                make_model(GQA), LoraConfig(r=2, lora_alpha=3, lora_dropout=0.5), np.random.default_rng(0)
+            )
         ),
     )
     yield (
         "qlora",
         lambda: fill_adapters(
             inject_lora(
-                quantize_model(make_model(GQA), QuantConfig("nf4")), LoraConfig(r=2, lora_alpha=3), np.random.default_rng(0)
+                quantize_model(make_model(GQA), QuantConfig("nf4")),
+                LoraConfig(r=2, lora_alpha=3),
+                np.random.default_rng(0),
             )
         ),
     )
@@ -67,7 +72,8 @@ every_variant = pytest.mark.parametrize("make", [v for _, v in variants()], ids=
 
 
 def test_decoding_with_the_cache_equals_a_full_forward(config):
-    """Teacher forcing: prefill a prefix, feed the rest token by token; each hidden state equals the full forward's row."""
+    """Teacher forcing: prefill a prefix, feed the rest token by token; each hidden state equals the full
+    forward's row."""
     model = make_model(config)
     sequence = np.random.default_rng(1).integers(config.vocab_size, size=12)
     expected = full_hidden(model, sequence)
@@ -148,7 +154,9 @@ def test_any_of_several_stop_tokens_ends_a_text():
     assert len({len(row) for row in expected}) > 1
     for eos in (stops, list(stops), np.array(list(stops)).tolist(), tuple(np.array(list(stops)))):
         assert generate(model, PROMPTS, 10, eos=eos) == expected
-    assert generate(model, PROMPTS, 10, eos=np.int64(plain[2][3])) == generate(model, PROMPTS, 10, eos=[plain[2][3]])
+    assert generate(model, PROMPTS, 10, eos=np.int64(plain[2][3])) == generate(
+        model, PROMPTS, 10, eos=[plain[2][3]]
+    )
     assert generate(model, PROMPTS, 10, eos=()) == generate(model, PROMPTS, 10, eos=None) == plain
     for bad in ("</s>", ["</s>"], 1.5):
         with pytest.raises(ValueError, match="^eos=.*must be a token's number"):
@@ -195,7 +203,9 @@ def test_a_prompt_in_pieces_gives_the_hidden_states_of_the_whole(config, chunk, 
 
 def test_the_cache_holds_what_is_asked_for_and_not_the_whole_context(monkeypatch):
     slots = []
-    monkeypatch.setattr(generation, "KVCache", lambda model, batch, n: slots.append(n) or KVCache(model, batch, n))
+    monkeypatch.setattr(
+        generation, "KVCache", lambda model, batch, n: slots.append(n) or KVCache(model, batch, n)
+    )
     generate(make_model(GQA), [[1, 2, 3], [4]], 5)
     generate(make_model(GQA), [[1, 2, 3]], 500)
     assert slots == [8, LENGTH]
@@ -218,7 +228,7 @@ def test_dropout_is_off_in_generation():
     assert generate(fill_adapters(model), [[1, 2]], 6) == generate(model, [[1, 2]], 6)
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------
 
 LOGITS = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15]))
 N = 20000
@@ -313,7 +323,9 @@ def test_forbidden_tokens_are_never_drawn():
 
 def test_sampling_is_seeded():
     model = make_model(GQA)
-    texts = [generate(model, PROMPTS, 8, temperature=1.5, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)]
+    texts = [
+        generate(model, PROMPTS, 8, temperature=1.5, rng=np.random.default_rng(seed)) for seed in (0, 0, 1)
+    ]
     assert texts[0] == texts[1] != texts[2]
 
 
@@ -331,8 +343,14 @@ def test_sampled_text_stays_inside_top_k():
     [
         ({"prompts": []}, "prompts: each must hold at least one token"),
         ({"prompts": [[1], []]}, "prompts: each must hold at least one token"),
-        ({"prompts": [[1] * LENGTH]}, "prompts: 24 tokens leave no room in context_length=24: shorten the prompt by 1 or more"),
-        ({"prompts": [[1], [1] * 30]}, "prompts: 30 tokens leave no room in context_length=24: shorten the prompt by 7 or more"),
+        (
+            {"prompts": [[1] * LENGTH]},
+            "prompts: 24 tokens leave no room in context_length=24: shorten the prompt by 1 or more",
+        ),
+        (
+            {"prompts": [[1], [1] * 30]},
+            "prompts: 30 tokens leave no room in context_length=24: shorten the prompt by 7 or more",
+        ),
         ({"prompts": [[1, 19]]}, "prompts: token 19 outside the vocabulary 0…18"),
         ({"prompts": [[-1]]}, "prompts: token -1 outside"),
         ({"max_new_tokens": 0}, "max_new_tokens=0"),
@@ -354,10 +372,13 @@ def test_bad_settings_are_refused(changes, message):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, monkeypatch):
-    """However a wide model's work is cut, hidden states are those of one piece; who takes which piece never matters."""
+    """However a wide model's work is cut, hidden states are those of one piece; who takes which piece never
+    matters."""
     cut = generation.cut
     monkeypatch.setattr(generation, "WIDE", 1)
-    monkeypatch.setattr(generation, "cut", lambda count, least, most: cut(count, 3, 5))  # small models have short contexts
+    monkeypatch.setattr(
+        generation, "cut", lambda count, least, most: cut(count, 3, 5)
+    )  # small models have short contexts
     model = make_model(config, dtype=dtype)
     ids = np.random.default_rng(3).integers(config.vocab_size, size=(7, 11))
     assert [piece.start for piece in generation.cut(11, 32, 128)] == [0, 3, 7]
@@ -365,10 +386,20 @@ def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, m
     for threads, cache in enumerate(caches, start=1):
         with Workers(threads) as workers:
             found.append(prefill(model, ids, cache, workers))
-            assert cache.keys.tobytes() == caches[0].keys.tobytes() and cache.values.tobytes() == caches[0].values.tobytes()
+            assert (
+                cache.keys.tobytes() == caches[0].keys.tobytes()
+                and cache.values.tobytes() == caches[0].values.tobytes()
+            )
     assert found[0].tobytes() == found[1].tobytes() == found[2].tobytes()
-    texts = [generate(model, [row[:n] for row, n in zip(ids.tolist(), (4, 11, 7, 1, 9, 10, 2), strict=True)], 12, threads=n)
-             for n in (1, 2, 3)]  # fmt: skip
+    texts = [
+        generate(
+            model,
+            [row[:n] for row, n in zip(ids.tolist(), (4, 11, 7, 1, 9, 10, 2), strict=True)],
+            12,
+            threads=n,
+        )
+        for n in (1, 2, 3)
+    ]
     assert texts[0] == texts[1] == texts[2]
     monkeypatch.setattr(generation, "WIDE", 10**9)
     whole = KVCache(model, 7, 12)

@@ -46,7 +46,9 @@ def info(name, dims, kind, offset):
     return text(name) + u32(len(dims)) + b"".join(map(u64, dims)) + u32(kind) + u64(offset)
 
 
-def build(entries=(), infos=(), data=b"", *, magic=b"GGUF", version=3, n_entries=None, n_infos=None, alignment=32):
+def build(
+    entries=(), infos=(), data=b"", *, magic=b"GGUF", version=3, n_entries=None, n_infos=None, alignment=32
+):
     header = magic + u32(version) + u64(len(infos) if n_infos is None else n_infos)
     header += u64(len(entries) if n_entries is None else n_entries) + b"".join(entries) + b"".join(infos)
     return header + bytes(-len(header) % alignment) + data
@@ -61,25 +63,56 @@ F32 = RNG.standard_normal((3, 32)).astype("<f4")
 Q4_1 = struct.pack("<ee", 0.5, -3) + bytes(range(16)) + struct.pack("<ee", -2, 1) + bytes(range(16, 32))
 KEYS = [
     entry("general.architecture", 8, text("llama")),
-    entry("u8", 0, b"\xff"), entry("i8", 1, b"\xff"), entry("u16", 2, b"\xfe\xff"), entry("i16", 3, b"\xfe\xff"),
-    entry("u32", 4, u32(2**32 - 1)), entry("i32", 5, struct.pack("<i", -7)), entry("f32", 6, struct.pack("<f", 0.1)),
-    entry("yes", 7, b"\1"), entry("no", 7, b"\0"), entry("empty", 8, text("")), entry("ä", 8, text("ö\0ü")),
-    entry("u64", 10, u64(2**64 - 1)), entry("i64", 11, struct.pack("<q", -(2**63))), entry("f64", 12, struct.pack("<d", 0.1)),
+    entry("u8", 0, b"\xff"),
+    entry("i8", 1, b"\xff"),
+    entry("u16", 2, b"\xfe\xff"),
+    entry("i16", 3, b"\xfe\xff"),
+    entry("u32", 4, u32(2**32 - 1)),
+    entry("i32", 5, struct.pack("<i", -7)),
+    entry("f32", 6, struct.pack("<f", 0.1)),
+    entry("yes", 7, b"\1"),
+    entry("no", 7, b"\0"),
+    entry("empty", 8, text("")),
+    entry("ä", 8, text("ö\0ü")),
+    entry("u64", 10, u64(2**64 - 1)),
+    entry("i64", 11, struct.pack("<q", -(2**63))),
+    entry("f64", 12, struct.pack("<d", 0.1)),
     entry("tokens", 9, array(8, 3, text("a") + text("") + text("▁c"))),
     entry("scores", 9, array(6, 2, struct.pack("<ff", -1.5, 2))),
-    entry("bools", 9, array(7, 3, b"\1\0\1")), entry("none", 9, array(4, 0, b"")), entry("no strings", 9, array(8, 0, b"")),
+    entry("bools", 9, array(7, 3, b"\1\0\1")),
+    entry("none", 9, array(4, 0, b"")),
+    entry("no strings", 9, array(8, 0, b"")),
     entry("nested", 9, array(9, 2, array(5, 2, struct.pack("<ii", 1, -2)) + array(8, 1, text("x")))),
-]  # fmt: skip
+]
 INFOS = [
-    info("norm.weight", [32], 0, 0), info("w", [32, 3], 0, 128), info("q", [32, 2], 3, 512),
-    info("half", [2, 3], 1, 576), info("bf", [4, 1], 30, 608), info("cube", [2, 1, 2], 0, 640), info("k", [256, 1], 14, 672),
-    info("q8", [32, 1], 8, 896), info("q4", [32, 1], 2, 960), info("future", [7, 7], 99, 992),
-]  # fmt: skip
-DATA_PARTS = list(map(pad, [
-    F32[0].tobytes(), F32.tobytes(), Q4_1, np.arange(6, dtype="<f2").tobytes(),
-    np.array([0x3F80, 0xC040, 0x0001, 0x8000], "<u2").tobytes(), np.arange(4, dtype="<f4").tobytes(), bytes(210),
-    struct.pack("<e32b", 0.25, *range(-16, 16)), struct.pack("<e", 2) + bytes(range(16)), bytes(20),
-]))  # fmt: skip
+    info("norm.weight", [32], 0, 0),
+    info("w", [32, 3], 0, 128),
+    info("q", [32, 2], 3, 512),
+    info("half", [2, 3], 1, 576),
+    info("bf", [4, 1], 30, 608),
+    info("cube", [2, 1, 2], 0, 640),
+    info("k", [256, 1], 14, 672),
+    info("q8", [32, 1], 8, 896),
+    info("q4", [32, 1], 2, 960),
+    info("future", [7, 7], 99, 992),
+]
+DATA_PARTS = list(
+    map(
+        pad,
+        [
+            F32[0].tobytes(),
+            F32.tobytes(),
+            Q4_1,
+            np.arange(6, dtype="<f2").tobytes(),
+            np.array([0x3F80, 0xC040, 0x0001, 0x8000], "<u2").tobytes(),
+            np.arange(4, dtype="<f4").tobytes(),
+            bytes(210),
+            struct.pack("<e32b", 0.25, *range(-16, 16)),
+            struct.pack("<e", 2) + bytes(range(16)),
+            bytes(20),
+        ],
+    )
+)
 DATA = b"".join(DATA_PARTS)
 VALID = build(KEYS, INFOS, DATA)
 
@@ -102,14 +135,36 @@ def test_metadata_of_all_types(make, version):
     found = file.metadata
     assert file.version == version and len(found) == len(KEYS)
     plain = {
-        "general.architecture": "llama", "u8": 255, "i8": -1, "u16": 65534, "i16": -2, "u32": 2**32 - 1, "i32": -7,
-        "f32": float(np.float32(0.1)), "yes": True, "no": False, "empty": "", "ä": "ö\0ü", "u64": 2**64 - 1, "i64": -(2**63),
-        "f64": np.float64(0.1), "tokens": ["a", "", "▁c"], "no strings": [],
-    }  # fmt: skip
+        "general.architecture": "llama",
+        "u8": 255,
+        "i8": -1,
+        "u16": 65534,
+        "i16": -2,
+        "u32": 2**32 - 1,
+        "i32": -7,
+        "f32": float(np.float32(0.1)),
+        "yes": True,
+        "no": False,
+        "empty": "",
+        "ä": "ö\0ü",
+        "u64": 2**64 - 1,
+        "i64": -(2**63),
+        "f64": np.float64(0.1),
+        "tokens": ["a", "", "▁c"],
+        "no strings": [],
+    }
     for key, value in plain.items():
         assert found[key] == value and type(found[key]) is type(value), key
-    assert found["scores"].tolist() == [-1.5, 2] and found["scores"].dtype == np.float32 and not found["scores"].flags.writeable
-    assert found["bools"].tolist() == [True, False, True] and found["none"].dtype == np.uint32 and found["none"].size == 0
+    assert (
+        found["scores"].tolist() == [-1.5, 2]
+        and found["scores"].dtype == np.float32
+        and not found["scores"].flags.writeable
+    )
+    assert (
+        found["bools"].tolist() == [True, False, True]
+        and found["none"].dtype == np.uint32
+        and found["none"].size == 0
+    )
     numbers, words = found["nested"]
     assert numbers.tolist() == [1, -2] and words == ["x"]
 
@@ -141,13 +196,22 @@ def test_arrays_are_views_of_the_file_and_outlive_it(make):
 def test_weights_are_blocks_of_the_file_or_dense_float32(make):
     file = GGUFFile(make(VALID))
     q, w, half, bf = (file.weight(name) for name in ("q", "w", "half", "bf"))
-    assert isinstance(q, BlockWeight) and q.quant_type == "Q4_1" and np.shares_memory(q.blocks, file.weight("q").blocks)
+    assert (
+        isinstance(q, BlockWeight)
+        and q.quant_type == "Q4_1"
+        and np.shares_memory(q.blocks, file.weight("q").blocks)
+    )
     codes = [[j & 15 for j in range(16)] + [0] * 16, [j & 15 for j in range(16)] + [1] * 16]
     assert q.dense().tolist() == [[0.5 * c - 3 for c in codes[0]], [-2.0 * c + 1 for c in codes[1]]]
     assert file.weight("q8").dense().tolist() == [[q / 4 for q in range(-16, 16)]]
     assert file.weight("q4").dense().tolist() == [[2.0 * (q - 8) for q in range(16)] + [-16.0] * 16]
     for dense, shape in ((w, (3, 32)), (half, (3, 2)), (bf, (1, 4))):
-        assert isinstance(dense, DenseWeight) and dense.shape == shape and dense.dtype == np.float32 and not dense.trainable
+        assert (
+            isinstance(dense, DenseWeight)
+            and dense.shape == shape
+            and dense.dtype == np.float32
+            and not dense.trainable
+        )
     x = RNG.standard_normal((1, 32)).astype(np.float32)
     np.testing.assert_allclose(q.matmul(x), x @ q.dense().T, rtol=1e-5)
     assert np.array_equal(w.matmul(x), x @ F32.T)
@@ -156,7 +220,11 @@ def test_weights_are_blocks_of_the_file_or_dense_float32(make):
 def test_what_cannot_be_read_is_refused_only_when_it_is_asked_for(make):
     file = GGUFFile(make(VALID))
     for read, name, message in (
-        (file.array, "k", r"m.gguf: tensor 'k' is Q6_K; array\(name\) reads F32, F16 and BF16; convert the file"),
+        (
+            file.array,
+            "k",
+            r"m.gguf: tensor 'k' is Q6_K; array\(name\) reads F32, F16 and BF16; convert the file",
+        ),
         (file.weight, "k", "tensor 'k' is Q6_K"),
         (file.weight, "future", "tensor 'future' is type 99"),
         (file.array, "q", r"tensor 'q' is Q4_1; .*; weight\(name\) can"),
@@ -171,9 +239,16 @@ def test_what_cannot_be_read_is_refused_only_when_it_is_asked_for(make):
 @pytest.mark.parametrize("alignment", [8, 16, 64, 4096])
 def test_other_alignments(make, alignment):
     key = entry("general.alignment", 4, u32(alignment))
-    raw = build([key], [info("a", [2], 0, 0), info("b", [2], 0, alignment)], bytes(alignment) + bytes(8), alignment=alignment)
+    raw = build(
+        [key],
+        [info("a", [2], 0, 0), info("b", [2], 0, alignment)],
+        bytes(alignment) + bytes(8),
+        alignment=alignment,
+    )
     file = GGUFFile(make(raw))
-    assert file.alignment == alignment and file.tensors["b"].offset == len(raw) - 8 and not file.array("b").any()
+    assert (
+        file.alignment == alignment and file.tensors["b"].offset == len(raw) - 8 and not file.array("b").any()
+    )
 
 
 def test_a_file_without_tensors_or_metadata(make):
@@ -182,7 +257,13 @@ def test_a_file_without_tensors_or_metadata(make):
 
 
 def test_gaps_and_any_order_are_fine(make):
-    file = GGUFFile(make(build((), [info("b", [1], 0, 64), info("a", [1], 0, 0)], bytes(64) + struct.pack("<f", 7) + b"more")))
+    file = GGUFFile(
+        make(
+            build(
+                (), [info("b", [1], 0, 64), info("a", [1], 0, 0)], bytes(64) + struct.pack("<f", 7) + b"more"
+            )
+        )
+    )
     assert file.array("b").tolist() == [7] and list(file.tensors) == ["b", "a"]
 
 
@@ -219,58 +300,124 @@ CORRUPT = {
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian; little-endian is read"),
     "big-endian magic": (b"FUGG" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "many tensors": (build(n_infos=2**63), f"tensor count is {2**63}; at most 65536 are read"),
-    "more tensors than bytes": (build((), ONE, bytes(384), n_infos=100), "tensor count is 100; .* 464 bytes .* are left"),
+    "more tensors than bytes": (
+        build((), ONE, bytes(384), n_infos=100),
+        "tensor count is 100; .* 464 bytes .* are left",
+    ),
     "one tensor more": (build(KEYS, ONE, bytes(384), n_infos=2), "length of name|name of tensor 1|tensor ''"),
     "many keys": (build(n_entries=2**64 - 1), f"metadata count is {2**64 - 1}"),
     "one key more": (build(KEYS, n_entries=len(KEYS) + 1), "length of key 21|key 21"),
     "key too long": (build([entry("k" * 65536, 0, b"\1")]), "length of key 0 is 65536; at most 65535"),
-    "key beyond the end": (build([u64(500) + bytes(30)], n_entries=1), "length of key 0 is 500; .* bytes of the header are left"),
+    "key beyond the end": (
+        build([u64(500) + bytes(30)], n_entries=1),
+        "length of key 0 is 500; .* bytes of the header are left",
+    ),
     "key not UTF-8": (build([entry(b"a\xff", 0, b"\1")]), "key 0 is not UTF-8 .*at its byte 1"),
     "key twice": (build([KEYS[1], KEYS[1]]), "metadata 'u8' appears twice"),
     "type 13": (build([entry("k", 13, bytes(8))]), "metadata 'k' has type 13; the types are 0 to 12"),
     "bool 2": (build([entry("k", 7, b"\2")]), "metadata 'k' holds a bool that is 2"),
-    "bool 3 in an array": (build([entry("k", 9, array(7, 2, b"\0\3"))]), "metadata 'k' holds a bool that is 3"),
-    "number cut": (build([entry("k", 10, b"\1")], alignment=1), "metadata 'k' takes 8 bytes from byte 37 on, .* has 38"),
+    "bool 3 in an array": (
+        build([entry("k", 9, array(7, 2, b"\0\3"))]),
+        "metadata 'k' holds a bool that is 3",
+    ),
+    "number cut": (
+        build([entry("k", 10, b"\1")], alignment=1),
+        "metadata 'k' takes 8 bytes from byte 37 on, .* has 38",
+    ),
     "string of 2^64": (build([entry("k", 8, u64(2**64 - 1))]), f"length of metadata 'k' is {2**64 - 1}"),
     "string not UTF-8": (build([entry("k", 8, text(b"\xc3\x28"))]), "metadata 'k' is not UTF-8"),
     "array of type 77": (build([entry("k", 9, array(77, 1, bytes(8)))]), "metadata 'k' has type 77"),
-    "array of 2^61 numbers": (build([entry("k", 9, array(10, 2**61, b""))]), f"length of metadata 'k' is {2**61}"),
-    "array of 2^40 strings": (build([entry("k", 9, array(8, 2**40, b""))]), f"length of metadata 'k' is {2**40}"),
-    "array cut": (build([entry("k", 9, array(4, 9, bytes(20)))], alignment=1), "length of metadata 'k' is 9; .* 20 bytes"),
+    "array of 2^61 numbers": (
+        build([entry("k", 9, array(10, 2**61, b""))]),
+        f"length of metadata 'k' is {2**61}",
+    ),
+    "array of 2^40 strings": (
+        build([entry("k", 9, array(8, 2**40, b""))]),
+        f"length of metadata 'k' is {2**40}",
+    ),
+    "array cut": (
+        build([entry("k", 9, array(4, 9, bytes(20)))], alignment=1),
+        "length of metadata 'k' is 9; .* 20 bytes",
+    ),
     "token not UTF-8": (build([entry("k", 9, array(8, 1, text(b"\xf0")))]), "metadata 'k' is not UTF-8"),
     "arrays 5 deep": (
         build([entry("k", 9, array(9, 1, array(9, 1, array(9, 1, array(9, 1, array(0, 0, b""))))))]),
         "arrays in arrays, more than 4 deep",
     ),
-    "alignment 0": (build([entry("general.alignment", 4, u32(0))]), "general.alignment is 0; it must be a power of two"),
+    "alignment 0": (
+        build([entry("general.alignment", 4, u32(0))]),
+        "general.alignment is 0; it must be a power of two",
+    ),
     "alignment 4": (build([entry("general.alignment", 4, u32(4))]), "general.alignment is 4"),
     "alignment 24": (build([entry("general.alignment", 4, u32(24))]), "general.alignment is 24"),
-    "alignment -8": (build([entry("general.alignment", 5, struct.pack("<i", -8))]), "general.alignment is -8"),
+    "alignment -8": (
+        build([entry("general.alignment", 5, struct.pack("<i", -8))]),
+        "general.alignment is -8",
+    ),
     "alignment true": (build([entry("general.alignment", 7, b"\1")]), "general.alignment is True"),
     "alignment text": (build([entry("general.alignment", 8, text("32"))]), "general.alignment is '32'"),
-    "alignment list": (build([entry("general.alignment", 9, array(4, 1, u32(32)))]), r"general.alignment is array\(\[32\]"),
-    "tensor name too long": (build((), [info("n" * 65536, [1], 0, 0)], bytes(4)), "length of name of tensor 0 is 65536"),
-    "tensor name not UTF-8": (build((), [info(b"\x80", [1], 0, 0)], bytes(4)), "name of tensor 0 is not UTF-8"),
+    "alignment list": (
+        build([entry("general.alignment", 9, array(4, 1, u32(32)))]),
+        r"general.alignment is array\(\[32\]",
+    ),
+    "tensor name too long": (
+        build((), [info("n" * 65536, [1], 0, 0)], bytes(4)),
+        "length of name of tensor 0 is 65536",
+    ),
+    "tensor name not UTF-8": (
+        build((), [info(b"\x80", [1], 0, 0)], bytes(4)),
+        "name of tensor 0 is not UTF-8",
+    ),
     "tensor twice": (build((), [*ONE, info("w", [1], 0, 384)], bytes(388)), "tensor 'w' appears twice"),
-    "no dimensions": (build((), [info("w", [], 0, 0)], bytes(32)), "tensor 'w' has 0 dimensions; there may be 1 to 4"),
+    "no dimensions": (
+        build((), [info("w", [], 0, 0)], bytes(32)),
+        "tensor 'w' has 0 dimensions; there may be 1 to 4",
+    ),
     "5 dimensions": (build((), [info("w", [1] * 5, 0, 0)], bytes(4)), "tensor 'w' has 5 dimensions"),
-    "2^32 - 1 dimensions": (build((), [text("w") + u32(2**32 - 1) + bytes(32)]), "tensor 'w' has 4294967295 dimensions"),
-    "dimension 0": (build((), [info("w", [32, 0], 0, 0)], bytes(4)), r"'w' has shape \(0, 32\); dimensions must be positive"),
+    "2^32 - 1 dimensions": (
+        build((), [text("w") + u32(2**32 - 1) + bytes(32)]),
+        "tensor 'w' has 4294967295 dimensions",
+    ),
+    "dimension 0": (
+        build((), [info("w", [32, 0], 0, 0)], bytes(4)),
+        r"'w' has shape \(0, 32\); dimensions must be positive",
+    ),
     "dimension -1": (build((), [info("w", [2**64 - 1], 0, 0)], bytes(4)), "tensor 'w' has shape"),
     "product wraps to 0": (build((), [info("w", [2**32, 2**32], 0, 0)], bytes(4)), r"product below 2\^63"),
     "product wraps to 4": (build((), [info("w", [2**62 + 1, 4], 0, 0)], bytes(16)), r"product below 2\^63"),
-    "half a block": (build((), [info("w", [48], 2, 0)], bytes(64)), "tensor 'w' has rows of 48; Q4_0 needs a multiple of 32"),
-    "offset not aligned": (build((), [info("w", [1], 0, 4)], bytes(64)), "tensor 'w' has offset 4; .* of the alignment 32"),
-    "offset beyond the end": (build((), [info("w", [1], 0, 64)], bytes(64)), "takes 4 bytes from byte 128 on, .* has 128"),
-    "offset of 2^64": (build((), [info("w", [1], 0, 2**64 - 32)], bytes(64)), "tensor 'w' takes 4 bytes from byte 1844"),
-    "unknown type beyond the end": (build((), [info("w", [1], 99, 640)], bytes(64)), "tensor 'w' takes 0 bytes from byte 704"),
-    "data cut": (build((), ONE, bytes(383)), "tensor 'w' takes 384 bytes from byte 96 on, but the file has 479"),
+    "half a block": (
+        build((), [info("w", [48], 2, 0)], bytes(64)),
+        "tensor 'w' has rows of 48; Q4_0 needs a multiple of 32",
+    ),
+    "offset not aligned": (
+        build((), [info("w", [1], 0, 4)], bytes(64)),
+        "tensor 'w' has offset 4; .* of the alignment 32",
+    ),
+    "offset beyond the end": (
+        build((), [info("w", [1], 0, 64)], bytes(64)),
+        "takes 4 bytes from byte 128 on, .* has 128",
+    ),
+    "offset of 2^64": (
+        build((), [info("w", [1], 0, 2**64 - 32)], bytes(64)),
+        "tensor 'w' takes 4 bytes from byte 1844",
+    ),
+    "unknown type beyond the end": (
+        build((), [info("w", [1], 99, 640)], bytes(64)),
+        "tensor 'w' takes 0 bytes from byte 704",
+    ),
+    "data cut": (
+        build((), ONE, bytes(383)),
+        "tensor 'w' takes 384 bytes from byte 96 on, but the file has 479",
+    ),
     "no data": (build((), ONE), "tensor 'w' takes 384 bytes"),
     "overlap": (
         build((), [*ONE, info("v", [32], 0, 352)], bytes(480)),
         "tensor 'v' begins at byte 480, before the end of 'w' at 512",
     ),
-    "same place": (build((), [*ONE, info("v", [1], 0, 0)], bytes(480)), "tensor 'v' begins at byte 128, before the end of 'w'"),
+    "same place": (
+        build((), [*ONE, info("v", [1], 0, 0)], bytes(480)),
+        "tensor 'v' begins at byte 128, before the end of 'w'",
+    ),
 }
 
 
@@ -288,9 +435,10 @@ def test_a_missing_file_and_a_folder_are_refused(tmp_path):
             GGUFFile(path)
 
 
-@pytest.mark.parametrize(("name", "kind", "raw"), [
-    ("w", 0, struct.pack("<f", np.nan)), ("h", 1, struct.pack("<e", -np.inf)), ("b", 30, b"\x80\x7f"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind", "raw"),
+    [("w", 0, struct.pack("<f", np.nan)), ("h", 1, struct.pack("<e", -np.inf)), ("b", 30, b"\x80\x7f")],
+)
 def test_nan_and_infinity_are_refused_when_read(make, name, kind, raw):
     file = GGUFFile(make(build((), [info(name, [4, 1], kind, 0)], raw * 4)))
     for read in (file.array, file.weight):
@@ -316,7 +464,9 @@ def test_the_limits_of_a_header(make, monkeypatch):
         GGUFFile(path)
     three = [entry("a", 8, text("")), entry("b", 8, text("")), entry("c", 8, text(""))]
     GGUFFile(make(build(three)))
-    with pytest.raises(FileError, match="metadata 'd' has a string or an array too many: 3 and 4096 are read"):
+    with pytest.raises(
+        FileError, match="metadata 'd' has a string or an array too many: 3 and 4096 are read"
+    ):
         GGUFFile(make(build([*three, entry("d", 8, text(""))])))
 
 
@@ -361,7 +511,9 @@ def survives(path):
 def mutations():
     header = len(VALID) - len(DATA)
     at = st.one_of(st.integers(0, header - 1), st.integers(0, len(VALID) - 1))
-    huge = st.sampled_from([0, 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, len(VALID), len(VALID) - 1])
+    huge = st.sampled_from(
+        [0, 1, 2**31, 2**32 - 1, 2**32, 2**62, 2**63 - 1, 2**63, 2**64 - 1, len(VALID), len(VALID) - 1]
+    )
     return st.lists(
         st.one_of(
             st.tuples(st.just("flip"), at, st.integers(1, 255)),
@@ -408,14 +560,21 @@ def test_every_cut_is_refused_or_read(make):
 
 def test_what_was_read_is_written_again_byte_by_byte(make, tmp_path):
     """The file that the little writer above made, with metadata of all types: empty and nested arrays too."""
-    readable = [(i, d) for i, d in zip(INFOS, DATA_PARTS, strict=True) if i not in (INFOS[4], INFOS[6], INFOS[9])]
+    readable = [
+        (i, d) for i, d in zip(INFOS, DATA_PARTS, strict=True) if i not in (INFOS[4], INFOS[6], INFOS[9])
+    ]
     infos, at = [], 0
     for old, raw in readable:
         infos.append(old[:-8] + u64(at))
         at += len(raw)
-    original = build([*KEYS, entry("general.quantization_version", 4, u32(2))], infos, b"".join(raw for _, raw in readable))
+    original = build(
+        [*KEYS, entry("general.quantization_version", 4, u32(2))], infos, b"".join(raw for _, raw in readable)
+    )
     file = GGUFFile(make(original))
-    tensors = {name: file.weight(name) if info.type.startswith("Q") else file.array(name) for name, info in file.tensors.items()}
+    tensors = {
+        name: file.weight(name) if info.type.startswith("Q") else file.array(name)
+        for name, info in file.tensors.items()
+    }
     metadata = {key: file.entry(key) for key in file.metadata if key != "general.architecture"}
     assert write_gguf(tmp_path / "again.gguf", tensors, metadata) == {}
     assert (tmp_path / "again.gguf").read_bytes() == original

@@ -1,4 +1,5 @@
-"""Golden arrays: transformers' logits, loss and gradients, made by tests/golden/make_golden.py, checked here without torch."""
+"""Golden arrays: transformers' logits, loss and gradients, made by tests/golden/make_golden.py, checked here
+without torch."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ EPS = float(np.finfo(np.float32).eps)
 def rounding(config: ModelConfig) -> float:
     """Relative error to expect between two float32 programs, in units of an array's largest element.
 
-    A block adds up about 9 sums of at most `intermediate_size` or `hidden_size` terms, each with a relative error of about
-    √n·eps/2 (see helpers.close_rtol); they pass through the residual stream and again, in reverse, through the backward pass.
-    So 2·9·layers sums, whose errors are independent and add up as their root. Factor 4: two programs, the worst element.
+    A block adds up about 9 sums of at most `intermediate_size` or `hidden_size` terms, each with a relative
+    error of about √n·eps/2 (see helpers.close_rtol); they pass through the residual stream and again, in
+    reverse, through the backward pass. So 2·9·layers sums, whose errors are independent and add up as their
+    root. Factor 4: two programs, the worst element.
     """
     widest = max(config.hidden_size, config.intermediate_size, config.vocab_size)
     return 4 * EPS * (widest * 2 * 9 * config.num_hidden_layers) ** 0.5
@@ -37,7 +39,9 @@ def load(path: Path) -> tuple[ModelConfig, dict[str, np.ndarray], dict[str, np.n
     with np.load(path, allow_pickle=False) as file:
         found = {name: file[name] for name in file.files}
     about = json.loads(str(found.pop("about")))
-    config = ModelConfig(**{field.name: about[field.name] for field in fields(ModelConfig) if field.name in about})
+    config = ModelConfig(
+        **{field.name: about[field.name] for field in fields(ModelConfig) if field.name in about}
+    )
     return config, {k[2:]: v for k, v in found.items() if k.startswith("w.")}, found
 
 
@@ -47,7 +51,9 @@ every_file = pytest.mark.parametrize("path", FILES, ids=[p.stem for p in FILES])
 def test_the_files_are_there_cover_the_architecture_and_are_small():
     configs = [load(path)[0] for path in FILES]
     assert len(configs) >= 5 and sum(path.stat().st_size for path in FILES) < 600_000
-    assert {c.tie_word_embeddings for c in configs} == {True, False} == {c.hidden_act != "silu" for c in configs}
+    assert (
+        {c.tie_word_embeddings for c in configs} == {True, False} == {c.hidden_act != "silu" for c in configs}
+    )
     assert any(1 < c.num_key_value_heads < c.num_attention_heads for c in configs) and any(
         c.num_key_value_heads == 1 for c in configs
     )
@@ -71,7 +77,11 @@ def test_loss_and_all_gradients_equal_transformers(path, checkpoint):
     batch = Batch(golden["ids"].astype(np.int64), golden["targets"].astype(np.int64), golden["mask"])
     loss = shard_loss(model, batch, float(batch.mask.sum()), grads, checkpoint=checkpoint)
     assert abs(loss - float(golden["loss"])) <= rounding(config) * float(golden["loss"])
-    assert {p.name for p in grads} == set(parameter_shapes(config)) == {k[2:] for k in golden if k.startswith("g.")}
+    assert (
+        {p.name for p in grads}
+        == set(parameter_shapes(config))
+        == {k[2:] for k in golden if k.startswith("g.")}
+    )
     for p, g in grads.items():
         assert np.abs(g).max() > 1e-3  # a gradient of nothing would prove nothing
         assert_close(g, golden[f"g.{p.name}"], rounding(config), p.name)
@@ -79,7 +89,8 @@ def test_loss_and_all_gradients_equal_transformers(path, checkpoint):
 
 @every_file
 def test_float64_agrees_as_well(path):
-    """The same formulas in double precision: what remains is torch's float32 alone (its rotary tables are float32 by design)."""
+    """The same formulas in double precision: what remains is torch's float32 alone (its rotary tables are
+    float32 by design)."""
     config, arrays, golden = load(path)
     model = build_model(config, {name: a.astype(np.float64) for name, a in arrays.items()})
     assert_close(model.logits(golden["ids"]), golden["logits"], rounding(config))

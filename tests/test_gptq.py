@@ -10,11 +10,12 @@ import pytest
 from helpers import GQA, base_arrays, digest, make_model
 
 from minilora.config import ConfigError, LoraConfig, QuantConfig
+from minilora.kernels.gptq_columns import round_columns, round_columns_numpy
 from minilora.lora import inject_lora
 from minilora.memory import peak_bytes, unique_bytes
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
-from minilora.quant.gptq import Hessian, gptq, inverse_factor, round_columns, round_columns_numpy
-from minilora.quantize import quantize_model
+from minilora.quant.gptq import Hessian, gptq, inverse_factor
+from minilora.quant.model import quantize_model
 
 AFFINE = ("int2", "int3", "int4", "int8")
 ALL = (*AFFINE, "nf2", "nf3", "nf4", "fp4")
@@ -94,7 +95,8 @@ def test_every_fit_and_store_goes_with_it(fit, store):
 
 
 def test_the_loss_is_the_damped_quadratic_form():
-    """Σ e²/2 = ½ Σ_rows d H_damped dᵀ with d = w − ŵ of the whole matrix: what is left cannot be compensated any more."""
+    """Σ e²/2 = ½ Σ_rows d H_damped dᵀ with d = w − ŵ of the whole matrix: what is left cannot be compensated
+    any more."""
     w, (h, _) = matrix(4, 16, seed=8), hessian(16, seed=9)
     found, loss = gptq(w, h, settings("int3"))
     d = w.astype(np.float64) - found.dense()
@@ -104,7 +106,8 @@ def test_the_loss_is_the_damped_quadratic_form():
 
 @pytest.mark.parametrize("size", [1.0, 1e-3, 1e3])
 def test_a_dead_input_and_the_size_of_the_inputs_change_nothing_else(size):
-    """What stands in for the dead input's curvature is as large as the others', so that the damping stays what it was."""
+    """What stands in for the dead input's curvature is as large as the others', so that the damping stays
+    what it was."""
     w, (h, x) = matrix(8, 32, seed=20), hessian(32, seed=21)
     plain = gptq(w, h * size**2, settings("int3"))[0]
     assert np.array_equal(plain.codes, gptq(w, h, settings("int3"))[0].codes)
@@ -131,7 +134,9 @@ def test_the_kernel_does_what_its_numpy_version_does(quant_type):
     results = []
     for function in (round_columns, round_columns_numpy):
         work, codes, errors = w.astype(np.float64), np.empty((5, 32), np.uint8), np.empty((5, 32))
-        function(work, upper, groups, grid.scale, grid.offset, grid.midpoints, grid.levels, grid.top, codes, errors)
+        function(
+            work, upper, groups, grid.scale, grid.offset, grid.midpoints, grid.levels, grid.top, codes, errors
+        )
         results.append((codes, errors))
     assert np.array_equal(results[0][0], results[1][0])
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
@@ -143,14 +148,16 @@ def test_bad_input_is_refused():
         gptq(w, h, settings("nf4"))
     with pytest.raises(ConfigError, match=r"hessian.shape=\(8, 8\)"):
         gptq(w, h[:8, :8], settings("int4"))
-    with pytest.raises(ConfigError, match="damp_percent=1e-09: leaves a Hessian of 16 inputs without an inverse"):
+    with pytest.raises(
+        ConfigError, match="damp_percent=1e-09: leaves a Hessian of 16 inputs without an inverse"
+    ):
         gptq(w, np.ones((16, 16)) - 2 * np.eye(16), settings("int4", damp_percent=1e-9))
     h[0, 0] = np.nan
     with pytest.raises(ConfigError, match="inputs must be finite"):
         gptq(w, h, settings("int4"))
 
 
-# --- through a model ---------------------------------------------------------------------------------------------------
+# --- through a model ----------------------------------------------------------------------------------------
 
 
 def batches(seed=0, n=4):
@@ -171,12 +178,15 @@ def test_a_model_is_quantized_layer_by_layer(base):
     assert all(kind is AffineWeight for name, kind in kinds.items() if name not in head)
     assert found.head.weight is base.head.weight and found.embedding is base.embedding
     again = quantize_model(base, quant(), batches())
-    assert all(np.array_equal(a.weight.dense(), b.weight.dense()) for (_, a), (_, b) in
-               zip(found.linears(), again.linears(), strict=True))  # fmt: skip
+    assert all(
+        np.array_equal(a.weight.dense(), b.weight.dense())
+        for (_, a), (_, b) in zip(found.linears(), again.linears(), strict=True)
+    )
 
 
 def test_each_layer_sees_the_inputs_that_the_quantized_layers_below_make(base):
-    """Redone by hand for the last projection of the last block: its Hessian is that of the quantized model's own inputs."""
+    """Redone by hand for the last projection of the last block: its Hessian is that of the quantized model's
+    own inputs."""
     found = quantize_model(base, quant(), batches())
     block, h = found.blocks[-1], Hessian(GQA.intermediate_size)
     for ids in batches():
@@ -198,13 +208,21 @@ def test_a_model_of_two_matrix_mlps_works_too():
 
     model = make_model(CONFIGS["gelu tied"], dtype=np.float32, trainable=False)
     found = quantize_model(model, quant(), batches())
-    assert found.tied and all(isinstance(w.weight, AffineWeight) for n, w in found.linears() if n != "lm_head")
+    assert found.tied and all(
+        isinstance(w.weight, AffineWeight) for n, w in found.linears() if n != "lm_head"
+    )
 
 
 def test_models_and_data_that_cannot_be_are_refused(base):
     with pytest.raises(ConfigError, match="calibration='no tokens'"):
         quantize_model(base, quant())
-    for bad in ([[0, -1]], [[0, GQA.vocab_size]], [[0.5]], [0, 1], np.zeros((1, GQA.context_length + 1), int)):
+    for bad in (
+        [[0, -1]],
+        [[0, GQA.vocab_size]],
+        [[0.5]],
+        [0, 1],
+        np.zeros((1, GQA.context_length + 1), int),
+    ):
         with pytest.raises(ConfigError, match="calibration=.*token ids"):
             quantize_model(base, quant(), [np.asarray(bad)])
     with pytest.raises(ConfigError, match="has an adapter"):

@@ -1,10 +1,11 @@
-"""The gradient checker must catch what goes wrong in hand-written backward passes; one that always passes proves nothing."""
+"""The gradient checker must catch what goes wrong in hand-written backward passes; one that always passes
+proves nothing."""
 
 import numpy as np
 import pytest
 
 from minilora import functional as F
-from minilora.gradients import Check, GradientError, gradcheck
+from minilora.training.gradcheck import Check, GradientError, gradcheck
 
 
 @pytest.fixture(params=[(5, 7), (40, 30)], ids=["every element", "64 of 1200 elements"])
@@ -79,7 +80,11 @@ def test_a_few_wrong_elements_that_no_sample_finds_are_caught_by_the_random_dire
     gradient = c.copy()
     gradient[c < 0.5005] *= 1.02
     (check,) = gradcheck(lambda: float((c * w).sum()), {"w": w}, {"w": gradient}, raises=False)
-    assert 1 <= (gradient != c).sum() < 10 and check.worst_error < 1e-6 < check.direction_error and not check.passed
+    assert (
+        1 <= (gradient != c).sum() < 10
+        and check.worst_error < 1e-6 < check.direction_error
+        and not check.passed
+    )
 
 
 def test_loss_that_is_nan_at_a_single_element_fails(rng):
@@ -103,7 +108,12 @@ def test_nan_in_a_gradient_is_located(rng, shape):
 
 def test_only_the_wrong_array_fails_and_all_are_reported(rng):
     a, b = rng.standard_normal(3), rng.standard_normal(4)
-    checks = gradcheck(lambda: float((a**2).sum() + (b**3).sum()), {"a": a, "b": b}, {"a": 2 * a, "b": 2 * b**2}, raises=False)
+    checks = gradcheck(
+        lambda: float((a**2).sum() + (b**3).sum()),
+        {"a": a, "b": b},
+        {"a": 2 * a, "b": 2 * b**2},
+        raises=False,
+    )
     assert [c.passed for c in checks] == [True, False]
     with pytest.raises(GradientError) as caught:
         gradcheck(lambda: float((a**2).sum() + (b**3).sum()), {"a": a, "b": b}, {"a": 2 * a, "b": 2 * b**2})

@@ -12,9 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.quant import AffineWeight, CodebookWeight, blocks_simd, codebooks, kernels, simd
+from minilora.kernels import block_vectors as blocks_simd
+from minilora.kernels import codes as kernels
+from minilora.kernels import codes_vectors as simd
+from minilora.kernels.intrinsics import wide
+from minilora.quant import AffineWeight, CodebookWeight, codebooks
 from minilora.quant.packed import NO_OFFSETS, frozen
-from minilora.quant.vectors import wide
 from minilora.quant.weights import thresholds
 
 EPS = np.finfo(np.float32).eps
@@ -23,7 +26,8 @@ SIZES = (1, 2, 3, 5, 7, 8, 9, 16, 63, 65)
 
 
 def plain_python(name):
-    """The kernel and all kernels it calls as Python functions, so that each line is also run as it is read."""
+    """The kernel and all kernels it calls as Python functions, so that each line is also run as it is
+    read."""
     functions = {n: f.py_func for n, f in vars(kernels).items() if hasattr(f, "py_func")}
     namespace = dict(vars(kernels))
     namespace |= {n: types.FunctionType(f.__code__, namespace) for n, f in functions.items()}
@@ -198,7 +202,9 @@ def test_matvec_equals_exact_sums(bits, affine, rows, width, block_size):
     expected = np.array([float(np.dot(row.astype(np.float64), x)) for row in matrix])
     if width < 100:
         np.testing.assert_allclose(expected, naive.matmul(matrix, x[:, None])[:, 0], rtol=1e-12, atol=1e-12)
-    bound = (width + 1) * EPS * (np.abs(matrix).astype(np.float64) @ np.abs(x))  # error of a float32 sum in any order
+    bound = (
+        (width + 1) * EPS * (np.abs(matrix).astype(np.float64) @ np.abs(x))
+    )  # error of a float32 sum in any order
     first = width // block_size
     candidates = versions("matvec") if width < 100 else [kernels.matvec, kernels.matvec_numpy]
     for matvec in candidates:
@@ -264,7 +270,9 @@ def test_vectors_dequantize_as_the_loops_and_as_numpy(affine, zeros, block_size)
         first = start // block_size
         results = []
         for dequantize in (simd.dequantize, kernels.dequantize, kernels.dequantize_numpy):
-            out = np.full(stop - start + 2, 7, np.float32)  # two numbers more, so that the vectors are not aligned
+            out = np.full(
+                stop - start + 2, 7, np.float32
+            )  # two numbers more, so that the vectors are not aligned
             dequantize(packed, 4, table, scales[first:], offsets[first:], block_size, start, out[1:-1])
             assert out[0] == out[-1] == 7
             results.append(out.view(np.uint32))  # the sign of a zero counts
@@ -296,18 +304,25 @@ def test_vectors_read_float16_where_it_lies():
 def test_vectors_write_past_the_caches_what_the_loops_write(misaligned):
     block_size, count = 64, simd.PAST_CACHES + 96
     rng = np.random.default_rng(misaligned)
-    packed, scales = frozen(rng.integers(0, 256, count // 2), np.uint8), frozen(rng.random(-(-count // block_size)), np.float32)
+    packed, scales = (
+        frozen(rng.integers(0, 256, count // 2), np.uint8),
+        frozen(rng.random(-(-count // block_size)), np.float32),
+    )
     table, memory = kernels.lookup_table(codebooks.code_map("nf4"), 4), np.full(count + 48, 7, np.float32)
     begin = 16 - memory.ctypes.data // 4 % 16 + misaligned  # numbers behind a multiple of 64 bytes
     out, expected = memory[begin : begin + count], np.empty(count, np.float32)
     simd.dequantize(packed, 4, table, scales, NO_OFFSETS, block_size, 0, out)
     kernels.dequantize(packed, 4, table, scales, NO_OFFSETS, block_size, 0, expected)
-    assert np.array_equal(out, expected) and (memory[:begin] == 7).all() and (memory[begin + count :] == 7).all()
+    assert (
+        np.array_equal(out, expected) and (memory[:begin] == 7).all() and (memory[begin + count :] == 7).all()
+    )
 
 
 @vectors
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("rows, width, block_size", [(5, 32, 32), (3, 96, 64), (9, 160, 96), (2, 4096, 64), (4, 64, 4096)])
+@pytest.mark.parametrize(
+    "rows, width, block_size", [(5, 32, 32), (3, 96, 64), (9, 160, 96), (2, 4096, 64), (4, 64, 4096)]
+)
 def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, block_size):
     packed, table, scales, offsets = vectors_case(affine, (rows + 1) * width, block_size)
     x = np.random.default_rng(1).standard_normal(width).astype(np.float32)
@@ -315,7 +330,9 @@ def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, bl
     w, out = np.empty(rows * width, np.float32), np.full(rows, np.nan, np.float32)
     kernels.dequantize_numpy(packed, 4, table, scales[first:], offsets[first:], block_size, width, w)
     lanes = np.zeros((rows, 32), np.float32)
-    for piece in np.split(w.reshape(rows, width).astype(np.float64) * x, width // 32, axis=1):  # exact: 48 bits
+    for piece in np.split(
+        w.reshape(rows, width).astype(np.float64) * x, width // 32, axis=1
+    ):  # exact: 48 bits
         lanes = (lanes + piece).astype(np.float32)  # rounded once, but for a tie in 2^29 cases
     sums = ((lanes[:, :8] + lanes[:, 8:16]) + lanes[:, 16:24]) + lanes[:, 24:]
     for half in (4, 2, 1):
@@ -326,9 +343,28 @@ def test_vectors_multiply_in_the_order_that_they_promise(affine, rows, width, bl
 
 @vectors
 @pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("block_size, width", [(32, 32), (32, 160), (64, 64), (64, 4096), (64, 576), (96, 96), (128, 128),
-                                               (128, 384), (192, 384), (4096, 256), (32, 1024), (128, 1152), (64, 1088),
-                                               (256, 1024), (4096, 1024), (4096, 4096), (192, 3072)])  # fmt: skip
+@pytest.mark.parametrize(
+    "block_size, width",
+    [
+        (32, 32),
+        (32, 160),
+        (64, 64),
+        (64, 4096),
+        (64, 576),
+        (96, 96),
+        (128, 128),
+        (128, 384),
+        (192, 384),
+        (4096, 256),
+        (32, 1024),
+        (128, 1152),
+        (64, 1088),
+        (256, 1024),
+        (4096, 1024),
+        (4096, 4096),
+        (192, 3072),
+    ],
+)
 def test_vectors_multiply_within_rounding_and_each_row_by_itself(affine, block_size, width):
     rows = 7
     packed, table, scales, offsets = vectors_case(affine, (rows + 1) * width, block_size)
@@ -345,7 +381,9 @@ def test_vectors_multiply_within_rounding_and_each_row_by_itself(affine, block_s
         for r in range(0, rows, at_once):
             start = (1 + r) * width
             first = start // block_size
-            simd.matvec(packed, 4, table, scales[first:], offsets[first:], block_size, start, x, some[r : r + at_once])
+            simd.matvec(
+                packed, 4, table, scales[first:], offsets[first:], block_size, start, x, some[r : r + at_once]
+            )
     assert (np.abs(found[0] - expected) <= bound).all() and np.array_equal(*found)
 
 
@@ -377,15 +415,23 @@ def test_weights_are_the_same_without_the_vectors(monkeypatch):
 
     def results():
         found = []
-        for q in (CodebookWeight.quantize(w), CodebookWeight.quantize(w, "fp4", 32, False), AffineWeight.quantize(w)):
-            found.append((q.codes, *q.arrays()["scales"], q.dense(), q.rows(np.array([3, 5, 6])), q.matmul(x)))
+        for q in (
+            CodebookWeight.quantize(w),
+            CodebookWeight.quantize(w, "fp4", 32, False),
+            AffineWeight.quantize(w),
+        ):
+            found.append(
+                (q.codes, *q.arrays()["scales"], q.dense(), q.rows(np.array([3, 5, 6])), q.matmul(x))
+            )
         return found
 
     fast = results()
     monkeypatch.setattr(simd, "available", lambda: False)
     for a, b in zip(fast, results(), strict=True):
         assert all(np.array_equal(v, u) for v, u in zip(a[:-1], b[:-1], strict=True))
-        np.testing.assert_allclose(a[-1], b[-1], rtol=0, atol=193 * EPS * float(np.abs(w).max(0) @ np.abs(x[0])))
+        np.testing.assert_allclose(
+            a[-1], b[-1], rtol=0, atol=193 * EPS * float(np.abs(w).max(0) @ np.abs(x[0]))
+        )
 
 
 @pytest.mark.parametrize("value", [np.nan, -np.inf])
@@ -400,23 +446,38 @@ def test_a_weight_that_is_not_finite_is_named_by_loops_and_vectors(value, block_
 def run_compiled_for(features, *arguments):
     """Run Python with Numba compiling for a processor that has no more than these features."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    environment = {**os.environ, "PYTHONPATH": root, "NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": root,
+        "NUMBA_CPU_NAME": "generic",
+        "NUMBA_CPU_FEATURES": features,
+    }
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=root
+    )
 
 
 AVX2 = "+avx2,+fma,+f16c"
 
 
-@pytest.mark.parametrize("features, expected", [("", "False False"), ("+avx2", "False False"), (AVX2, "True False")])
+@pytest.mark.parametrize(
+    "features, expected", [("", "False False"), ("+avx2", "False False"), (AVX2, "True False")]
+)
 def test_vectors_need_avx2_and_wide_ones_avx512(features, expected):
-    run = run_compiled_for(features, "-c", "from minilora.quant import simd, vectors; print(simd.available(), vectors.wide())")
+    run = run_compiled_for(
+        features,
+        "-c",
+        "from minilora.kernels import codes_vectors, intrinsics; print(codes_vectors.available(), intrinsics.wide())",
+    )
     assert run.stdout == f"{expected}\n", run.stderr
 
 
 @pytest.mark.skipif(not (simd.available() and wide()), reason="runs above in AVX2 already, if at all")
 def test_avx2_does_what_avx512_does():
     """The tests of the vectors above once more, compiled without AVX-512."""
-    run = run_compiled_for(AVX2, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_vectors_ and not need")
+    run = run_compiled_for(
+        AVX2, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "test_vectors_ and not need"
+    )
     assert run.returncode == 0, run.stdout
 
 
@@ -424,7 +485,8 @@ COUNT_SIGNATURES = """
 import json, numpy as np
 from numba.core.dispatcher import Dispatcher
 from minilora.config import QuantConfig
-from minilora.quant import blocks, blocks_simd, kernels, quantize_weight, simd, warm_up
+from minilora.quant import blocks, quantize_weight, warm_up
+from minilora.kernels import block_vectors as blocks_simd, codes as kernels, codes_vectors as simd
 def count(module):
     return {f"{module.__name__}.{n}": len(f.signatures) for n, f in vars(module).items() if isinstance(f, Dispatcher)}
 modules = [kernels, simd, blocks, blocks_simd]
@@ -450,10 +512,13 @@ print(json.dumps([warmed, found]))
 
 
 def test_each_kernel_compiles_one_signature_or_two_where_scales_differ():
-    """A second signature is another part of the user's first minute; a read-only array is another type to Numba."""
+    """A second signature is another part of the user's first minute; a read-only array is another type to
+    Numba."""
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     environment = {**os.environ, "PYTHONPATH": root}
-    for _ in range(2):  # from the cache: a kernel that is compiled here would bring those with it that it calls
+    for _ in range(
+        2
+    ):  # from the cache: a kernel that is compiled here would bring those with it that it calls
         command = [sys.executable, "-c", COUNT_SIGNATURES]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     for found in json.loads(run.stdout):  # after the warm-up, and after all that a weight can do
@@ -463,4 +528,4 @@ def test_each_kernel_compiles_one_signature_or_two_where_scales_differ():
         expected = ["kernels"] * 8 + ["simd"] * 2 * simd.available() + [blocks] * 2
         assert sorted(name.split(".")[-2] for name in used) == sorted(expected), public
         twice = {name for name, n in used.items() if n > 1}  # for scales in float32 and in float16
-        assert twice <= {"minilora.quant.simd.dequantize"} and max(used.values()) <= 2, public
+        assert twice <= {"minilora.kernels.codes_vectors.dequantize"} and max(used.values()) <= 2, public

@@ -1,6 +1,8 @@
-"""One conformance suite for every layer, plain, quantized or adapted: what the contract of layers.py promises, for each.
+"""One conformance suite for every layer, plain, quantized or adapted: what the contract of layers.py
+promises, for each.
 
-A case is a function of the dtype and of whether its own weights train; it returns the layer, an input, and how to run it.
+A case is a function of the dtype and of whether its own weights train; it returns the layer, an input, and
+how to run it.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ from helpers import GQA, assert_close, close_rtol, digest, fill_adapters, make_l
 
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
-from minilora.gradients import gradcheck
 from minilora.layers import MLP, DenseWeight, Embedding, Gradients, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear, inject_lora
 from minilora.memory import arrays_in, unique_bytes
+from minilora.quant.model import quantize_model
 from minilora.quant.weights import quantize_weight
-from minilora.quantize import quantize_model
+from minilora.training.gradcheck import gradcheck
 
 KEY = (7, 3, 1)  # seed, step, shard: dropout draws from it
 
@@ -43,7 +45,12 @@ class Case:
         layer = self.layer
         if isinstance(layer, MLP) or hasattr(layer, "q_proj"):
             return list(
-                dict.fromkeys(p for linear in vars(layer).values() if hasattr(linear, "parameters") for p in linear.parameters())
+                dict.fromkeys(
+                    p
+                    for linear in vars(layer).values()
+                    if hasattr(linear, "parameters")
+                    for p in linear.parameters()
+                )
             )
         return list(layer.parameters())
 
@@ -66,7 +73,9 @@ def linear(dtype: Any, trainable: bool) -> Case:
 
 def quantized(quant: QuantConfig) -> Callable[[Any, bool], Case]:
     def make(dtype: Any, trainable: bool) -> Case:
-        return Case(Linear("q", quantize_weight(data(6, 8, dtype=np.float32), quant)), data(2, 3, 8, dtype=dtype))
+        return Case(
+            Linear("q", quantize_weight(data(6, 8, dtype=np.float32), quant)), data(2, 3, 8, dtype=dtype)
+        )
 
     return make
 
@@ -74,11 +83,19 @@ def quantized(quant: QuantConfig) -> Callable[[Any, bool], Case]:
 def adapted(quant: QuantConfig | None = None, **config: Any) -> Callable[[Any, bool], Case]:
     def make(dtype: Any, trainable: bool) -> Case:
         base = (
-            make_linear(6, 8, dtype=dtype) if quant is None else Linear("q", quantize_weight(data(6, 8, dtype=np.float32), quant))
+            make_linear(6, 8, dtype=dtype)
+            if quant is None
+            else Linear("q", quantize_weight(data(6, 8, dtype=np.float32), quant))
         )
         lora = LoraConfig(r=3, lora_alpha=5, use_qalora=quant is not None and quant.affine, **config)
-        layer = LoraLinear(base, lora, np.random.default_rng(0), pool=quant.group_size if lora.use_qalora and quant else 1)
-        return Case(fill_adapters(layer, dtype=dtype), data(2, 3, 8, dtype=dtype), (KEY,) if config.get("lora_dropout") else ())
+        layer = LoraLinear(
+            base, lora, np.random.default_rng(0), pool=quant.group_size if lora.use_qalora and quant else 1
+        )
+        return Case(
+            fill_adapters(layer, dtype=dtype),
+            data(2, 3, 8, dtype=dtype),
+            (KEY,) if config.get("lora_dropout") else (),
+        )
 
     return make
 
@@ -89,7 +106,9 @@ def embedding(dtype: Any, trainable: bool) -> Case:
 
 
 def norm(dtype: Any, trainable: bool) -> Case:
-    return Case(RMSNorm(Parameter("norm.weight", data(8, dtype=dtype), trainable), 1e-3), data(2, 3, 8, dtype=dtype))
+    return Case(
+        RMSNorm(Parameter("norm.weight", data(8, dtype=dtype), trainable), 1e-3), data(2, 3, 8, dtype=dtype)
+    )
 
 
 def part(
@@ -107,7 +126,9 @@ def part(
         block = model.blocks[0]
         layer = block if of == "block" else getattr(block, of)
         key = (KEY,) if lora is not None and lora.lora_dropout else ()
-        return Case(layer, data(2, 3, 8, dtype=dtype), key if of == "mlp" else (model.rope(np.arange(3)), *key))
+        return Case(
+            layer, data(2, 3, 8, dtype=dtype), key if of == "mlp" else (model.rope(np.arange(3)), *key)
+        )
 
     return make
 
@@ -143,7 +164,9 @@ CASES: dict[str, Callable[[Any, bool], Case]] = {
 every_case = pytest.mark.parametrize("make", CASES.values(), ids=CASES.keys())
 
 
-def run(case: Case, x: np.ndarray, dy: np.ndarray, grads: Gradients | None = None) -> tuple[np.ndarray, Any, Gradients]:
+def run(
+    case: Case, x: np.ndarray, dy: np.ndarray, grads: Gradients | None = None
+) -> tuple[np.ndarray, Any, Gradients]:
     """Forward and backward: y, dx, grads."""
     grads = Gradients(case.parameters) if grads is None else grads
     y, cache = case.forward(x)
@@ -178,7 +201,10 @@ def test_dtype_is_kept_in_output_cache_and_gradients(make, dtype):
     y, dx, grads = run(case, case.x, dy)
     found = {"y": y, **{p.name: g for p, g in grads.items()}} | ({} if dx is None else {"dx": dx})
     assert {name: a.dtype for name, a in found.items()} == dict.fromkeys(found, np.dtype(dtype))
-    kinds = {a.dtype for a in arrays_in(case.forward(case.x)[1])} - {np.dtype(np.int64), np.dtype(np.uint8)}  # ids, packed masks
+    kinds = {a.dtype for a in arrays_in(case.forward(case.x)[1])} - {
+        np.dtype(np.int64),
+        np.dtype(np.uint8),
+    }  # ids, packed masks
     assert kinds <= {np.dtype(dtype)}
 
 
@@ -207,7 +233,8 @@ def test_output_is_a_fresh_array(make):
 
 @every_case
 def test_used_twice_adds_up(make):
-    """Two forwards, then two backwards in the other order, into one accumulator: as for shared weights and shards."""
+    """Two forwards, then two backwards in the other order, into one accumulator: as for shared weights and
+    shards."""
     case = make(np.float64, True)
     x2 = case.x[::-1].copy()
     dy1, dy2 = like(case), like(case, 12)
@@ -223,7 +250,8 @@ def test_used_twice_adds_up(make):
 
 @every_case
 def test_backward_is_linear_in_dy(make):
-    """Scaling dy by a power of two scales everything exactly; a hidden constant or a forgotten factor would show."""
+    """Scaling dy by a power of two scales everything exactly; a hidden constant or a forgotten factor would
+    show."""
     case = make(np.float64, True)
     dy = like(case)
     (_, dx, g1), (_, dx4, g4) = run(case, case.x, dy), run(case, case.x, 4 * dy)
@@ -269,7 +297,7 @@ def test_two_threads_at_once_get_the_same_bytes(make):
         assert all(np.array_equal(grads[p], expected[2][p]) for p in grads)
 
 
-# --- what each layer keeps --------------------------------------------------------------------------------------------
+# --- what each layer keeps ----------------------------------------------------------------------------------
 
 
 def test_a_frozen_linear_keeps_nothing_and_passes_dx_on():
@@ -279,7 +307,9 @@ def test_a_frozen_linear_keeps_nothing_and_passes_dx_on():
     grads = Gradients(case.parameters)
     assert len(grads) == 0
     assert_close(
-        case.backward(np.ones_like(y), cache, grads), np.ones_like(y) @ case.layer.weight.dense(), close_rtol(np.float64, 6)
+        case.backward(np.ones_like(y), cache, grads),
+        np.ones_like(y) @ case.layer.weight.dense(),
+        close_rtol(np.float64, 6),
     )
 
 
@@ -332,7 +362,7 @@ def test_a_frozen_embedding_keeps_no_ids():
     assert embedding(np.float64, False).forward(np.array([[1, 2]]))[1] == ()
 
 
-# --- smaller matters --------------------------------------------------------------------------------------------------
+# --- smaller matters ----------------------------------------------------------------------------------------
 
 
 def test_embedding_adds_repeated_ids():
@@ -391,7 +421,11 @@ def test_mlp_equals_its_formula():
     case = part("mlp")(np.float64, True)
     g, u, d = (getattr(case.layer, name).weight.dense() for name in ("gate_proj", "up_proj", "down_proj"))
     gate = case.x @ g.T
-    assert_close(case.forward(case.x)[0], (gate / (1 + np.exp(-gate)) * (case.x @ u.T)) @ d.T, close_rtol(np.float64, 8, 12))
+    assert_close(
+        case.forward(case.x)[0],
+        (gate / (1 + np.exp(-gate)) * (case.x @ u.T)) @ d.T,
+        close_rtol(np.float64, 8, 12),
+    )
 
 
 def test_block_is_residual():

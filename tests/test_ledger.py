@@ -21,15 +21,23 @@ from minilora.memory.counting import buffer_of
 from minilora.memory.ledger import HELD, PASSING, Entry, held_entries, kept_entries
 from minilora.memory.reasons import kept_by_linear, kept_by_model
 from minilora.quant.codebooks import dynamic_map
+from minilora.quant.model import quantize_model
 from minilora.quant.packed import _scratch
-from minilora.quantize import quantize_model
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import make_optimizer
 from minilora.transformer import init_model
 
-SMALL = ModelConfig(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                    num_key_value_heads=2, context_length=128, tie_word_embeddings=False)  # fmt: skip
+SMALL = ModelConfig(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    context_length=128,
+    tie_word_embeddings=False,
+)
 TIED = replace(SMALL, tie_word_embeddings=True)
 GELU = replace(SMALL, hidden_act="gelu_pytorch_tanh")
 
@@ -62,7 +70,9 @@ MODELS = {
     "qlora": lambda: adapted(TIED, QuantConfig("nf4")),
     "qlora, dora": lambda: adapted(quant=QuantConfig("nf3", double_quant=False), use_dora=True),
     "qalora": lambda: adapted(quant=QuantConfig("int4", group_size=16), use_qalora=True),
-    "qalora, dropout": lambda: adapted(GELU, QuantConfig("int2", group_size=32), use_qalora=True, lora_dropout=0.5),
+    "qalora, dropout": lambda: adapted(
+        GELU, QuantConfig("int2", group_size=32), use_qalora=True, lora_dropout=0.5
+    ),
     "whole zero points": lambda: adapted(quant=QuantConfig("int4", group_size=32, offset_dtype="zero")),
 }
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
@@ -74,7 +84,9 @@ def batch_of(config=SMALL, B=2, T=24, **changes):
 
 
 def replace_batch(batch, **changes):
-    return Batch(*(changes.get(name, getattr(batch, name)) for name in ("ids", "targets", "mask", "segments")))
+    return Batch(
+        *(changes.get(name, getattr(batch, name)) for name in ("ids", "targets", "mask", "segments"))
+    )
 
 
 def of_kind(ledger, *kinds):
@@ -85,11 +97,22 @@ def of_kind(ledger, *kinds):
 
 
 def by_hand(model, optimizer):
-    """Bytes by class, each array once, from the model's attributes; code maps and whatever else is shared by identity."""
-    found = {"weights": {}, "adapters": {}, "codes": {}, "scales": {}, "code maps": {}, "optimizer": {}, "offsets": {}}
+    """Bytes by class, each array once, from the model's attributes; code maps and whatever else is shared by
+    identity."""
+    found = {
+        "weights": {},
+        "adapters": {},
+        "codes": {},
+        "scales": {},
+        "code maps": {},
+        "optimizer": {},
+        "offsets": {},
+    }
 
     def add(kind, array):
-        assert array.base is None or not isinstance(array.base, np.ndarray) or array.base.nbytes == array.nbytes
+        assert (
+            array.base is None or not isinstance(array.base, np.ndarray) or array.base.nbytes == array.nbytes
+        )
         found[kind][array.__array_interface__["data"][0]] = array.nbytes
 
     def add_weight(weight):
@@ -136,12 +159,19 @@ def test_what_outlasts_a_step_is_the_arrays_own_bytes(make, name):
 
 
 def test_a_tied_head_and_a_shared_base_are_held_once():
-    untied, tied = (of_kind(measure(full(dense(c)), batch_of(), TrainConfig(batch_size=2), run=False), "weights")
-                    for c in (SMALL, TIED))  # fmt: skip
+    untied, tied = (
+        of_kind(measure(full(dense(c)), batch_of(), TrainConfig(batch_size=2), run=False), "weights")
+        for c in (SMALL, TIED)
+    )
     assert untied - tied == 4 * 61 * 64
     base = dense()
     first, second = (inject_lora(base, LoraConfig(r=r), np.random.default_rng(0)) for r in (2, 3))
-    buffers = {id(buffer_of(p.data)) for model in (first, second) for p in model.parameters() if ".lora_" not in p.name}
+    buffers = {
+        id(buffer_of(p.data))
+        for model in (first, second)
+        for p in model.parameters()
+        if ".lora_" not in p.name
+    }
     assert len(buffers) == len(base.parameters())
     for model in (first, second):
         weights = [e for e in held_entries(model) if e.kind == "weights"]
@@ -154,10 +184,14 @@ def test_8_bit_states_share_the_map_of_nested_scales():
 
 def test_code_maps_are_held_once_for_all_weights_and_8_bit_states():
     """A table of 16 levels for nf4, and of 256 for the nested scales; m and v in 8 bits have one each."""
+
     def maps(quant, optimizer):
         config = replace(SMALL, hidden_size=256, intermediate_size=512, num_hidden_layers=1)
         model = adapted(config, quant, r=16)
-        return of_kind(measure(model, batch_of(config), TrainConfig(batch_size=2, optimizer=optimizer), run=False), "code maps")
+        return of_kind(
+            measure(model, batch_of(config), TrainConfig(batch_size=2, optimizer=optimizer), run=False),
+            "code maps",
+        )
 
     assert maps(None, "adamw") == 0
     assert maps(None, "adamw_8bit") == 2 * 4 * 256
@@ -183,7 +217,9 @@ def test_the_reasons_cover_exactly_what_the_cache_keeps(make, checkpoint, packed
     assert {id(buffer_of(a)) for a, _, _ in walked} - given == set(expected) - given
     parameters = {id(buffer_of(p.data)) for p in model.parameters()}
     entries = kept_entries(walked, given | parameters)
-    assert sum(e.nbytes for e in entries) == sum(n for key, n in expected.items() if key not in given | parameters)
+    assert sum(e.nbytes for e in entries) == sum(
+        n for key, n in expected.items() if key not in given | parameters
+    )
     assert len(entries) == len(set(expected) - given - parameters)
     assert all(e.what and e.layer for e in entries)
 
@@ -191,8 +227,14 @@ def test_the_reasons_cover_exactly_what_the_cache_keeps(make, checkpoint, packed
 def test_an_input_that_three_adapters_read_is_kept_once_and_they_are_named():
     ledger = measure(adapted(), batch_of(), TrainConfig(batch_size=2), run=False)
     found = [e for e in ledger.kept if e.layer == "layers.0.self_attn.q_proj" and "input" in e.what]
-    assert found == [Entry("activations", "layers.0.self_attn.q_proj", "input kept for dA; shared with k_proj, v_proj",
-                           4 * 24 * 64)]  # fmt: skip
+    assert found == [
+        Entry(
+            "activations",
+            "layers.0.self_attn.q_proj",
+            "input kept for dA; shared with k_proj, v_proj",
+            4 * 24 * 64,
+        )
+    ]
     assert "q_proj: input kept for dA; shared with k_proj, v_proj" in str(ledger)
     assert not any(e.layer.endswith(("k_proj", "v_proj")) and "input" in e.what for e in ledger.kept)
     # with dropout each has an input of its own
@@ -214,7 +256,9 @@ def test_frozen_linears_keep_nothing():
 def test_the_real_cache_and_the_one_of_shapes_agree(make):
     batch, settings = batch_of(B=3), TrainConfig(batch_size=3, shards=2)
     real, shapes = (measure(make(), batch, settings, run=run).kept for run in (True, False))
-    assert sorted((e.layer, e.what, e.nbytes) for e in real) == sorted((e.layer, e.what, e.nbytes) for e in shapes)
+    assert sorted((e.layer, e.what, e.nbytes) for e in real) == sorted(
+        (e.layer, e.what, e.nbytes) for e in shapes
+    )
 
 
 def test_packed_segments_cost_a_mask_for_each_sequence_while_attention_runs():
@@ -241,19 +285,26 @@ def test_the_update_is_the_peak_when_there_is_little_else():
     """Two tokens, and 8-bit states: twice the piece that is updated, for m and v, decoded."""
     config = replace(SMALL, hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     model = full(init_model(config, np.random.default_rng(0), trainable=False))
-    ledger = measure(model, batch_of(config, 1, 2), TrainConfig(batch_size=1, shards=1, optimizer="adamw_8bit"))
+    ledger = measure(
+        model, batch_of(config, 1, 2), TrainConfig(batch_size=1, shards=1, optimizer="adamw_8bit")
+    )
     assert ledger.moment == "the optimizer's update"
     assert ledger.rise == 4 * sum(p.data.size for p in model.parameters()) + 2 * 4 * 65536
     assert 0 <= ledger.measured - ledger.peak <= 64 * 1024
     # with more tokens it is not
-    assert measure(model, batch_of(config, 4, 128), TrainConfig(batch_size=4), run=False).moment != ledger.moment
+    assert (
+        measure(model, batch_of(config, 4, 128), TrainConfig(batch_size=4), run=False).moment != ledger.moment
+    )
 
 
 BOUND_CASES = {
     "lora": (lambda c: adapted(c), {}),
     "qlora": (lambda c: adapted(c, QuantConfig("nf4")), {}),
     "full": (lambda c: full(dense(c)), {}),
-    "qalora, accumulated": (lambda c: adapted(c, QuantConfig("int4"), use_qalora=True), {"gradient_accumulation_steps": 2}),
+    "qalora, accumulated": (
+        lambda c: adapted(c, QuantConfig("int4"), use_qalora=True),
+        {"gradient_accumulation_steps": 2},
+    ),
     "checkpointed": (lambda c: adapted(c), {"gradient_checkpointing": True, "logits_chunk": 16}),
 }
 
@@ -261,7 +312,9 @@ BOUND_CASES = {
 @pytest.mark.parametrize("make, options", BOUND_CASES.values(), ids=BOUND_CASES.keys())
 @pytest.mark.parametrize("n, B, shards", [(1, 6, 3), (2, 6, 2), (2, 5, 3), (3, 6, 3), (3, 7, 3), (3, 2, 3)])
 def test_so_many_workers_stay_below_the_bound(make, options, n, B, shards):
-    config = replace(SMALL, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_key_value_heads=4)
+    config = replace(
+        SMALL, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_key_value_heads=4
+    )
     model, batch = make(config), batch_of(config, B, 120)
     settings = TrainConfig(batch_size=B, shards=shards, **options)
     ledger = measure(model, batch, settings, run=False)
@@ -269,8 +322,15 @@ def test_so_many_workers_stay_below_the_bound(make, options, n, B, shards):
     batches = [batch] * settings.gradient_accumulation_steps
 
     def step(workers):
-        return loss_and_grads(model, batches, workers, shards=shards, stream=(0, 0), checkpoint=settings.gradient_checkpointing,
-                              logits_chunk=settings.logits_chunk)  # fmt: skip
+        return loss_and_grads(
+            model,
+            batches,
+            workers,
+            shards=shards,
+            stream=(0, 0),
+            checkpoint=settings.gradient_checkpointing,
+            logits_chunk=settings.logits_chunk,
+        )
 
     def fresh():  # threads of its own, so that their tiles are made while it is watched
         with Workers(max(n, 2)) as workers, single_blas():
@@ -291,10 +351,15 @@ def test_so_many_workers_stay_below_the_bound(make, options, n, B, shards):
     assert ledger.bound(n) <= ledger.bound(n + 1)
 
 
-@pytest.mark.parametrize("config, quant", [
-    (SMALL, QuantConfig("nf4")), (SMALL, QuantConfig("int3", group_size=32)),
-    (replace(SMALL, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1), QuantConfig("nf4")),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "config, quant",
+    [
+        (SMALL, QuantConfig("nf4")),
+        (SMALL, QuantConfig("int3", group_size=32)),
+        (replace(SMALL, hidden_size=1024, intermediate_size=2048, num_hidden_layers=1), QuantConfig("nf4")),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("B, T", [(1, 1), (1, 4), (2, 128), (6, 128)])
 def test_a_fresh_workers_scratch_is_the_tile_of_the_ledger(config, quant, B, T):
     model, batch = adapted(config, quant), batch_of(config, B, T)
@@ -327,7 +392,8 @@ def test_checkpoints_keep_less_by_what_is_computed_again():
     B, T, C, F, H, K = 4, 100, 128, 384, 4, 2
     kept = [sum(e.nbytes for e in ledger.kept if e.layer.startswith("layers.")) for ledger in (plain, saved)]
     assert kept[1] == 4 * 4 * B * T * (2 * C + C + 2 * C * K // H)  # four blocks: x, mixed and q, k, v
-    # gate and up, the inputs of the projections and of nothing else: 1/rms, h and what attention normalizes by are beside
+    # gate and up, the inputs of the projections and of nothing else: 1/rms, h and what attention normalizes
+    # by are beside
     assert kept[0] - kept[1] >= 4 * 4 * B * T * (2 * F + C + C + C + F)
     assert saved.rise < plain.rise and of_kind(saved, "activations") < of_kind(plain, "activations")
 
@@ -363,12 +429,26 @@ def test_8_bit_and_paged_states_take_what_they_should():
         return full(dense(BIG))
 
     sizes = [p.data.size for p in make().parameters()]
-    found = {name: ledger_of(make, optimizer=name) for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")}
+    found = {
+        name: ledger_of(make, optimizer=name)
+        for name in ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd")
+    }
     states = {name: of_kind(ledger, "optimizer") for name, ledger in found.items()}
     in_8bit = sum(2 * n + 8 * -(-n // 256) if n >= 4096 else 8 * n for n in sizes)
-    assert states == {"adamw": 8 * sum(sizes), "adamw_8bit": in_8bit, "paged_adamw": 0, "paged_adamw_8bit": 0, "sgd": 0}
+    assert states == {
+        "adamw": 8 * sum(sizes),
+        "adamw_8bit": in_8bit,
+        "paged_adamw": 0,
+        "paged_adamw_8bit": 0,
+        "sgd": 0,
+    }
     assert {name: ledger.on_disk for name, ledger in found.items()} == {
-        "adamw": 0, "adamw_8bit": 0, "paged_adamw": 8 * sum(sizes), "paged_adamw_8bit": in_8bit, "sgd": 0}  # fmt: skip
+        "adamw": 0,
+        "adamw_8bit": 0,
+        "paged_adamw": 8 * sum(sizes),
+        "paged_adamw_8bit": in_8bit,
+        "sgd": 0,
+    }
     assert found["adamw"].held - found["paged_adamw"].held == 8 * sum(sizes)
 
 
@@ -377,15 +457,25 @@ def test_8_bit_and_paged_states_take_what_they_should():
 
 @pytest.fixture(scope="module")
 def ledger():
-    return measure(adapted(quant=QuantConfig("nf4")), batch_of(), TrainConfig(batch_size=2), title="<b>&q\"' · ×")
+    return measure(
+        adapted(quant=QuantConfig("nf4")), batch_of(), TrainConfig(batch_size=2), title="<b>&q\"' · ×"
+    )
 
 
 def test_it_prints_all_classes_and_every_number(ledger):
     text = str(ledger)
     for kind, n in ledger.by_kind().items():
-        assert any(line.split()[: len(kind.split())] == kind.split() and f"{n:,}" in line for line in text.splitlines()), kind
+        assert any(
+            line.split()[: len(kind.split())] == kind.split() and f"{n:,}" in line
+            for line in text.splitlines()
+        ), kind
     assert f"{ledger.peak:,}" in text and f"{ledger.measured:,}" in text and ledger.title in text
-    assert "trainable params:" in text and "effective bits" in text and "2 workers" in text and f"{ledger.bound(2):,}" in text
+    assert (
+        "trainable params:" in text
+        and "effective bits" in text
+        and "2 workers" in text
+        and f"{ledger.bound(2):,}" in text
+    )
     assert all(kind in HELD or kind in PASSING for kind in ledger.by_kind())
 
 
@@ -410,18 +500,27 @@ def test_it_becomes_json_and_keeps_its_sums(ledger):
 
 def test_the_short_form_is_one_line(ledger):
     short = ledger.short()
-    assert "\n" not in short and "peak of one worker " in short and " explained" in short and "2 workers at most" in short
+    assert (
+        "\n" not in short
+        and "peak of one worker " in short
+        and " explained" in short
+        and "2 workers at most" in short
+    )
     assert "explained" not in replace(ledger, measured=None, shards=1).short()
 
 
 def test_like_blocks_are_one_row():
-    names = [row[0] for row in measure(full(dense()), batch_of(), TrainConfig(batch_size=2), run=False).tables()[1][2]]
+    names = [
+        row[0]
+        for row in measure(full(dense()), batch_of(), TrainConfig(batch_size=2), run=False).tables()[1][2]
+    ]
     assert names[0] == "embed_tokens" and any(name.startswith("layers.0") for name in names)
     assert len(names) < 3 + 3 + 3
 
 
 def test_a_single_token_is_explained_and_below_the_bound():
-    """In a process that has not trained yet too: what is compiled or loaded at the first step is not the step's."""
+    """In a process that has not trained yet too: what is compiled or loaded at the first step is not the
+    step's."""
     config = replace(SMALL, hidden_size=128, intermediate_size=384)
     model = adapted(config, QuantConfig("nf4"), r=4)
     ids = np.zeros((1, 1), np.int64)
@@ -436,6 +535,8 @@ def test_a_frozen_model_is_refused():
 
 def test_every_config_of_the_suite_measures():
     for config in CONFIGS.values():
-        model = inject_lora(make_model(config, dtype=np.float32, trainable=False), LoraConfig(r=2), np.random.default_rng(0))
+        model = inject_lora(
+            make_model(config, dtype=np.float32, trainable=False), LoraConfig(r=2), np.random.default_rng(0)
+        )
         ledger = measure(model, random_batch(config), TrainConfig(batch_size=3))
         assert 0 <= ledger.measured - ledger.peak <= 64 * 1024

@@ -1,4 +1,5 @@
-"""Adapters: what they start as, what they train, what they merge to. Each mistake known from other codebases has its test."""
+"""Adapters: what they start as, what they train, what they merge to. Each mistake known from other codebases
+has its test."""
 
 from __future__ import annotations
 
@@ -28,8 +29,8 @@ from minilora.layers import DenseWeight, Gradients, Linear, Parameter
 from minilora.lora import LoraLinear, full, inject_lora, subset
 from minilora.memory import count_parameters
 from minilora.merging import merge, merge_linear, unmerge_linear
+from minilora.quant.model import quantize_model
 from minilora.quant.weights import AffineWeight, CodebookWeight
-from minilora.quantize import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.trainer import Trainer
 from minilora.transformer import parameter_shapes
@@ -68,7 +69,7 @@ def batch_gradients(model):
     return grads
 
 
-# --- the start --------------------------------------------------------------------------------------------------------
+# --- the start ----------------------------------------------------------------------------------------------
 
 
 @every_method
@@ -98,7 +99,8 @@ def test_only_a_and_b_train(quant, config):
 
 @pytest.mark.parametrize("kind, width", [("normal", 768), ("kaiming", 768), ("normal", 64), ("kaiming", 64)])
 def test_spread_of_a_depends_on_the_input_width_only(kind, width):
-    """1/√(3·in), for any rank and pooling: not in = r (A stored transposed), not in/g (fan-in taken after pooling)."""
+    """1/√(3·in), for any rank and pooling: not in = r (A stored transposed), not in/g (fan-in taken after
+    pooling)."""
     for r, pool in ((4, 1), (32, 1), (4, 32), (32, 32)):
         n = 400_000
         a = init_a(LoraConfig(r=r, init_lora_weights=kind), (n // 100, 100), width, rng(r + pool))
@@ -114,7 +116,11 @@ def test_gaussian_is_normal_and_kaiming_is_not():
         for kind in ("normal", "kaiming", "gaussian")
         for a in [init_a(LoraConfig(r=8, init_lora_weights=kind), (400, 1000), 64, rng())]
     }
-    assert abs(fourth["normal"] - 3) < 0.05 and abs(fourth["gaussian"] - 3) < 0.05 and abs(fourth["kaiming"] - 9 / 5) < 0.05
+    assert (
+        abs(fourth["normal"] - 3) < 0.05
+        and abs(fourth["gaussian"] - 3) < 0.05
+        and abs(fourth["kaiming"] - 9 / 5) < 0.05
+    )
 
 
 @pytest.mark.parametrize("r", [2, 8])
@@ -127,7 +133,9 @@ def test_pefts_gaussian_depends_on_r(r):
 def test_injected_a_has_that_spread(r, pool):
     wide = replace(GQA, hidden_size=256, intermediate_size=64)
     base = base_model(QuantConfig("int4", group_size=pool) if pool > 1 else None, config=wide)
-    model = inject_lora(base, LoraConfig(r=r, target_modules=("q_proj", "o_proj"), use_qalora=pool > 1), rng())
+    model = inject_lora(
+        base, LoraConfig(r=r, target_modules=("q_proj", "o_proj"), use_qalora=pool > 1), rng()
+    )
     a = np.concatenate([linear.lora_A.data.reshape(-1) for linear in adapters(model)])
     assert a.dtype == np.float32
     assert abs(a.std() * (3 * 256) ** 0.5 - 1) < 5 / (2 * a.size) ** 0.5
@@ -147,15 +155,21 @@ def test_shapes_are_r_by_in_and_out_by_r():
     assert LoraLinear(affine, LoraConfig(r=3), rng(), pool=4).lora_A.data.shape == (3, 2)
 
 
-# --- what it computes -------------------------------------------------------------------------------------------------
+# --- what it computes ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("r, alpha, rslora", [(1, 1, False), (4, 8, False), (4, 8, True), (2, 0.5, False)])
 def test_output_is_base_plus_the_scaled_low_rank_path(r, alpha, rslora):
-    layer = fill_adapters(LoraLinear(make_linear(6, 8), LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora), rng()))
+    layer = fill_adapters(
+        LoraLinear(make_linear(6, 8), LoraConfig(r=r, lora_alpha=alpha, use_rslora=rslora), rng())
+    )
     x = rng(3).standard_normal((5, 8))
     delta = naive.lora_delta(layer.lora_A.data, layer.lora_B.data, alpha / (r**0.5 if rslora else r))
-    assert_close(layer.forward(x)[0], naive.matmul(x, (layer.base.weight.dense() + delta).T), close_rtol(np.float64, 8, r))
+    assert_close(
+        layer.forward(x)[0],
+        naive.matmul(x, (layer.base.weight.dense() + delta).T),
+        close_rtol(np.float64, 8, r),
+    )
     assert_close(layer.delta(), delta, close_rtol(np.float64, r))
 
 
@@ -164,7 +178,9 @@ def test_pooled_output_sums_each_group_not_averages():
     layer = fill_adapters(LoraLinear(Linear("q", affine), QALORA, rng(), pool=4), dtype=np.float64)
     x = rng(3).standard_normal((5, 8))
     delta = naive.lora_delta(layer.lora_A.data, layer.lora_B.data, 5 / 3, pool=4)
-    assert_close(layer.forward(x)[0] - x @ affine.dense().T, naive.matmul(x, delta.T), close_rtol(np.float64, 8, 3))
+    assert_close(
+        layer.forward(x)[0] - x @ affine.dense().T, naive.matmul(x, delta.T), close_rtol(np.float64, 8, 3)
+    )
     assert_close(layer.delta(), delta, close_rtol(np.float64, 3))
     assert np.array_equal(layer.delta()[:, 0], layer.delta()[:, 3]) and not np.array_equal(
         layer.delta()[:, 0], layer.delta()[:, 4]
@@ -172,22 +188,29 @@ def test_pooled_output_sums_each_group_not_averages():
 
 
 def test_scaling_is_a_python_float_that_does_not_widen_float32():
-    layer = fill_adapters(LoraLinear(make_linear(6, 8, dtype=np.float32), LoraConfig(r=3, lora_alpha=np.float64(5)), rng()))
+    layer = fill_adapters(
+        LoraLinear(make_linear(6, 8, dtype=np.float32), LoraConfig(r=3, lora_alpha=np.float64(5)), rng())
+    )
     assert layer.forward(np.ones((2, 8), np.float32))[0].dtype == np.float32
 
 
-# --- dropout ----------------------------------------------------------------------------------------------------------
+# --- dropout ------------------------------------------------------------------------------------------------
 
 
 def dropped(dropout=0.4, key=(0, 0, 0), x=None, pool=1):
-    """Output of the adapter's path alone, over a base of zeros, with A = identity and B = identity: what reached the adapter."""
+    """Output of the adapter's path alone, over a base of zeros, with A = identity and B = identity: what
+    reached the adapter."""
     n = 200
     weight = (
         DenseWeight(Parameter("w", np.zeros((n, n))))
         if pool == 1
-        else AffineWeight(np.zeros(n * n // 2, np.uint8), np.ones((n, n // pool)), np.zeros((n, n // pool)), (n, n), 4, pool)
+        else AffineWeight(
+            np.zeros(n * n // 2, np.uint8), np.ones((n, n // pool)), np.zeros((n, n // pool)), (n, n), 4, pool
+        )
     )
-    layer = LoraLinear(Linear("q", weight), LoraConfig(r=n // pool, lora_alpha=n // pool, lora_dropout=dropout), rng(), pool)
+    layer = LoraLinear(
+        Linear("q", weight), LoraConfig(r=n // pool, lora_alpha=n // pool, lora_dropout=dropout), rng(), pool
+    )
     layer.lora_A.data, layer.lora_B.data = np.eye(n // pool), np.eye(n, n // pool)
     return layer.forward(np.ones((100, n)) if x is None else x, key)[0]
 
@@ -201,11 +224,18 @@ def test_dropout_zeroes_that_share_and_scales_the_rest():
 
 def test_dropout_is_drawn_for_each_token_not_once_for_a_column():
     zero = dropped(0.4) == 0
-    assert zero.mean(0).min() > 0.2 and zero.mean(0).max() < 0.65 and zero.mean(1).min() > 0.2 and zero.mean(1).max() < 0.65
+    assert (
+        zero.mean(0).min() > 0.2
+        and zero.mean(0).max() < 0.65
+        and zero.mean(1).min() > 0.2
+        and zero.mean(1).max() < 0.65
+    )
 
 
 def test_dropout_touches_the_adapters_path_only():
-    model = inject_lora(base_model(), replace(LORA, lora_dropout=0.9), rng())  # B = 0: the adapter adds nothing
+    model = inject_lora(
+        base_model(), replace(LORA, lora_dropout=0.9), rng()
+    )  # B = 0: the adapter adds nothing
     assert np.array_equal(model.forward(IDS, (0, 0, 0))[0], base_model().forward(IDS)[0])
     fill_adapters(model)
     assert not np.array_equal(model.forward(IDS, (0, 0, 0))[0], model.forward(IDS)[0])
@@ -223,7 +253,9 @@ def test_dropout_depends_on_seed_step_and_shard(other):
 def test_dropout_differs_from_layer_to_layer():
     model = fill_adapters(inject_lora(base_model(), replace(LORA, lora_dropout=0.5), rng()))
     x = np.ones((3, 16), np.float32)
-    masks = [linear.forward(x, (0, 0, 0))[1][2].tobytes() for linear in adapters(model) if linear.shape[1] == 16]
+    masks = [
+        linear.forward(x, (0, 0, 0))[1][2].tobytes() for linear in adapters(model) if linear.shape[1] == 16
+    ]
     assert len(masks) == 12 and len(set(masks)) == 12
 
 
@@ -232,7 +264,7 @@ def test_pooled_dropout_acts_on_the_pooled_input():
     assert set(np.round(np.unique(y), 12)) == {0.0, 8.0}  # a whole group of four ones, doubled, or nothing
 
 
-# --- injection --------------------------------------------------------------------------------------------------------
+# --- injection ----------------------------------------------------------------------------------------------
 
 
 def test_injected_models_share_the_bases_arrays():
@@ -267,7 +299,9 @@ def test_the_base_model_object_is_not_changed_by_injection():
     base = base_model()
     linears = [linear for _, linear in base.linears()]
     inject_lora(base, LORA, rng())
-    assert [linear for _, linear in base.linears()] == linears and not any(isinstance(x, LoraLinear) for x in linears)
+    assert [linear for _, linear in base.linears()] == linears and not any(
+        isinstance(x, LoraLinear) for x in linears
+    )
 
 
 @every_method
@@ -276,14 +310,17 @@ def test_double_injection_is_refused(quant, config):
         inject_lora(inject_lora(base_model(quant), config, rng()), config, rng())
 
 
-@pytest.mark.parametrize("targets", [("attn",), ("q_proj", "query"), ("proj",), ("q",), ("model",), ("Q_PROJ",), ("",)])
+@pytest.mark.parametrize(
+    "targets", [("attn",), ("q_proj", "query"), ("proj",), ("q",), ("model",), ("Q_PROJ",), ("",)]
+)
 def test_unmatched_targets_list_what_there_is(targets):
     with pytest.raises(ConfigError) as caught:
         inject_lora(base_model(), LoraConfig(r=2, target_modules=targets), rng())
     message = str(caught.value)
     assert f"target_modules={targets[-1]!r}" in message
     assert all(
-        name in message for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
+        name in message
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
     )
 
 
@@ -360,10 +397,12 @@ def test_qalora_pools_over_the_weights_own_groups():
 def test_a_tied_head_can_be_adapted_without_touching_the_embedding():
     base = make_model(CONFIGS["mha tied"], dtype=np.float32, trainable=False)
     model = fill_adapters(inject_lora(base, replace(LORA, target_modules=("lm_head",)), rng()))
-    assert np.array_equal(model.forward(IDS)[0], base.forward(IDS)[0]) and not np.allclose(model.logits(IDS), base.logits(IDS))
+    assert np.array_equal(model.forward(IDS)[0], base.forward(IDS)[0]) and not np.allclose(
+        model.logits(IDS), base.logits(IDS)
+    )
 
 
-# --- full and subset --------------------------------------------------------------------------------------------------
+# --- full and subset ----------------------------------------------------------------------------------------
 
 
 def test_full_trains_copies_of_everything():
@@ -401,9 +440,13 @@ def test_subset_trains_copies_of_the_chosen_and_shares_the_rest(modules, expecte
         assert (mine.data is theirs.data) is (mine.name not in trained)
 
 
-@pytest.mark.parametrize("modules", [("layers.2",), ("proj",), ("q_proj", "layer"), ("",), ("layers.1.q_proj",)])
+@pytest.mark.parametrize(
+    "modules", [("layers.2",), ("proj",), ("q_proj", "layer"), ("",), ("layers.1.q_proj",)]
+)
 def test_subset_refuses_names_that_match_nothing_and_lists_those_there_are(modules):
-    with pytest.raises(ConfigError, match=r"modules='.*': matches nothing; there are .*layers.0.self_attn.q_proj.*model.norm"):
+    with pytest.raises(
+        ConfigError, match=r"modules='.*': matches nothing; there are .*layers.0.self_attn.q_proj.*model.norm"
+    ):
         subset(base_model(), modules)
 
 
@@ -420,14 +463,15 @@ def test_subset_does_not_choose_layer_11_for_layer_1():
 
 @pytest.mark.parametrize("choose", [full, lambda m: subset(m, ("q_proj",))], ids=["full", "subset"])
 @pytest.mark.parametrize(
-    "make, word", [(lambda: base_model(NF4), "quantized"), (lambda: inject_lora(base_model(), LORA, rng()), "adapted")]
+    "make, word",
+    [(lambda: base_model(NF4), "quantized"), (lambda: inject_lora(base_model(), LORA, rng()), "adapted")],
 )
 def test_full_and_subset_need_a_dense_base(choose, make, word):
     with pytest.raises(ConfigError, match=f"is {word}"):
         choose(make())
 
 
-# --- quantizing a model -----------------------------------------------------------------------------------------------
+# --- quantizing a model -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("quant, cls", [(NF4, CodebookWeight), (INT4, AffineWeight)])
@@ -441,7 +485,9 @@ def test_quantize_model_stores_the_projections_in_few_bits_and_nothing_else(quan
 
 def test_quantized_logits_equal_a_dense_model_of_the_rounded_weights():
     model = base_model(NF4)
-    dense = model.map_linears(lambda linear: Linear(linear.name, DenseWeight(Parameter(linear.name, linear.weight.dense()))))
+    dense = model.map_linears(
+        lambda linear: Linear(linear.name, DenseWeight(Parameter(linear.name, linear.weight.dense())))
+    )
     assert_close(model.logits(IDS), dense.logits(IDS), close_rtol(np.float32, *[20] * 18))
 
 
@@ -462,7 +508,7 @@ def test_quantizing_nan_is_refused():
         quantize_model(model, NF4)
 
 
-# --- merging ----------------------------------------------------------------------------------------------------------
+# --- merging ------------------------------------------------------------------------------------------------
 
 
 def independent_merge(linear):
@@ -481,10 +527,13 @@ def test_merged_weights_equal_an_independent_w_plus_delta(quant, config):
     assert set(errors) == set(exact) and not adapters(merged)
     for name, linear in merged.linears():
         if name in exact:
-            # stored in float32: one rounding of W + ΔW, for offsets one of the sum scale·q + offset and one of the offset
+            # stored in float32: one rounding of W + ΔW, for offsets one of the sum scale·q + offset and one
+            # of the offset
             assert_close(linear.weight.dense(), exact[name], 4 * np.finfo(np.float32).eps, name)
             assert errors[name].max_abs <= 4 * np.finfo(np.float32).eps * np.abs(exact[name]).max()
-            assert errors[name].max_abs == pytest.approx(np.abs(linear.weight.dense() - exact[name]).max(), rel=1e-6)
+            assert errors[name].max_abs == pytest.approx(
+                np.abs(linear.weight.dense() - exact[name]).max(), rel=1e-6
+            )
 
 
 @every_method
@@ -493,7 +542,9 @@ def test_merged_outputs_agree_to_float_rounding(quant, config):
     # 2 blocks of about 9 sums of up to 20 terms, in both models, and the residual stream carries errors on
     rtol = close_rtol(np.float32, *[20] * 36)
     assert_close(merge(model)[0].logits(IDS), model.logits(IDS), rtol)
-    assert np.abs(model.logits(IDS) - base_model(quant).logits(IDS)).max() > 1000 * rtol  # so that agreeing says something
+    assert (
+        np.abs(model.logits(IDS) - base_model(quant).logits(IDS)).max() > 1000 * rtol
+    )  # so that agreeing says something
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -502,7 +553,11 @@ def test_qalora_merge_keeps_the_codes_object_and_moves_the_offsets(bits, group):
     base = Linear("q", AffineWeight.quantize(rng().standard_normal((6, 16)).astype(np.float32), bits, group))
     layer = fill_adapters(LoraLinear(base, replace(QALORA, r=2), rng(), pool=group))
     merged, error = merge_linear(layer)
-    assert isinstance(merged, AffineWeight) and merged.codes is base.weight.codes and merged.scale is base.weight.scale
+    assert (
+        isinstance(merged, AffineWeight)
+        and merged.codes is base.weight.codes
+        and merged.scale is base.weight.scale
+    )
     assert merged.offset.dtype == np.float32 and base.weight.offset.dtype == np.float16
     delta = naive.lora_delta(layer.lora_A.data.astype(float), layer.lora_B.data.astype(float), layer.scaling)
     assert_close(merged.offset, base.weight.offset + delta, np.finfo(np.float32).eps)
@@ -516,7 +571,9 @@ def test_the_unmerged_model_stays_valid(quant, config):
     once, twice = merge(model)[0], merge(model)[0]
     assert np.array_equal(model.logits(IDS), before)
     assert digest([*base_arrays(model), *(p.data for p in model.trainable())]) == arrays
-    assert np.array_equal(once.logits(IDS), twice.logits(IDS))  # merging again starts from the base, not from the merged
+    assert np.array_equal(
+        once.logits(IDS), twice.logits(IDS)
+    )  # merging again starts from the base, not from the merged
 
 
 def test_merging_a_merged_model_is_refused():
@@ -536,7 +593,9 @@ def test_requantizing_rounds_w_plus_delta_and_reports_the_error(quant_type):
         assert type(after.weight) is type(linear.base.weight)
         assert errors[linear.name].max_abs == pytest.approx(np.abs(error).max(), rel=1e-6)
         assert errors[linear.name].rms == pytest.approx((error**2).mean() ** 0.5, rel=1e-6)
-        assert errors[linear.name].relative == pytest.approx(np.linalg.norm(error) / np.linalg.norm(linear.delta()), rel=1e-6)
+        assert errors[linear.name].relative == pytest.approx(
+            np.linalg.norm(error) / np.linalg.norm(linear.delta()), rel=1e-6
+        )
         assert 0 < errors[linear.name].rms < 0.2 * exact.std() * (4 if quant_type == "nf3" else 1)
 
 
@@ -551,14 +610,20 @@ def test_unknown_ways_to_merge_are_refused(how):
         merge(inject_lora(base_model(), LORA, rng()), how)
 
 
-@pytest.mark.parametrize("pool, group, fits", [(4, 4, True), (8, 4, True), (2, 4, False), (1, 4, False), (1, 1, True)])
+@pytest.mark.parametrize(
+    "pool, group, fits", [(4, 4, True), (8, 4, True), (2, 4, False), (1, 4, False), (1, 1, True)]
+)
 def test_offsets_take_only_what_is_constant_within_each_group(pool, group, fits):
     base = Linear("q", AffineWeight.quantize(rng().standard_normal((6, 8)).astype(np.float32), 4, group))
     layer = fill_adapters(LoraLinear(base, replace(LORA, r=1), rng(), pool))
     if fits:
-        assert_close(merge_linear(layer, "offsets")[0].dense(), independent_merge(layer), 4 * np.finfo(np.float32).eps)
+        assert_close(
+            merge_linear(layer, "offsets")[0].dense(), independent_merge(layer), 4 * np.finfo(np.float32).eps
+        )
     else:
-        with pytest.raises(ConfigError, match=f"constant over {pool} inputs, the weight's groups have {group}"):
+        with pytest.raises(
+            ConfigError, match=f"constant over {pool} inputs, the weight's groups have {group}"
+        ):
             merge_linear(layer, "offsets")
 
 
@@ -601,14 +666,16 @@ def test_a_merged_tied_head_becomes_a_head_of_its_own():
     base = make_model(CONFIGS["mha tied"], dtype=np.float32, trainable=False)
     model = fill_adapters(inject_lora(base, replace(LORA, target_modules=("lm_head",)), rng()))
     merged, _ = merge(model)
-    assert not merged.tied and not merged.config.tie_word_embeddings  # or a saved file could not be read again
+    assert (
+        not merged.tied and not merged.config.tie_word_embeddings
+    )  # or a saved file could not be read again
     assert np.array_equal(merged.embedding.weight.dense(), base.embedding.weight.dense())
     assert_close(merged.logits(IDS), model.logits(IDS), close_rtol(np.float32, *[20] * 36))
     untouched, _ = merge(inject_lora(base, LORA, rng()))
     assert untouched.tied and untouched.config.tie_word_embeddings
 
 
-# --- training leaves the base alone -----------------------------------------------------------------------------------
+# --- training leaves the base alone -------------------------------------------------------------------------
 
 
 @every_method
@@ -629,12 +696,16 @@ def test_full_training_leaves_its_base_alone():
     assert digest(base_arrays(base)) == before
 
 
-# --- parameter counts -------------------------------------------------------------------------------------------------
+# --- parameter counts ---------------------------------------------------------------------------------------
 
 
 def lora_parameters(config: ModelConfig, r: int, group: int = 1) -> int:
     """Σ r·(in/g + out) over the projections, from shapes alone."""
-    return sum(r * (shape[1] // group + shape[0]) for name, shape in parameter_shapes(config).items() if "_proj" in name)
+    return sum(
+        r * (shape[1] // group + shape[0])
+        for name, shape in parameter_shapes(config).items()
+        if "_proj" in name
+    )
 
 
 LLAMA_7B = ModelConfig(

@@ -9,7 +9,7 @@ import pytest
 from helpers import CONFIGS, GQA, adapters, make_model, random_batch
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
-from minilora.fused.vectors import AVAILABLE
+from minilora.kernels.microkernel import AVAILABLE
 from minilora.layers import Gradients
 from minilora.lora import full, inject_lora
 from minilora.memory import (
@@ -23,7 +23,7 @@ from minilora.memory import (
     trainable_line,
     unique_bytes,
 )
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import make_optimizer
 from minilora.transformer import parameter_shapes
@@ -58,14 +58,22 @@ def test_arrays_are_found_in_nested_tuples():
 @pytest.mark.parametrize("dtype, size", [(np.float32, 4), (np.float64, 8)])
 def test_a_dense_model_is_its_parameters(dtype, size):
     found = model_bytes(make_model(GQA, dtype=dtype))
-    assert found == {"weights": size * (PROJECTED + OTHERS), "scales_offsets": 0, "code_maps": 0, "adapters": 0}
+    assert found == {
+        "weights": size * (PROJECTED + OTHERS),
+        "scales_offsets": 0,
+        "code_maps": 0,
+        "adapters": 0,
+    }
 
 
 def test_a_tied_head_costs_nothing():
     tied, untied = (model_bytes(base(config=CONFIGS[name])) for name in ("gelu tied", "gelu tied"))
     assert tied == untied
     config = CONFIGS["gelu tied"]
-    assert model_bytes(base(config=replace(config, tie_word_embeddings=False)))["weights"] - tied["weights"] == 4 * 19 * 16
+    assert (
+        model_bytes(base(config=replace(config, tie_word_embeddings=False)))["weights"] - tied["weights"]
+        == 4 * 19 * 16
+    )
 
 
 @pytest.mark.parametrize("quant_type, bits", [("nf2", 2), ("nf3", 3), ("nf4", 4), ("nf8", 8), ("fp4", 4)])
@@ -78,7 +86,12 @@ def test_bytes_of_a_codebook_model_by_formula(quant_type, bits, double):
     # double: one byte a block, one float32 for each 256 blocks, one float32 mean
     scales = sum(b + 4 * -(-b // 256) + 4 for b in blocks) if double else 4 * sum(blocks)
     maps = 4 * 2**bits + (4 * 256 if double else 0)  # shared by all layers: counted once
-    assert model_bytes(model) == {"weights": 4 * OTHERS + codes, "scales_offsets": scales, "code_maps": maps, "adapters": 0}
+    assert model_bytes(model) == {
+        "weights": 4 * OTHERS + codes,
+        "scales_offsets": scales,
+        "code_maps": maps,
+        "adapters": 0,
+    }
     assert effective_bits(model) == pytest.approx(8 * (codes + scales) / PROJECTED)
 
 
@@ -88,15 +101,23 @@ def test_bytes_of_an_affine_model_by_formula(bits, group):
     model = base(QuantConfig(f"int{bits}", group_size=group))
     codes = sum(int(np.prod(shape)) * bits // 8 for shape in PROJECTIONS.values())
     found = model_bytes(model)
-    assert found == {"weights": 4 * OTHERS + codes, "scales_offsets": 2 * 2 * PROJECTED // group, "code_maps": 0, "adapters": 0}
+    assert found == {
+        "weights": 4 * OTHERS + codes,
+        "scales_offsets": 2 * 2 * PROJECTED // group,
+        "code_maps": 0,
+        "adapters": 0,
+    }
     assert effective_bits(model) == pytest.approx(bits + 32 / group)
 
 
 def test_effective_bits_of_the_usual_settings():
-    """NF4, blocks of 64: 4.5 bits, with double quantization 4 + 8/64 + 32/(64·256) and the one mean (QLoRA, section 3)."""
+    """NF4, blocks of 64: 4.5 bits, with double quantization 4 + 8/64 + 32/(64·256) and the one mean (QLoRA,
+    section 3)."""
     config = ModelConfig(hidden_size=256, intermediate_size=256, num_hidden_layers=1)
     assert effective_bits(base(QuantConfig("nf4", double_quant=False), config)) == 4.5
-    assert effective_bits(base(QuantConfig("nf4"), config)) == pytest.approx(4 + 8 / 64 + 32 / (64 * 256) + 32 / 256**2)
+    assert effective_bits(base(QuantConfig("nf4"), config)) == pytest.approx(
+        4 + 8 / 64 + 32 / (64 * 256) + 32 / 256**2
+    )
     assert effective_bits(base(QuantConfig("int4"), config)) == 5.0
     assert effective_bits(base(config=config)) == 32.0
 
@@ -115,7 +136,9 @@ def test_a_merged_offset_costs_its_float32():
 
 @pytest.mark.parametrize("r", [1, 4])
 @pytest.mark.parametrize(
-    "quant, group", [(None, 1), (QuantConfig("nf4"), 1), (QuantConfig("int4", group_size=4), 4)], ids=["lora", "qlora", "qalora"]
+    "quant, group",
+    [(None, 1), (QuantConfig("nf4"), 1), (QuantConfig("int4", group_size=4), 4)],
+    ids=["lora", "qlora", "qalora"],
 )
 def test_bytes_of_adapters_gradients_and_optimizer_by_formula(r, quant, group):
     model = lora(base(quant), r, use_qalora=group > 1)
@@ -131,7 +154,8 @@ def test_a_shared_base_is_not_counted_twice():
     first, second = lora(model), lora(model)
     arrays = [p.data for m in (first, second) for p in m.parameters()]
     assert (
-        unique_bytes(arrays) == model_bytes(model)["weights"] + model_bytes(first)["adapters"] + model_bytes(second)["adapters"]
+        unique_bytes(arrays)
+        == model_bytes(model)["weights"] + model_bytes(first)["adapters"] + model_bytes(second)["adapters"]
     )
 
 
@@ -148,19 +172,24 @@ def test_the_summary_is_pefts_line():
 def test_the_summary_of_the_default_model_has_known_numbers():
     from minilora.transformer import init_model
 
-    model = inject_lora(init_model(ModelConfig(), np.random.default_rng(0)), LoraConfig(r=8), np.random.default_rng(0))
+    model = inject_lora(
+        init_model(ModelConfig(), np.random.default_rng(0)), LoraConfig(r=8), np.random.default_rng(0)
+    )
     # 4 layers of r·(in + out): 4·8·256 + 3·8·640; all: 259·128 + 4·(4·128² + 3·128·512 + 256) + 128 + those
     assert trainable_line(model) == "trainable params: 94,208 || all params: 1,177,088 || trainable%: 8.0035"
 
 
-# --- activations ------------------------------------------------------------------------------------------------------
+# --- activations --------------------------------------------------------------------------------------------
 
 
 def test_activations_of_a_frozen_model_are_what_its_formulas_need():
-    """Per block, B·T·(…): norms keep x and 1/rms, attention q, k, v and two numbers a head, SwiGLU gate, up; linears nothing."""
+    """Per block, B·T·(…): norms keep x and 1/rms, attention q, k, v and two numbers a head, SwiGLU gate, up;
+    linears nothing."""
     model = lora(base(), target_modules=("layers.0.self_attn.q_proj",))  # keeps everything above it, too
     B, T, C, F_, L = 2, 6, 16, 20, 2
-    probabilities = 2 if AVAILABLE else T  # compiled attention keeps what gives them again, NumPy's keeps them
+    probabilities = (
+        2 if AVAILABLE else T
+    )  # compiled attention keeps what gives them again, NumPy's keeps them
     block = B * T * (2 * (C + 1) + C + C // 2 + C // 2 + 4 * probabilities + 2 * F_)
     adapter = B * T * (C + 2)  # the normed input of q_proj, and h
     final = B * T * (C + 1)
@@ -186,13 +215,17 @@ def test_dropout_keeps_a_masked_input_and_a_bit_an_element_for_each_adapter():
 def test_pooling_keeps_one_number_a_group():
     quant = QuantConfig("int4", group_size=4)
     plain, pooled = (
-        activation_bytes(lora(base(quant), target_modules=("q_proj",), use_qalora=flag), IDS) for flag in (False, True)
+        activation_bytes(lora(base(quant), target_modules=("q_proj",), use_qalora=flag), IDS)
+        for flag in (False, True)
     )
     assert plain - pooled == 4 * 2 * 6 * (16 - 16 // 4) * 2
 
 
 def test_adapters_keep_far_less_than_full_training_and_checkpointing_less_again():
-    everything, adapted = activation_bytes(full(base()), IDS), activation_bytes(lora(base(), target_modules=("q_proj",)), IDS)
+    everything, adapted = (
+        activation_bytes(full(base()), IDS),
+        activation_bytes(lora(base(), target_modules=("q_proj",)), IDS),
+    )
     assert adapted < 0.85 * everything
     assert activation_bytes(full(base()), IDS, checkpoint=True) < 0.5 * everything
 
@@ -203,7 +236,7 @@ def test_only_the_blocks_above_the_lowest_adapter_keep_anything():
     assert high < 0.6 * low
 
 
-# --- the peak ---------------------------------------------------------------------------------------------------------
+# --- the peak -----------------------------------------------------------------------------------------------
 
 
 def test_peak_sees_what_was_held_at_once():
@@ -252,12 +285,15 @@ def test_sizes_are_readable(n, text):
 
 
 def test_quantized_weights_are_adapted_without_becoming_dense():
-    """The memory lesson itself: no float array of a projection's size is left behind by a forward and a backward pass."""
+    """The memory lesson itself: no float array of a projection's size is left behind by a forward and a
+    backward pass."""
     model = lora(base(QuantConfig("nf4")))
     batch, grads = random_batch(GQA), Gradients(model.trainable())
     shard_loss(model, batch, 1.0, grads)
     for linear in adapters(model):
         weight, size = linear.base.weight, linear.shape[0] * linear.shape[1]
         stored = [a for name, group in weight.arrays().items() if name != "code_maps" for a in group]
-        kept = [v for v in vars(weight).values() if isinstance(v, np.ndarray) and v.shape[0] != 256]  # tables are constants
+        kept = [
+            v for v in vars(weight).values() if isinstance(v, np.ndarray) and v.shape[0] != 256
+        ]  # tables are constants
         assert all(a.nbytes < size for a in stored + kept) and len(kept) >= 1

@@ -1,4 +1,5 @@
-"""``minilora memory``, called as a user calls it: tables, JSON, combinations, and everything that is refused."""
+"""``minilora memory``, called as a user calls it: tables, JSON, combinations, and everything that is
+refused."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ from minilora import cli
 from minilora.config import ConfigError
 from minilora.formats.files import FileError
 from minilora.formats.gguf import write_gguf
-from minilora.memory import compare, fit, plan, published
+from minilora.memory import budget as fit
+from minilora.memory import compare, plan, published
 from minilora.memory.architectures import ARCHITECTURES
 
 
@@ -36,8 +38,13 @@ def test_the_issues_example_counts_in_full(capsys):
     assert call("--model", "llama-7b", "--method", "lora", "--r", 64) == 0
     text = capsys.readouterr().out
     assert text == f"{plan('llama-7b', method='lora', r=64)}\n"
-    for part in ("trainable params: 159,907,840 || all params: 6,898,323,456", "26,953,662,464", "639,631,360",
-                 "layers.0 to 31, each", "q_proj: input kept for dA; shared with k_proj, v_proj"):  # fmt: skip
+    for part in (
+        "trainable params: 159,907,840 || all params: 6,898,323,456",
+        "26,953,662,464",
+        "639,631,360",
+        "layers.0 to 31, each",
+        "q_proj: input kept for dA; shared with k_proj, v_proj",
+    ):
         assert part in text
 
 
@@ -53,20 +60,53 @@ def test_the_example_of_its_help_runs(capsys):
 
 
 def test_every_option_reaches_the_plan(capsys):
-    options = {"method": "qlora", "r": 4, "target_modules": "q_proj,v_proj", "bits": 3, "block_size": 128, "double_quant": False,
-               "optimizer": "paged_adamw", "batch_size": 4, "context": 48, "shards": 4, "gradient_accumulation_steps": 2,
-               "gradient_checkpointing": True, "logits_chunk": 16, "lora_dropout": 0.1, "use_dora": True}  # fmt: skip
+    options = {
+        "method": "qlora",
+        "r": 4,
+        "target_modules": "q_proj,v_proj",
+        "bits": 3,
+        "block_size": 128,
+        "double_quant": False,
+        "optimizer": "paged_adamw",
+        "batch_size": 4,
+        "context": 48,
+        "shards": 4,
+        "gradient_accumulation_steps": 2,
+        "gradient_checkpointing": True,
+        "logits_chunk": 16,
+        "lora_dropout": 0.1,
+        "use_dora": True,
+    }
     words = []
     for name, value in options.items():
         flag = name.replace("_", "-")
-        words += [f"--{flag}" if value is True else f"--no-{flag}"] if isinstance(value, bool) else [f"--{flag}", value]
+        words += (
+            [f"--{flag}" if value is True else f"--no-{flag}"]
+            if isinstance(value, bool)
+            else [f"--{flag}", value]
+        )
     found = answer(capsys, *words)
     assert found == json.loads(json.dumps(plan("tiny", **options).to_dict()))
     assert found["title"] != plan("tiny", method="qlora").title
 
 
 def test_methods_side_by_side(capsys):
-    assert call("--model", "gpt3-175b", "--compare", "full", "lora", "qlora", "qalora", "--bits", 4, "--context", 64) == 0
+    assert (
+        call(
+            "--model",
+            "gpt3-175b",
+            "--compare",
+            "full",
+            "lora",
+            "qlora",
+            "qalora",
+            "--bits",
+            4,
+            "--context",
+            64,
+        )
+        == 0
+    )
     text = capsys.readouterr().out
     lines = text.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("bytes "))
@@ -81,7 +121,9 @@ def test_methods_side_by_side(capsys):
 
 
 def test_where_bytes_in_full_would_be_too_wide_they_are_for_a_human(monkeypatch):
-    found = compare("tiny", ["full", "subset", "lora", "qalora"], context=16, optimizer="paged_adamw", batch_size=2)
+    found = compare(
+        "tiny", ["full", "subset", "lora", "qalora"], context=16, optimizer="paged_adamw", batch_size=2
+    )
     width = max(map(len, str(found).splitlines()[5:]))
     assert "MiB" not in str(found)
     monkeypatch.setattr(sys.modules["minilora.memory.compare"], "WIDTH", width - 1)
@@ -112,18 +154,27 @@ def test_compare_and_fit_and_published_as_json(capsys):
 def test_fit_prints_what_the_function_says(capsys):
     assert call("--fit", "4 MiB", "--method", "full", "--context", 16) == 0
     text = capsys.readouterr().out
-    assert text.startswith("tiny in 4,194,304 bytes (4.0 MiB): batches of 16 tokens, adamw") and "Nothing fits." in text
+    assert (
+        text.startswith("tiny in 4,194,304 bytes (4.0 MiB): batches of 16 tokens, adamw")
+        and "Nothing fits." in text
+    )
 
 
 def test_figures_beside_the_table(tmp_path, capsys, monkeypatch):
-    from minilora.study import memory_plots
+    from minilora.sweep import memory_plots
 
     asked = []
-    monkeypatch.setattr(memory_plots, "save_memory_figures", lambda *a, **k: asked.append((a, k)) or [tmp_path / "methods.png"])
+    monkeypatch.setattr(
+        memory_plots,
+        "save_memory_figures",
+        lambda *a, **k: asked.append((a, k)) or [tmp_path / "methods.png"],
+    )
     assert call("--plot", tmp_path, "--r", 4, "--context", 16) == 0
     assert capsys.readouterr().out.endswith(f"figures (methods.png) in {tmp_path}\n")
     assert asked == [(("tiny", str(tmp_path), "lora", ()), {"progress": True, "r": 4, "context": 16})]
-    assert answer(capsys, "--plot", tmp_path, "--compare", "lora", "--context", 16)["figures"] == [str(tmp_path / "methods.png")]
+    assert answer(capsys, "--plot", tmp_path, "--compare", "lora", "--context", 16)["figures"] == [
+        str(tmp_path / "methods.png")
+    ]
 
 
 # ---- other models
@@ -136,8 +187,10 @@ def test_a_gguf_and_a_folder(tmp_path, capsys):
     save_huggingface(model, tmp_path / "hf")
     tensors, arrays = small(kind="F32", embedding="F32")
     write_gguf(tmp_path / "m.gguf", tensors, metadata_of(CONFIG))
-    sizes = [answer(capsys, "--model", path, "--method", "full", "--context", 8) for path in
-             (tmp_path / "hf", tmp_path / "hf" / "config.json", tmp_path / "m.gguf")]  # fmt: skip
+    sizes = [
+        answer(capsys, "--model", path, "--method", "full", "--context", 8)
+        for path in (tmp_path / "hf", tmp_path / "hf" / "config.json", tmp_path / "m.gguf")
+    ]
     counts = [sum(p.data.size for p in model.parameters())] * 2 + [sum(a.size for a in arrays.values())]
     assert [found["parameters"] for found in sizes] == counts
     assert [found["by_kind"]["weights"] for found in sizes] == [4 * n for n in counts]
@@ -146,39 +199,54 @@ def test_a_gguf_and_a_folder(tmp_path, capsys):
 # ---- what is refused
 
 
-@pytest.mark.parametrize(("arguments", "parts"), [
-    (["--model", "nope"], ["model='nope': there are ", *ARCHITECTURES, "config.json"]),
-    (["--model", "lama-7b"], ["did you mean llama-7b?"]),
-    (["--context", 257], ["context=257", "256 tokens"]), (["--context", 0], ["context=0", "at least 1"]),
-    (["--method", "qalora", "--group-size", 48], ["group_size=48", "divide"]),
-    (["--bits", 4], ["bits: ", "qlora or qalora, not for lora"]), (["--method", "full", "--r", 8], ["r: ", "not for full"]),
-    (["--r", 4096], ["r=4096", "at most 128"]), (["--r", 0], ["r=0"]),
-    (["--method", "LoRA"], ["method='LoRA'", "full, subset, lora"]),
-    (["--method", "qlora", "--bits", 5], ["bits=5", "nf2, nf3, nf4"]),
-    (["--method", "qlora", "--quant-type", "int4"], ["quant_type='int4'", "nf4"]),
-    (["--method", "qlora", "--quant-type", "nf4", "--bits", 3], ["bits=3", "nf4"]),
-    (["--method", "qlora", "--group-size", 32], ["group_size: is for method qalora"]),
-    (["--method", "qalora", "--no-double-quant"], ["double_quant: is for method qlora"]),
-    (["--method", "qalora", "--use-dora"], ["use_dora: is for method lora or qlora"]),
-    (["--subset-modules", "layers.1"], ["subset_modules: is for method subset"]),
-    (["--method", "qlora", "--block-size", 48], ["block_size=48", "32, 64"]),
-    (["--target-modules", "query"], ["query", "q_proj"]), (["--optimizer", "adam"], ["optimizer='adam'", "paged_adamw"]),
-    (["--dtype", "int8"], ["dtype='int8'", "float32"]), (["--batch-size", 0], ["batch_size=0"]),
-    (["--shards", -1], ["shards=-1"]),
-    (["--logits-chunk", -1], ["logits_chunk=-1"]), (["--lora-dropout", "nan"], ["lora_dropout=nan"]),
-    (["--compare"], ["compare=()", "at least one"]), (["--compare", "lora", "lora"], ["twice"]),
-    (["--compare", "lora", "nope"], ["compare='nope'"]),
-    (["--compare", "lora", "--method", "lora"], ["method='lora'", "--compare"]),
-    (["--compare", "full", "lora", "--bits", 4], ["bits: ", "not for full, lora"]),
-    (["--compare", "lora", "--fit", "8GB"], ["choose one of --compare, --fit, --published"]),
-    (["--published", "--fit", "8GB"], ["choose one of"]), (["--plot", "x", "--fit", "8GB"], ["choose one of"]),
-    (["--published", "--model", "tiny", "--r", 4], ["published=True", "leave out model, r"]),
-    (["--fit", "lots"], ["fit='lots'", "such as 8GB", "8GiB"]), (["--fit=-3GB"], ["fit='-3GB'"]), (["--fit", "0"], ["fit='0'"]),
-    (["--fit", "8XB"], ["fit='8XB'"]), (["--fit", "nan"], ["fit='nan'"]), (["--fit", "inf"], ["fit='inf'"]),
-    (["--fit", "8GB", "--batch-size", 2], ["batch_size=2", "leave it out"]),
-    (["--fit", "8GB", "--method", "lora", "--bits", 4], ["bits: "]),
-    (["--plot", "{file}"], ["cannot be written"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model", "nope"], ["model='nope': there are ", *ARCHITECTURES, "config.json"]),
+        (["--model", "lama-7b"], ["did you mean llama-7b?"]),
+        (["--context", 257], ["context=257", "256 tokens"]),
+        (["--context", 0], ["context=0", "at least 1"]),
+        (["--method", "qalora", "--group-size", 48], ["group_size=48", "divide"]),
+        (["--bits", 4], ["bits: ", "qlora or qalora, not for lora"]),
+        (["--method", "full", "--r", 8], ["r: ", "not for full"]),
+        (["--r", 4096], ["r=4096", "at most 128"]),
+        (["--r", 0], ["r=0"]),
+        (["--method", "LoRA"], ["method='LoRA'", "full, subset, lora"]),
+        (["--method", "qlora", "--bits", 5], ["bits=5", "nf2, nf3, nf4"]),
+        (["--method", "qlora", "--quant-type", "int4"], ["quant_type='int4'", "nf4"]),
+        (["--method", "qlora", "--quant-type", "nf4", "--bits", 3], ["bits=3", "nf4"]),
+        (["--method", "qlora", "--group-size", 32], ["group_size: is for method qalora"]),
+        (["--method", "qalora", "--no-double-quant"], ["double_quant: is for method qlora"]),
+        (["--method", "qalora", "--use-dora"], ["use_dora: is for method lora or qlora"]),
+        (["--subset-modules", "layers.1"], ["subset_modules: is for method subset"]),
+        (["--method", "qlora", "--block-size", 48], ["block_size=48", "32, 64"]),
+        (["--target-modules", "query"], ["query", "q_proj"]),
+        (["--optimizer", "adam"], ["optimizer='adam'", "paged_adamw"]),
+        (["--dtype", "int8"], ["dtype='int8'", "float32"]),
+        (["--batch-size", 0], ["batch_size=0"]),
+        (["--shards", -1], ["shards=-1"]),
+        (["--logits-chunk", -1], ["logits_chunk=-1"]),
+        (["--lora-dropout", "nan"], ["lora_dropout=nan"]),
+        (["--compare"], ["compare=()", "at least one"]),
+        (["--compare", "lora", "lora"], ["twice"]),
+        (["--compare", "lora", "nope"], ["compare='nope'"]),
+        (["--compare", "lora", "--method", "lora"], ["method='lora'", "--compare"]),
+        (["--compare", "full", "lora", "--bits", 4], ["bits: ", "not for full, lora"]),
+        (["--compare", "lora", "--fit", "8GB"], ["choose one of --compare, --fit, --published"]),
+        (["--published", "--fit", "8GB"], ["choose one of"]),
+        (["--plot", "x", "--fit", "8GB"], ["choose one of"]),
+        (["--published", "--model", "tiny", "--r", 4], ["published=True", "leave out model, r"]),
+        (["--fit", "lots"], ["fit='lots'", "such as 8GB", "8GiB"]),
+        (["--fit=-3GB"], ["fit='-3GB'"]),
+        (["--fit", "0"], ["fit='0'"]),
+        (["--fit", "8XB"], ["fit='8XB'"]),
+        (["--fit", "nan"], ["fit='nan'"]),
+        (["--fit", "inf"], ["fit='inf'"]),
+        (["--fit", "8GB", "--batch-size", 2], ["batch_size=2", "leave it out"]),
+        (["--fit", "8GB", "--method", "lora", "--bits", 4], ["bits: "]),
+        (["--plot", "{file}"], ["cannot be written"]),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, parts, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert call(*(str(tmp_path / "file") if a == "{file}" else a for a in arguments)) == 2
@@ -194,21 +262,35 @@ def written(tmp_path, name, content):
     return str(path)
 
 
-LLAMA = {"model_type": "llama", "vocab_size": 100, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "max_position_embeddings": 64, "rms_norm_eps": 1e-5, "hidden_act": "silu"}  # fmt: skip
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+}
 
 
-@pytest.mark.parametrize(("name", "content", "part"), [
-    ("config.json", {"model_type": "bert", "hidden_size": 768}, "model_type='bert'"),
-    ("config.json", b"[1, 2", "not JSON"), ("config.json", b"[1, 2]", "config.json"),
-    ("config.json", b"\xff\xfe\x00", "config.json"),
-    ("config.json", {k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size"),
-    ("config.json", LLAMA | {"num_attention_heads": 5}, "num_attention_heads=5"),
-    ("config.json", LLAMA | {"num_hidden_layers": "many"}, "num_hidden_layers='many'"),
-    ("config.json", LLAMA | {"hidden_size": -64}, "hidden_size=-64"),
-    ("m.gguf", b"GGUF\x03\x00\x00\x00", "8 bytes long"), ("m.gguf", b"PK\x03\x04" + bytes(100), "not a GGUF file"),
-    ("m.gguf", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "m.gguf"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "part"),
+    [
+        ("config.json", {"model_type": "bert", "hidden_size": 768}, "model_type='bert'"),
+        ("config.json", b"[1, 2", "not JSON"),
+        ("config.json", b"[1, 2]", "config.json"),
+        ("config.json", b"\xff\xfe\x00", "config.json"),
+        ("config.json", {k: v for k, v in LLAMA.items() if k != "hidden_size"}, "hidden_size"),
+        ("config.json", LLAMA | {"num_attention_heads": 5}, "num_attention_heads=5"),
+        ("config.json", LLAMA | {"num_hidden_layers": "many"}, "num_hidden_layers='many'"),
+        ("config.json", LLAMA | {"hidden_size": -64}, "hidden_size=-64"),
+        ("m.gguf", b"GGUF\x03\x00\x00\x00", "8 bytes long"),
+        ("m.gguf", b"PK\x03\x04" + bytes(100), "not a GGUF file"),
+        ("m.gguf", b"GGUF\x03\x00\x00\x00" + b"\xff" * 16, "m.gguf"),
+    ],
+)
 def test_files_that_say_something_else_are_refused(name, content, part, tmp_path, capsys):
     path = written(tmp_path, name, content)
     assert call("--model", path) == 2

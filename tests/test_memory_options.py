@@ -25,10 +25,16 @@ ROUNDING = close_rtol(np.float64, *[21] * 20)
 
 def adapted(dtype=np.float64, **options):
     lora = LoraConfig(r=2, lora_alpha=3, target_modules=("q_proj", "down_proj", "lm_head"), **options)
-    return fill_adapters(inject_lora(make_model(GQA, dtype=dtype, trainable=False), lora, np.random.default_rng(0)))
+    return fill_adapters(
+        inject_lora(make_model(GQA, dtype=dtype, trainable=False), lora, np.random.default_rng(0))
+    )
 
 
-MODELS = {"full": lambda: make_model(GQA), "tied": lambda: make_model(replace(GQA, tie_word_embeddings=True)), "adapted": adapted}
+MODELS = {
+    "full": lambda: make_model(GQA),
+    "tied": lambda: make_model(replace(GQA, tie_word_embeddings=True)),
+    "adapted": adapted,
+}
 every_model = pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 
 
@@ -45,7 +51,7 @@ def assert_same(found, expected):
         assert_close(g, wanted[p], ROUNDING, p.name)
 
 
-# --- logits in chunks -------------------------------------------------------------------------------------------------
+# --- logits in chunks ---------------------------------------------------------------------------------------
 
 
 @every_model
@@ -81,16 +87,24 @@ def test_an_adapted_heads_dropout_draws_anew_for_each_chunk_and_repeats_itself()
     seen = []
     forward = model.head.forward
     model.head.forward = lambda x, key=None: seen.append(key) or forward(x, key)
-    losses = [shard_loss(model, batch, 1.0, Gradients(model.trainable()), (5, 6, 7), logits_chunk=7) for _ in range(2)]
+    losses = [
+        shard_loss(model, batch, 1.0, Gradients(model.trainable()), (5, 6, 7), logits_chunk=7)
+        for _ in range(2)
+    ]
     assert losses[0] == losses[1]
     assert seen == [(5, 6, 7), (5, 6, 7, 1), (5, 6, 7, 2)] * 2
 
 
 def test_chunks_take_less_memory():
-    model = inject_lora(make_model(replace(GQA, vocab_size=5000), dtype=np.float32, trainable=False), LoraConfig(r=2),
-                        np.random.default_rng(0))
+    model = inject_lora(
+        make_model(replace(GQA, vocab_size=5000), dtype=np.float32, trainable=False),
+        LoraConfig(r=2),
+        np.random.default_rng(0),
+    )
     batch = random_batch(GQA, B=4, T=24, share=1.0)
-    whole, chunked = (peak_bytes(lambda c=c: gradients(model, batch, shards=1, logits_chunk=c)) for c in (0, 8))
+    whole, chunked = (
+        peak_bytes(lambda c=c: gradients(model, batch, shards=1, logits_chunk=c)) for c in (0, 8)
+    )
     logits = 4 * 24 * 5000 * 4
     assert logits < whole < 1.6 * logits  # logits, probabilities and gradient are one array in turn
     assert chunked < whole - 0.8 * logits  # 8 of 96 rows at a time
@@ -103,14 +117,16 @@ def test_evaluation_takes_bounded_chunks_and_one_for_the_tiny_base(monkeypatch):
     model.head.forward = lambda x, key=None: seen.append(len(x)) or forward(x, key)
     expected = evaluate(model, [batch])["loss"]
     assert seen == [batch.mask.sum()]
-    assert minilora.training.loss.LOGITS_BYTES // (259 * 4) > 32 * 256  # the shipped base: a batch of its longest rows
+    assert (
+        minilora.training.loss.LOGITS_BYTES // (259 * 4) > 32 * 256
+    )  # the shipped base: a batch of its longest rows
     seen.clear()
     monkeypatch.setattr(minilora.training.loss, "LOGITS_BYTES", 3 * 19 * 8 + 1)
     assert abs(evaluate(model, [batch])["loss"] - expected) <= ROUNDING * expected
     assert max(seen) == 3 and sum(seen) == batch.mask.sum()
 
 
-# --- gradient accumulation --------------------------------------------------------------------------------------------
+# --- gradient accumulation ----------------------------------------------------------------------------------
 
 
 def rows_of(batch, start, stop):
@@ -150,13 +166,20 @@ def test_training_with_accumulation_equals_training_with_the_big_batch():
     Trainer(small, FakeTask(), replace(QUICK, gradient_accumulation_steps=3)).train()
     start = make_model(GQA)
     for p, q, first in zip(big.trainable(), small.trainable(), start.trainable(), strict=True):
-        assert_close(q.data - first.data, p.data - first.data, 1e-6, p.name)  # AdamW divides by √v̂, which can be near 0
+        assert_close(
+            q.data - first.data, p.data - first.data, 1e-6, p.name
+        )  # AdamW divides by √v̂, which can be near 0
 
 
-@pytest.mark.parametrize("options", [
-    {"gradient_accumulation_steps": 3}, {"logits_chunk": 2},
-    {"gradient_accumulation_steps": 2, "logits_chunk": 3, "gradient_checkpointing": True},
-], ids=["accumulation", "chunks", "everything"])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 3},
+        {"logits_chunk": 2},
+        {"gradient_accumulation_steps": 2, "logits_chunk": 3, "gradient_checkpointing": True},
+    ],
+    ids=["accumulation", "chunks", "everything"],
+)
 def test_bytes_do_not_depend_on_threads_nor_on_an_interruption(options, tmp_path):
     config = replace(QUICK, shards=3, batch_size=3, checkpoint_every=2, **options)
     found = []
@@ -184,7 +207,9 @@ def test_bytes_do_not_depend_on_threads_nor_on_an_interruption(options, tmp_path
 
 
 def test_accumulation_holds_one_batch_at_a_time():
-    model = inject_lora(make_model(GQA, dtype=np.float32, trainable=False), LoraConfig(r=2), np.random.default_rng(0))
+    model = inject_lora(
+        make_model(GQA, dtype=np.float32, trainable=False), LoraConfig(r=2), np.random.default_rng(0)
+    )
     batch = random_batch(GQA, B=8, T=24, share=1.0)
     parts = [rows_of(batch, i, i + 2) for i in range(0, 8, 2)]
     whole, parted = (peak_bytes(lambda b=b: gradients(model, b, shards=1)) for b in (batch, parts))
@@ -192,14 +217,18 @@ def test_accumulation_holds_one_batch_at_a_time():
     assert parted < whole / 4 + own + 2**17  # and NumPy's buffers
 
 
-# --- the trainer ------------------------------------------------------------------------------------------------------
+# --- the trainer --------------------------------------------------------------------------------------------
 
 
 def test_callbacks_hear_how_many_tokens_a_step_had():
     seen = []
     task = FakeTask()
-    Trainer(full(make_model(GQA)), task, replace(QUICK, gradient_accumulation_steps=2),
-            callbacks=[lambda step, info: seen.append(info["tokens"])]).train()
+    Trainer(
+        full(make_model(GQA)),
+        task,
+        replace(QUICK, gradient_accumulation_steps=2),
+        callbacks=[lambda step, info: seen.append(info["tokens"])],
+    ).train()
     order = np.random.default_rng([0, 1, 0]).permutation(12)
     assert seen[0] == sum(task.batch(order[i : i + 2]).ids.size for i in (0, 2))
 
@@ -226,16 +255,26 @@ def test_a_checkpoint_from_before_these_options_still_loads(tmp_path):
             Trainer(adapted(), FakeTask(), replace(QUICK, **change)).load(path)
 
 
-# --- checkpointed blocks ----------------------------------------------------------------------------------------------
+# --- checkpointed blocks ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [
-    lambda: adapt_all(), lambda: adapt_all(use_dora=True), lambda: adapt_all(lora_dropout=0.3), lambda: make_model(GQA),
-    lambda: make_model(replace(GQA, hidden_act="gelu_pytorch_tanh", num_key_value_heads=1)),
-], ids=["lora", "dora", "dropout", "full", "gelu"])  # fmt: skip
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: adapt_all(),
+        lambda: adapt_all(use_dora=True),
+        lambda: adapt_all(lora_dropout=0.3),
+        lambda: make_model(GQA),
+        lambda: make_model(replace(GQA, hidden_act="gelu_pytorch_tanh", num_key_value_heads=1)),
+    ],
+    ids=["lora", "dora", "dropout", "full", "gelu"],
+)
 def test_a_checkpointed_block_computes_the_same_cache_again(make):
     block, rope = make().blocks[0], make().rope(np.arange(5))
-    x, segments = np.random.default_rng(1).standard_normal((2, 5, 16)), np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]])
+    x, segments = (
+        np.random.default_rng(1).standard_normal((2, 5, 16)),
+        np.array([[1, 1, 2, 2, 2], [1, 1, 1, 1, 1]]),
+    )
     _, expected = block.forward(x, rope, (0, 1, 2), segments)
     found = restored(block, expected, rope, (0, 1, 2), segments)
     pairs = list(zip(arrays_in(found), arrays_in(expected), strict=True))
@@ -258,7 +297,9 @@ def test_what_is_computed_again_multiplies_by_gate_and_up_alone(dora):
     _, cache = block.forward(np.random.default_rng(1).standard_normal((2, 5, 16)), rope)
     for _, name, linear in block.linears():
         matmul = linear.base.weight.matmul
-        linear.base.weight.matmul = lambda x, *p, n=name, m=matmul: (multiplied.append(n) if x.ndim == 3 else None) or m(x, *p)
+        linear.base.weight.matmul = lambda x, *p, n=name, m=matmul: (
+            (multiplied.append(n) if x.ndim == 3 else None) or m(x, *p)
+        )
     restored(block, cache, rope)
     everything = {"q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"}
     # DoRA keeps its result, and so needs it

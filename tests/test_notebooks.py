@@ -11,13 +11,20 @@ from nbclient import NotebookClient
 
 NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?(?:e[-+]\d+)?"
 SAME = {"01_quantization": (0.001, 0.25), "02_memory": (0.005, 0.005)}
-"""How far whole numbers and others may be from those committed. A rounding, which differs between processors and versions, turns
-codes of GPTQ and steps of Adam: means of 24 steps moved by a sixth. The quickstart prints what a trained model writes."""
+"""How far whole numbers and others may be from those committed. A rounding, which differs between processors
+and versions, turns codes of GPTQ and steps of Adam: means of 24 steps moved by a sixth. The quickstart prints
+what a trained model writes."""
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def outputs(notebook, kind):
-    return [o for cell in notebook.cells if cell.cell_type == "code" for o in cell.outputs if o.output_type == kind]
+    return [
+        o
+        for cell in notebook.cells
+        if cell.cell_type == "code"
+        for o in cell.outputs
+        if o.output_type == kind
+    ]
 
 
 def words_and_numbers(text):
@@ -29,7 +36,9 @@ def test_committed_notebook_is_executed_in_order_and_clean(path):
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
-    assert counts == list(range(1, len(counts) + 1)), "execute the notebook from top to bottom before committing it"
+    assert counts == list(range(1, len(counts) + 1)), (
+        "execute the notebook from top to bottom before committing it"
+    )
     assert not outputs(notebook, "error")
     assert not [o for o in outputs(notebook, "stream") if o.name == "stderr"]
     assert path.stat().st_size < 1_000_000
@@ -43,7 +52,9 @@ def test_notebook_runs_and_prints_the_same_text(path, tmp_path):
     committed = nbformat.read(path, as_version=4)
     fresh = nbformat.read(path, as_version=4)
     where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(fresh, timeout=120, kernel_name="python3", coalesce_streams=True, resources=where).execute()
+    NotebookClient(
+        fresh, timeout=120, kernel_name="python3", coalesce_streams=True, resources=where
+    ).execute()
     assert not [o for o in outputs(fresh, "stream") if o.name == "stderr"]
     assert len(outputs(fresh, "stream")) == len(outputs(committed, "stream"))
     for new, old in zip(outputs(fresh, "stream"), outputs(committed, "stream"), strict=True):

@@ -1,4 +1,5 @@
-"""Optimizer states: the same bits in pieces, in 8 bits within half a step of the code map, paged without resident memory."""
+"""Optimizer states: the same bits in pieces, in 8 bits within half a step of the code map, paged without
+resident memory."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from helpers import GQA, FakeTask, digest, make_model
 
 from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
+from minilora.kernels import codes as kernels
 from minilora.layers import Gradients, Parameter
 from minilora.lora import full
-from minilora.quant import codebooks, kernels
+from minilora.quant import codebooks
 from minilora.quant.weights import dynamic_decode, dynamic_encode
 from minilora.training.optimizers import AdamW, make_optimizer, state_bytes
 from minilora.training.states import CHUNK, BlockwiseMoment, hand_back
@@ -26,13 +28,17 @@ from minilora.training.trainer import CHECKPOINT, Trainer
 ADAMW = [name for name in OPTIMIZERS if name != "sgd"]
 PAGED = [name for name in ADAMW if name.startswith("paged")]
 SIZES = (1, 255, 256, 4095, 4096, 4097, 5000, CHUNK - 1, CHUNK, CHUNK + 300)
-linux = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the resident set is read from /proc")
+linux = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the resident set is read from /proc"
+)
 
 
 def parameters_of(shapes, dtype=np.float32, seed=0):
     rng = np.random.default_rng(seed)
-    return [Parameter(f"w{i}.lora_{'AB'[i % 2]}.weight", rng.standard_normal(shape).astype(dtype), True)
-            for i, shape in enumerate(shapes)]  # fmt: skip
+    return [
+        Parameter(f"w{i}.lora_{'AB'[i % 2]}.weight", rng.standard_normal(shape).astype(dtype), True)
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def gradients_of(parameters, step):
@@ -48,7 +54,7 @@ def run(optimizer, parameters, steps=4, first=0):
     return digest([*(p.data for p in parameters), *optimizer.state().values()])
 
 
-# --- in pieces: nothing changes ----------------------------------------------------------------------------------------
+# --- in pieces: nothing changes -----------------------------------------------------------------------------
 
 
 def whole_adamw(p, grads, rates, c):
@@ -82,9 +88,15 @@ def test_pieces_give_what_whole_arrays_give(dtype, decay, layout, shape):
         grads = [gradients_of(parameters, step)[p] for step in range(3)]
         data, m, v = whole_adamw(before, grads, [ratio * 0.01 * (step + 1) for step in range(3)], config)
         # a step rounds each of m and v three times, p ten times, in whatever order the compiler found best
-        assert p.data.dtype == dtype and np.abs(p.data - data).max() <= 30 * np.finfo(dtype).eps * np.abs(data).max()
+        assert (
+            p.data.dtype == dtype
+            and np.abs(p.data - data).max() <= 30 * np.finfo(dtype).eps * np.abs(data).max()
+        )
         for name, expected in ((f"m.{p.name}", m), (f"v.{p.name}", v)):
-            assert np.abs(optimizer.state()[name] - expected).max() <= 9 * np.finfo(dtype).eps * np.abs(expected).max()
+            assert (
+                np.abs(optimizer.state()[name] - expected).max()
+                <= 9 * np.finfo(dtype).eps * np.abs(expected).max()
+            )
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -119,12 +131,17 @@ def traced_peak(optimizer, grads):
 def test_a_step_needs_the_scratch_of_one_piece(name, dtype):
     for sizes in ([CHUNK], [3 * CHUNK + 17, 300, 5000]):
         parameters = parameters_of([(n,) for n in sizes], dtype)
-        peak = traced_peak(make_optimizer(parameters, TrainConfig(optimizer=name)), gradients_of(parameters, 0))
+        peak = traced_peak(
+            make_optimizer(parameters, TrainConfig(optimizer=name)), gradients_of(parameters, 0)
+        )
         expected = state_bytes(name, sizes, np.dtype(dtype).itemsize)["scratch"]
-        assert expected <= peak + 4096 and peak <= expected + 16384, (peak, expected)  # Python's own small objects
+        assert expected <= peak + 4096 and peak <= expected + 16384, (
+            peak,
+            expected,
+        )  # Python's own small objects
 
 
-# --- how much is kept --------------------------------------------------------------------------------------------------
+# --- how much is kept ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -144,14 +161,20 @@ def test_state_bytes_are_those_of_the_real_arrays(name, dtype, tmp_path):
 def test_sgd_keeps_an_array_for_its_momentum():
     parameters = parameters_of([(5, 7), (3,)])
     state = make_optimizer(parameters, TrainConfig(optimizer="sgd", momentum=0.9)).state()
-    assert state_bytes("sgd", [35, 3], momentum=True)["states"] == sum(a.nbytes for a in state.values()) == 4 * 38
+    assert (
+        state_bytes("sgd", [35, 3], momentum=True)["states"]
+        == sum(a.nbytes for a in state.values())
+        == 4 * 38
+    )
 
 
 def test_small_parameters_are_not_quantized():
     parameters = parameters_of([(4095,), (4096,)])
     state = make_optimizer(parameters, TrainConfig(optimizer="adamw_8bit")).state()
     small, large = (p.name for p in parameters)
-    assert [state[f"{k}.{small}"].dtype for k in "mv"] == [np.float32] * 2 and f"m_absmax.{small}" not in state
+    assert [state[f"{k}.{small}"].dtype for k in "mv"] == [
+        np.float32
+    ] * 2 and f"m_absmax.{small}" not in state
     assert [state[f"{k}.{large}"].dtype for k in "mv"] == [np.uint8] * 2
     assert state[f"v_absmax.{large}"].shape == (16,) and state[f"m.{large}"].shape == (4096,)
     assert run(make_optimizer(parameters[:1], TrainConfig()), parameters[:1]) == run(
@@ -175,12 +198,14 @@ def test_8_bits_take_a_quarter_of_the_memory():
 @pytest.mark.parametrize("value", ["adam", "adamw_torch", "paged_adamw_32bit", "AdamW", None, 8])
 def test_unknown_optimizers_are_refused(value):
     for call in (lambda: TrainConfig(optimizer=value), lambda: state_bytes(value, [1])):
-        with pytest.raises(ConfigError, match="choose one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, sgd") as caught:
+        with pytest.raises(
+            ConfigError, match="choose one of adamw, adamw_8bit, paged_adamw, paged_adamw_8bit, sgd"
+        ) as caught:
             call()
         assert str(caught.value).startswith(f"optimizer={value!r}: ")
 
 
-# --- 8 bits ------------------------------------------------------------------------------------------------------------
+# --- 8 bits -------------------------------------------------------------------------------------------------
 
 
 def numbers(signed, n=4 * CHUNK + 77, seed=0):
@@ -195,8 +220,12 @@ def test_the_table_gives_the_codes_of_the_search(signed):
     midpoints, _ = codebooks.thresholds(codebooks.dynamic_map(signed))
     midpoints.flags.writeable = False
     around = [np.nextafter(midpoints, to, dtype=np.float32) for to in (-2, 2)]
-    edges = np.concatenate([midpoints, *around, [0, -0.0, 1, -1, 1e-45, -1e-45, 1e-30, 2.0**-24, -(2.0**-24)]]).astype(np.float32)
-    edges = np.stack([np.ones_like(edges), edges], axis=1).reshape(-1)  # a 1 in each block, so that nothing is scaled
+    edges = np.concatenate(
+        [midpoints, *around, [0, -0.0, 1, -1, 1e-45, -1e-45, 1e-30, 2.0**-24, -(2.0**-24)]]
+    ).astype(np.float32)
+    edges = np.stack([np.ones_like(edges), edges], axis=1).reshape(
+        -1
+    )  # a 1 in each block, so that nothing is scaled
     for values in (numbers(True), edges):
         values = values if signed else np.abs(values)
         values.flags.writeable = False
@@ -248,7 +277,8 @@ def test_a_v_above_zero_never_becomes_zero():
 
 
 def test_a_rare_small_gradient_makes_no_giant_step():
-    """As a token's row in an embedding: seen once, faintly, then not. v/max|v| is 1e-8, which the nearest code would make 0."""
+    """As a token's row in an embedding: seen once, faintly, then not. v/max|v| is 1e-8, which the nearest
+    code would make 0."""
     steps = {}
     for name in ("adamw", "adamw_8bit"):
         p = Parameter("w", np.zeros(4096, np.float32), True)
@@ -261,12 +291,15 @@ def test_a_rare_small_gradient_makes_no_giant_step():
         optimizer.step(grads, 0.01)
         steps[name] = np.abs(p.data[::256] - before).max() / 0.01
     assert 0.5 < steps["adamw"] < 1
-    assert 0 < steps["adamw_8bit"] < 1  # as 0, v would make it m̂/eps = 0.9e-5/0.19/1e-8, 4700 times the learning rate
+    assert (
+        0 < steps["adamw_8bit"] < 1
+    )  # as 0, v would make it m̂/eps = 0.9e-5/0.19/1e-8, 4700 times the learning rate
     assert optimizer.state()["v.w"][::256].tolist() == [1] * 16
 
 
 def test_an_8_bit_step_equals_a_loop():
-    """Decode, update in double precision, encode: one number at a time, each step from the states that ours had before it."""
+    """Decode, update in double precision, encode: one number at a time, each step from the states that ours
+    had before it."""
     c = TrainConfig(optimizer="adamw_8bit", weight_decay=0.1)
     (p,) = parameters = parameters_of([(16, 300)])
     optimizer = AdamW(parameters, c)
@@ -275,16 +308,24 @@ def test_an_8_bit_step_equals_a_loop():
         before = {key: a.copy().reshape(-1).tolist() for key, a in optimizer.state().items()}
         data, g = p.data.reshape(-1).tolist(), gradients_of(parameters, step)[p].reshape(-1).tolist()
         optimizer.step(gradients_of(parameters, step), 0.01)
-        after = {k: (optimizer.state()[f"{k}.{p.name}"].reshape(-1), optimizer.state()[f"{k}_absmax.{p.name}"]) for k in "mv"}
+        after = {
+            k: (optimizer.state()[f"{k}.{p.name}"].reshape(-1), optimizer.state()[f"{k}_absmax.{p.name}"])
+            for k in "mv"
+        }
         new = {"m": [], "v": []}
         for i in range(p.data.size):
-            m, v = (maps[k][before[f"{k}.{p.name}"][i]] * before[f"{k}_absmax.{p.name}"][i // 256] for k in "mv")
+            m, v = (
+                maps[k][before[f"{k}.{p.name}"][i]] * before[f"{k}_absmax.{p.name}"][i // 256] for k in "mv"
+            )
             new["m"].append(m := c.beta1 * m + (1 - c.beta1) * g[i])
             new["v"].append(v := c.beta2 * v + (1 - c.beta2) * g[i] ** 2)
             m, v = m / (1 - c.beta1 ** (step + 1)), v / (1 - c.beta2 ** (step + 1))
             expected = data[i] - 0.01 * (m / (v**0.5 + c.eps) + 0.1 * data[i])
-            # a dozen roundings of 6e-8: of p, and of a step of at most 0.01·|m|/√v; where √v is tiny that is no longer small
-            assert abs(float(p.data.reshape(-1)[i]) - expected) <= 1e-6 * (abs(data[i]) + 0.01 * abs(m) / (v**0.5 + c.eps) + 1e-3)
+            # a dozen roundings of 6e-8: of p, and of a step of at most 0.01·|m|/√v; where √v is tiny that is
+            # no longer small
+            assert abs(float(p.data.reshape(-1)[i]) - expected) <= 1e-6 * (
+                abs(data[i]) + 0.01 * abs(m) / (v**0.5 + c.eps) + 1e-3
+            )
         for k, signed in (("m", True), ("v", False)):
             codes, absmax = after[k]
             gap = 0.9 / (64 if signed else 128)
@@ -292,7 +333,7 @@ def test_an_8_bit_step_equals_a_loop():
             assert (np.abs(decoded - new[k]) <= (gap / 2 + 1e-5) * np.repeat(absmax, 256)[: codes.size]).all()
 
 
-# --- what 8 bits do to a result ----------------------------------------------------------------------------------------
+# --- what 8 bits do to a result -----------------------------------------------------------------------------
 
 WIDE = replace(GQA, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
 TRAIN = TrainConfig(steps=40, batch_size=8, warmup_steps=4, learning_rate=3e-3, shards=1)
@@ -306,21 +347,25 @@ def losses(optimizer="adamw", folder=None, **changed):
 
 
 def test_training_in_8_bits_ends_where_it_ends_in_32():
-    """The bound: 8 bits change the losses less than 1 % of the learning rate does, and nobody chooses that so sharply.
+    """The bound: 8 bits change the losses less than 1 % of the learning rate does, and nobody chooses that so
+    sharply.
 
-    Why that much at most: a step is lr·m/√v; m errs by up to half a gap, 0.7 % of its block's largest, v by 0.35 %, and half of
-    that counts under the root. So most steps are right to a few per cent, with errors of either sign, that do not add up.
+    Why that much at most: a step is lr·m/√v; m errs by up to half a gap, 0.7 % of its block's largest, v by
+    0.35 %, and half of that counts under the root. So most steps are right to a few per cent, with errors of
+    either sign, that do not add up.
     """
     exact, rounded = losses(), losses("adamw_8bit")
     assert exact[-5:].mean() < 0.6 * exact[:5].mean()  # it did learn
     difference = np.abs(rounded - exact)
-    assert difference[0] == 0 and difference.max() > 0  # before any rounding the same, and the option does something
+    assert (
+        difference[0] == 0 and difference.max() > 0
+    )  # before any rounding the same, and the option does something
     control = np.abs(losses(learning_rate=0.99 * TRAIN.learning_rate) - exact)
     assert difference.mean() < control.mean(), (difference.mean(), control.mean())
     assert difference.max() < control.max()
 
 
-# --- paged -------------------------------------------------------------------------------------------------------------
+# --- paged --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -330,7 +375,12 @@ def test_paged_gives_the_same_bytes(name, dtype, tmp_path):
     for which in (name, name.removeprefix("paged_")):
         parameters = parameters_of([(n,) for n in SIZES] + [(300, 17)], dtype)
         parameters[-1].data = parameters[-1].data.T
-        results.append(run(make_optimizer(parameters, TrainConfig(optimizer=which, weight_decay=0.1), tmp_path), parameters))
+        results.append(
+            run(
+                make_optimizer(parameters, TrainConfig(optimizer=which, weight_decay=0.1), tmp_path),
+                parameters,
+            )
+        )
     assert results[0] == results[1]
 
 
@@ -348,7 +398,12 @@ def test_paged_states_are_not_traced_memory(tmp_path):
     parameters = parameters_of([(2**20,)])
     tracemalloc.start()
     optimizer = make_optimizer(parameters, TrainConfig(optimizer="paged_adamw"), tmp_path)
-    assert tracemalloc.get_traced_memory()[0] < 16384 < 2**23 == sum(a.nbytes for a in optimizer.state().values())
+    assert (
+        tracemalloc.get_traced_memory()[0]
+        < 16384
+        < 2**23
+        == sum(a.nbytes for a in optimizer.state().values())
+    )
     tracemalloc.stop()
 
 
@@ -391,14 +446,18 @@ def test_a_disk_without_room_is_refused_before_work_starts(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "posix_fallocate", full_disk, raising=False)
     config = replace(TRAIN, optimizer="paged_adamw")
-    with pytest.raises(FileError, match="cannot hold [0-9,]+ bytes .*No space left.*TMPDIR.*adamw_8bit") as caught:
+    with pytest.raises(
+        FileError, match="cannot hold [0-9,]+ bytes .*No space left.*TMPDIR.*adamw_8bit"
+    ) as caught:
         Trainer(full(make_model(WIDE, dtype=np.float32)), FakeTask(), config, folder=tmp_path)
     assert str(tmp_path) in str(caught.value) and "make room" in str(caught.value)
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path):
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(FileError, match="file.*cannot hold .* bytes of optimizer states .*choose another folder"):
+    with pytest.raises(
+        FileError, match="file.*cannot hold .* bytes of optimizer states .*choose another folder"
+    ):
         make_optimizer(parameters_of([(5,)]), TrainConfig(optimizer="paged_adamw_8bit"), tmp_path / "file")
 
 
@@ -410,7 +469,7 @@ def test_without_posix_fallocate_the_room_is_taken_by_writing(tmp_path, monkeypa
     assert run(optimizer, parameters) == run(make_optimizer(again, TrainConfig()), again)
 
 
-# --- checkpoints -------------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ADAMW)
@@ -437,7 +496,12 @@ def test_interrupted_and_resumed_ends_in_the_same_bytes(name, tmp_path):
 
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
     def trainer(name):
-        return Trainer(full(make_model(GQA, dtype=np.float32)), FakeTask(), replace(TRAIN, steps=2, optimizer=name), threads=1)
+        return Trainer(
+            full(make_model(GQA, dtype=np.float32)),
+            FakeTask(),
+            replace(TRAIN, steps=2, optimizer=name),
+            threads=1,
+        )
 
     trainer("adamw").save(tmp_path / "c.safetensors")
     with pytest.raises(FileError, match="optimizer: 'adamw' there, 'adamw_8bit' here"):
@@ -446,7 +510,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
 def test_states_that_overflow_are_reported_by_name(name, tmp_path):
-    trainer = Trainer(full(make_model(WIDE, dtype=np.float32)), FakeTask(), replace(TRAIN, optimizer=name), threads=1)
+    trainer = Trainer(
+        full(make_model(WIDE, dtype=np.float32)), FakeTask(), replace(TRAIN, optimizer=name), threads=1
+    )
     key = next(key for key in trainer.optimizer.state() if key.startswith("v_absmax."))
     trainer.optimizer.state()[key][0] = np.inf
     with pytest.raises(ValueError, match=f"optimizer state {key} is not finite"):

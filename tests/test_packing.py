@@ -1,4 +1,5 @@
-"""Packed examples: several in one row, which do not see each other, give what they give in rows of their own."""
+"""Packed examples: several in one row, which do not see each other, give what they give in rows of their
+own."""
 
 from __future__ import annotations
 
@@ -10,10 +11,10 @@ from helpers import CONFIGS, GQA, assert_close, close_rtol, fill_adapters, make_
 from minilora import functional as F
 from minilora.config import LoraConfig
 from minilora.data.tasks import Batch
-from minilora.gradients import gradcheck
 from minilora.layers import Gradients
 from minilora.lora import inject_lora
 from minilora.threads import Workers
+from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss, split
 
 LENGTHS = [[5, 1, 4], [3, 7], [2, 2, 5]]  # examples of each row; the last row has a place of padding left
@@ -23,7 +24,10 @@ WIDTH = 10
 def examples(seed=0, vocab=GQA.vocab_size):
     """One (ids, targets, mask) for each example, row by row."""
     rng = np.random.default_rng(seed)
-    rows = [[(rng.integers(vocab, size=n), rng.integers(vocab, size=n), rng.random(n) < 0.7) for n in row] for row in LENGTHS]
+    rows = [
+        [(rng.integers(vocab, size=n), rng.integers(vocab, size=n), rng.random(n) < 0.7) for n in row]
+        for row in LENGTHS
+    ]
     rows[0][1][2][:] = True  # the example of one token counts
     return rows
 
@@ -62,7 +66,12 @@ def test_attention_of_segments_equals_the_loop_over_each():
         start = 0
         for n in row:
             part = np.s_[b : b + 1, start : start + n]
-            assert_close(y[part], naive.attention(q[part], k[part], v[part]), close_rtol(np.float64, 4, WIDTH), f"{b}, {start}")
+            assert_close(
+                y[part],
+                naive.attention(q[part], k[part], v[part]),
+                close_rtol(np.float64, 4, WIDTH),
+                f"{b}, {start}",
+            )
             start += n
 
 
@@ -82,8 +91,11 @@ def test_attention_gradient_with_segments():
     segments = np.array([[1, 1, 1, 2, 2, 3], [1, 2, 2, 2, 2, 2]])
     gradients = F.attention_backward(dy, F.attention_forward(q, k, v, segments)[1])
     arrays = {"q": q, "k": k, "v": v}
-    checks = gradcheck(lambda: float((F.attention_forward(q, k, v, segments)[0] * dy).sum()), arrays,
-                       dict(zip(arrays, gradients, strict=True)))
+    checks = gradcheck(
+        lambda: float((F.attention_forward(q, k, v, segments)[0] * dy).sum()),
+        arrays,
+        dict(zip(arrays, gradients, strict=True)),
+    )
     assert [c.name for c in checks] == ["q", "k", "v"]
 
 
@@ -94,7 +106,8 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_rows(config, checkpoi
     rows = examples()
     with Workers(1) as workers:
         (loss, grads), (expected, wanted) = (
-            loss_and_grads(model, batch, workers, shards=2, checkpoint=checkpoint) for batch in (packed(rows), padded(rows))
+            loss_and_grads(model, batch, workers, shards=2, checkpoint=checkpoint)
+            for batch in (packed(rows), padded(rows))
         )
     assert abs(loss - expected) <= close_rtol(np.float64, *[20] * 18) * expected
     for p, g in grads.items():
@@ -107,10 +120,15 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_rows(config, checkpoi
 
 
 def test_packed_adapters_and_evaluation():
-    model = fill_adapters(inject_lora(make_model(GQA, trainable=False), LoraConfig(r=2), np.random.default_rng(0)))
+    model = fill_adapters(
+        inject_lora(make_model(GQA, trainable=False), LoraConfig(r=2), np.random.default_rng(0))
+    )
     rows = examples(seed=3)
     found = [Gradients(model.trainable()) for _ in range(2)]
-    losses = [shard_loss(model, batch, 7.0, grads) for batch, grads in zip((packed(rows), padded(rows)), found, strict=True)]
+    losses = [
+        shard_loss(model, batch, 7.0, grads)
+        for batch, grads in zip((packed(rows), padded(rows)), found, strict=True)
+    ]
     assert abs(losses[0] - losses[1]) <= close_rtol(np.float64, *[20] * 18) * losses[1]
     for p in found[0]:
         assert_close(found[0][p], found[1][p], close_rtol(np.float64, *[WIDTH * 9] * 20), p.name)

@@ -24,7 +24,7 @@ from minilora.memory.planner import DEPTH, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch
-from minilora.quantize import dequantize_model, quantize_model
+from minilora.quant.model import dequantize_model, quantize_model
 
 CASES = plan_grid.cases()
 
@@ -47,7 +47,9 @@ def test_every_value_of_every_axis_occurs_in_the_grid():
     for axis, values in plan_grid.AXES.items():
         names = ("batch_size", "context") if axis == "batch" else (axis,)
         seen = {tuple(getattr(c, name) for name in names) for c in CASES}
-        assert {value if axis == "batch" else (value,) for value in values} - seen <= {(None,)}, axis  # nf4 for None
+        assert {value if axis == "batch" else (value,) for value in values} - seen <= {(None,)}, (
+            axis
+        )  # nf4 for None
     depths = {plan_grid.SHAPES[c.model].num_hidden_layers for c in CASES}
     assert min(depths) < DEPTH < max(depths) and DEPTH in depths
 
@@ -56,13 +58,25 @@ def test_every_value_of_every_axis_occurs_in_the_grid():
 def test_planned_and_measured(c):
     model, batch, settings = plan_grid.built(c)
     planned, found = plan(c), measure(model, batch, settings)
-    # to the byte: all that outlasts a step, all that the forward pass keeps, and what the same shapes add at the peak
+    # to the byte: all that outlasts a step, all that the forward pass keeps, and what the same shapes add at
+    # the peak
     assert plan_grid.held_by_layer(planned) == plan_grid.held_by_layer(found)
     assert as_counts(planned.kept) == as_counts(found.kept)
-    for field in ("trainable", "parameters", "effective_bits", "shards", "shard", "gradients", "accumulated", "on_disk", "rise",
-                  "moment"):  # fmt: skip
+    for field in (
+        "trainable",
+        "parameters",
+        "effective_bits",
+        "shards",
+        "shard",
+        "gradients",
+        "accumulated",
+        "on_disk",
+        "rise",
+        "moment",
+    ):
         assert getattr(planned, field) == getattr(found, field), field
-    # the peak: nothing is predicted that is not there, and what is not predicted is little, of the rise, not of the whole
+    # the peak: nothing is predicted that is not there, and what is not predicted is little, of the rise, not
+    # of the whole
     rise = found.measured - found.held
     assert 0 <= rise - planned.rise <= max(plan_grid.LEAST, plan_grid.SHARE * rise)
 
@@ -71,7 +85,9 @@ def test_the_table_of_the_grid_names_the_worst_case_first():
     rows = [plan_grid.row_of(c) for c in CASES[:3]]
     worst = max(rows, key=plan_grid.used)
     lines = plan_grid.table(rows, worst=2).splitlines()
-    assert len(lines) == 4 and lines[2].startswith(f"| {worst['what']} | {worst['predicted']:,} | {worst['measured']:,} |")
+    assert len(lines) == 4 and lines[2].startswith(
+        f"| {worst['what']} | {worst['predicted']:,} | {worst['measured']:,} |"
+    )
     assert all(r["measured"] - r["predicted"] == r["difference"] and r["persistent"] for r in rows)
     assert plan_grid.table([rows[0] | {"persistent": False}]).endswith("| NO |")
 
@@ -80,10 +96,16 @@ def test_the_table_of_the_grid_names_the_worst_case_first():
 
 
 OPTIONS = [
-    {}, {"gradient_checkpointing": True}, {"logits_chunk": 16}, {"shards": 1}, {"shards": 3, "batch_size": 4},
-    {"gradient_accumulation_steps": 3}, {"gradient_checkpointing": True, "logits_chunk": 8, "gradient_accumulation_steps": 2},
-    {"batch_size": 1, "context": 1}, {"dtype": "float64", "gradient_checkpointing": True},
-]  # fmt: skip
+    {},
+    {"gradient_checkpointing": True},
+    {"logits_chunk": 16},
+    {"shards": 1},
+    {"shards": 3, "batch_size": 4},
+    {"gradient_accumulation_steps": 3},
+    {"gradient_checkpointing": True, "logits_chunk": 8, "gradient_accumulation_steps": 2},
+    {"batch_size": 1, "context": 1},
+    {"dtype": "float64", "gradient_checkpointing": True},
+]
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "qalora"])
@@ -95,8 +117,14 @@ def test_four_blocks_stand_for_seven(method, options):
     planned = plan(c)
     with metered(Meter()):
         twin = planned_twin(c, shape)
-    whole = profile(twin, shape_batch(shape, c.batch_size, c.context), shards=c.shards, checkpoint=c.gradient_checkpointing,
-                    accumulation=c.gradient_accumulation_steps, logits_chunk=c.logits_chunk)  # fmt: skip
+    whole = profile(
+        twin,
+        shape_batch(shape, c.batch_size, c.context),
+        shards=c.shards,
+        checkpoint=c.gradient_checkpointing,
+        accumulation=c.gradient_accumulation_steps,
+        logits_chunk=c.logits_chunk,
+    )
     assert as_counts(planned.kept) == as_counts(whole.kept)
     assert planned.shard == whole.shard and planned.gradients == sum(p.data.nbytes for p in twin.trainable())
     if planned.moment == "the optimizer's update":
@@ -107,20 +135,32 @@ def test_four_blocks_stand_for_seven(method, options):
 
 
 def test_the_peak_lies_where_it_must():
-    """Each of these is the largest by arithmetic: logits of 4000 words, the widest block, gradients of everything."""
+    """Each of these is the largest by arithmetic: logits of 4000 words, the widest block, gradients of
+    everything."""
     found = {
-        "head": plan("grid-vocabulary", method="lora", r=1, target_modules="q_proj", context=64, batch_size=4),
+        "head": plan(
+            "grid-vocabulary", method="lora", r=1, target_modules="q_proj", context=64, batch_size=4
+        ),
         "last block": plan("grid-deep", method="lora", r=2, context=200),
         "first block": plan("grid-deep", method="full", context=64, gradient_checkpointing=True, shards=1),
         "update": plan("tiny", method="full", context=2, shards=1, optimizer="adamw_8bit"),
     }
-    starts = {"head": "head and loss", "last block": "backward pass of layers.6", "first block": "backward pass of layers.",
-              "update": "the optimizer's update"}  # fmt: skip
-    assert {name: ledger.moment.startswith(starts[name]) for name, ledger in found.items()} == dict.fromkeys(starts, True)
+    starts = {
+        "head": "head and loss",
+        "last block": "backward pass of layers.6",
+        "first block": "backward pass of layers.",
+        "update": "the optimizer's update",
+    }
+    assert {name: ledger.moment.startswith(starts[name]) for name, ledger in found.items()} == dict.fromkeys(
+        starts, True
+    )
 
 
 def test_a_block_that_is_named_is_no_block_like_the_others():
-    one, all_ = (plan("grid-deep", method="lora", r=2, target_modules=t) for t in ("layers.1.mlp.down_proj", "mlp.down_proj"))
+    one, all_ = (
+        plan("grid-deep", method="lora", r=2, target_modules=t)
+        for t in ("layers.1.mlp.down_proj", "mlp.down_proj")
+    )
     assert 7 * one.trainable == all_.trainable
     assert {e.layer for e in one.entries if e.kind == "adapters"} == {"layers.1.mlp.down_proj"}
 
@@ -143,10 +183,17 @@ def test_sixty_five_billion_parameters_take_seconds_and_no_memory():
 
 
 COUNTS = {  # as the models' own pages and files have them
-    "smollm2-135m": 134_515_008, "smollm2-360m": 361_821_120, "smollm2-1.7b": 1_711_376_384, "tinyllama-1.1b": 1_100_048_384,
-    "llama-7b": 6_738_415_616, "llama-13b": 13_015_864_320, "llama-33b": 32_528_943_616, "llama-65b": 65_285_660_672,
-    "llama-3-8b": 8_030_261_248, "llama-3-70b": 70_553_706_496,
-}  # fmt: skip
+    "smollm2-135m": 134_515_008,
+    "smollm2-360m": 361_821_120,
+    "smollm2-1.7b": 1_711_376_384,
+    "tinyllama-1.1b": 1_100_048_384,
+    "llama-7b": 6_738_415_616,
+    "llama-13b": 13_015_864_320,
+    "llama-33b": 32_528_943_616,
+    "llama-65b": 65_285_660_672,
+    "llama-3-8b": 8_030_261_248,
+    "llama-3-70b": 70_553_706_496,
+}
 
 
 def test_built_in_architectures_have_the_counts_that_are_known():
@@ -172,15 +219,24 @@ def test_gpt_3s_published_count():
 
 
 def test_published_bits():
-    """4 + 8/64 + 32/(64·256) (QLoRA, section 3), and one float32 mean for each matrix, which is not seen in the third digit."""
+    """4 + 8/64 + 32/(64·256) (QLoRA, section 3), and one float32 mean for each matrix, which is not seen in
+    the third digit."""
     assert plan("llama-7b", method="qlora", context=8).effective_bits == pytest.approx(4.127, abs=5e-4)
 
 
 # ---- files
 
 
-SHAPE = ModelConfig(vocab_size=96, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
-                    num_key_value_heads=2, context_length=64, rope_theta=500.0)  # fmt: skip
+SHAPE = ModelConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    context_length=64,
+    rope_theta=500.0,
+)
 
 
 def mixed_gguf(path, odd="Q8_0", config=SHAPE, table="Q8_0"):
@@ -192,9 +248,12 @@ def mixed_gguf(path, odd="Q8_0", config=SHAPE, table="Q8_0"):
 
 
 def ready(model, method, r=2):
-    """As `minilora train` does it: full precision for lora, NF4 for qlora, for qalora the file's own offsets or int4."""
+    """As `minilora train` does it: full precision for lora, NF4 for qlora, for qalora the file's own offsets
+    or int4."""
     lora = LoraConfig(r, use_qalora=method == "qalora")
-    if method == "qalora" and all(getattr(x.weight, "offset_group", 0) for b in model.blocks for _, _, x in b.linears()):
+    if method == "qalora" and all(
+        getattr(x.weight, "offset_group", 0) for b in model.blocks for _, _, x in b.linears()
+    ):
         return inject_lora(model, lora, np.random.default_rng(0))
     model = dequantize_model(model, table=False)
     if method != "lora":
@@ -214,8 +273,11 @@ def test_a_gguf_is_planned_as_it_is_loaded(tmp_path, method, odd, table, tied):
     planned = plan(str(path), method=method, r=2, batch_size=2, context=40)
     found = measure(model, batch, TrainConfig(batch_size=2))
     assert plan_grid.held_by_layer(planned) == plan_grid.held_by_layer(found)
-    assert (planned.trainable, planned.parameters, planned.effective_bits) == \
-        (found.trainable, found.parameters, found.effective_bits)  # fmt: skip
+    assert (planned.trainable, planned.parameters, planned.effective_bits) == (
+        found.trainable,
+        found.parameters,
+        found.effective_bits,
+    )
     assert planned.rise == found.rise and planned.moment == found.moment
     assert -96 * 64 * 4 <= found.measured - found.held - planned.rise <= plan_grid.LEAST
 
@@ -223,14 +285,26 @@ def test_a_gguf_is_planned_as_it_is_loaded(tmp_path, method, odd, table, tied):
 @pytest.mark.parametrize("folder", [True, False])
 def test_a_hugging_face_configuration_is_planned_as_the_built_in_shape(tmp_path, folder):
     c = ARCHITECTURES["grid-grouped"]
-    found = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": c.vocab_size, "hidden_act": "silu",
-             "hidden_size": c.hidden_size, "intermediate_size": c.intermediate_size, "rms_norm_eps": c.rms_norm_eps,
-             "num_hidden_layers": c.num_hidden_layers, "num_attention_heads": c.num_attention_heads,
-             "num_key_value_heads": c.num_key_value_heads, "max_position_embeddings": c.context_length,
-             "rope_theta": c.rope_theta, "tie_word_embeddings": False}  # fmt: skip
+    found = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": c.vocab_size,
+        "hidden_act": "silu",
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "rms_norm_eps": c.rms_norm_eps,
+        "num_hidden_layers": c.num_hidden_layers,
+        "num_attention_heads": c.num_attention_heads,
+        "num_key_value_heads": c.num_key_value_heads,
+        "max_position_embeddings": c.context_length,
+        "rope_theta": c.rope_theta,
+        "tie_word_embeddings": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(found))
     for method in ("full", "lora", "qlora", "qalora"):
-        of_file = plan(str(tmp_path if folder else tmp_path / "config.json"), method=method, batch_size=2, context=16)
+        of_file = plan(
+            str(tmp_path if folder else tmp_path / "config.json"), method=method, batch_size=2, context=16
+        )
         built_in = plan("grid-grouped", method=method, batch_size=2, context=16)
         assert replace(of_file, title="") == replace(built_in, title="")
 
@@ -238,20 +312,31 @@ def test_a_hugging_face_configuration_is_planned_as_the_built_in_shape(tmp_path,
 # ---- what cannot be
 
 
-@pytest.mark.parametrize("model, changes, words", [
-    ("llama-8b", {}, "model='llama-8b': did you mean llama-7b?|model='llama-8b': did you mean llama-3-8b"),
-    ("tiny", {"context": 257}, "context=257: tiny has positions for 256 tokens"),
-    ("tiny", {"method": "lora", "bits": 4}, "bits=4: method 'lora' stands on dense weights"),
-    ("tiny", {"method": "qlora", "bits": 5}, "bits=5: method 'qlora' stores nf2"),
-    ("tiny", {"method": "qlora", "quant_type": "nf4", "bits": 3}, "bits=3: quant_type='nf4' has 4"),
-    ("tiny", {"method": "qalora", "use_dora": True}, "use_dora=True: "),
-    ("tiny", {"method": "qalora", "group_size": 48}, "group_size=48: must divide in=128"),
-    ("tiny", {"r": 200}, "r=200: must be at most 128"),
-    ("tiny", {"method": "lora", "subset_modules": "q_proj"}, "subset_modules='q_proj': is for method 'subset'"),
-    ("tiny", {"target_modules": "w_proj"}, "target_modules='w_proj': matches no module"),
-    ("tiny", {"optimizer": "adam"}, "optimizer='adam': choose one of adamw"),
-    ("tiny", {"shards": 0}, "shards=0: must be a whole number"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "model, changes, words",
+    [
+        (
+            "llama-8b",
+            {},
+            "model='llama-8b': did you mean llama-7b?|model='llama-8b': did you mean llama-3-8b",
+        ),
+        ("tiny", {"context": 257}, "context=257: tiny has positions for 256 tokens"),
+        ("tiny", {"method": "lora", "bits": 4}, "bits=4: method 'lora' stands on dense weights"),
+        ("tiny", {"method": "qlora", "bits": 5}, "bits=5: method 'qlora' stores nf2"),
+        ("tiny", {"method": "qlora", "quant_type": "nf4", "bits": 3}, "bits=3: quant_type='nf4' has 4"),
+        ("tiny", {"method": "qalora", "use_dora": True}, "use_dora=True: "),
+        ("tiny", {"method": "qalora", "group_size": 48}, "group_size=48: must divide in=128"),
+        ("tiny", {"r": 200}, "r=200: must be at most 128"),
+        (
+            "tiny",
+            {"method": "lora", "subset_modules": "q_proj"},
+            "subset_modules='q_proj': is for method 'subset'",
+        ),
+        ("tiny", {"target_modules": "w_proj"}, "target_modules='w_proj': matches no module"),
+        ("tiny", {"optimizer": "adam"}, "optimizer='adam': choose one of adamw"),
+        ("tiny", {"shards": 0}, "shards=0: must be a whole number"),
+    ],
+)
 def test_what_cannot_be_is_refused_in_words(model, changes, words):
     with pytest.raises(ConfigError) as error:
         plan(model, **changes)

@@ -1,13 +1,22 @@
-"""The data behind each figure, that each draws, and that the files are the same on a rerun; on invented rows."""
+"""The data behind each figure, that each draws, and that the files are the same on a rerun; on invented
+rows."""
 
 import matplotlib
 import numpy as np
 import pytest
 from study_rows import RANKS, one_row, search_rows, study_rows
 
-from minilora.study.drawing import limits, new_figure, spread
-from minilora.study.labels import METHOD_COLOURS, METRICS, deployed_metric, main_metrics, setting_name, task_of, variant_columns
-from minilora.study.plots import (
+from minilora.report.drawing import limits, new_figure, spread
+from minilora.report.labels import (
+    METHOD_COLOURS,
+    METRICS,
+    deployed_metric,
+    main_metrics,
+    setting_name,
+    task_of,
+    variant_columns,
+)
+from minilora.report.plots import (
     plot_accuracy_against_memory,
     plot_against_rank,
     plot_deployed,
@@ -16,9 +25,9 @@ from minilora.study.plots import (
     save_figure,
     save_figures,
 )
-from minilora.study.results import MEMORY_CLASSES
-from minilora.study.series import MIB, accuracy_points, deployed_pairs, memory_bars, rank_curves, references
-from minilora.study.statistics import mean_interval
+from minilora.report.series import MIB, accuracy_points, deployed_pairs, memory_bars, rank_curves, references
+from minilora.report.statistics import mean_interval
+from minilora.sweep.results import MEMORY_CLASSES
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +53,24 @@ def few():
 
 def test_a_rank_curve_is_the_mean_over_seeds(rows):
     curves = {curve["name"]: curve for curve in rank_curves(rows, "loss", "products")}
-    assert list(curves) == ["LoRA", "QLoRA nf8", "QLoRA nf4", "QLoRA nf3", "QLoRA nf2",
-                            "QA-LoRA int8", "QA-LoRA int4", "QA-LoRA int3", "QA-LoRA int2"]  # fmt: skip
+    assert list(curves) == [
+        "LoRA",
+        "QLoRA nf8",
+        "QLoRA nf4",
+        "QLoRA nf3",
+        "QLoRA nf2",
+        "QA-LoRA int8",
+        "QA-LoRA int4",
+        "QA-LoRA int3",
+        "QA-LoRA int2",
+    ]
     assert [point["r"] for point in curves["LoRA"]["points"]] == list(RANKS)
     assert [point["r"] for point in curves["QLoRA nf2"]["points"]] == [8]
-    runs = [row["loss"] for row in rows
-            if (row["task"], row["method"], row["r"], row["stage"]) == ("products", "lora", 4, "study")]  # fmt: skip
+    runs = [
+        row["loss"]
+        for row in rows
+        if (row["task"], row["method"], row["r"], row["stage"]) == ("products", "lora", 4, "study")
+    ]
     point = curves["LoRA"]["points"][2]
     assert len(runs) == 3 and sorted(point["values"]) == sorted(runs)
     assert (point["mean"], point["low"], point["high"]) == pytest.approx(mean_interval(runs))
@@ -69,7 +90,9 @@ def test_references_have_no_rank(rows):
 
 def test_two_group_sizes_are_two_curves():
     data = [
-        one_row("python", "qalora", r, 4, "int4", seed=0) | {"group_size": g, "key": f"{r} {g}"} for r in (2, 8) for g in (16, 32)
+        one_row("python", "qalora", r, 4, "int4", seed=0) | {"group_size": g, "key": f"{r} {g}"}
+        for r in (2, 8)
+        for g in (16, 32)
     ]
     assert variant_columns(data) == ("group_size",)
     assert [curve["name"] for curve in rank_curves(data, "bpb")] == ["QA-LoRA int4 g=16", "QA-LoRA int4 g=32"]
@@ -83,9 +106,18 @@ def test_memory_bars_are_the_rows_bytes(rows):
     assert list(full["mib"]) == list(MEMORY_CLASSES) and full["peak"] == 16.0
     by_bits = memory_bars(rows, "bits", "products")
     assert [bar["name"] for bar in by_bits] == [
-        "full fine-tuning", "subset", "LoRA", "QLoRA nf8", "QA-LoRA int8", "QLoRA nf4", "QA-LoRA int4",
-        "QLoRA nf3", "QA-LoRA int3", "QLoRA nf2", "QA-LoRA int2",
-    ]  # fmt: skip
+        "full fine-tuning",
+        "subset",
+        "LoRA",
+        "QLoRA nf8",
+        "QA-LoRA int8",
+        "QLoRA nf4",
+        "QA-LoRA int4",
+        "QLoRA nf3",
+        "QA-LoRA int3",
+        "QLoRA nf2",
+        "QA-LoRA int2",
+    ]
     weights = [bar["mib"]["bytes_weights"] for bar in by_bits if bar["method"] == "qlora"]
     assert weights == sorted(weights, reverse=True) and len(set(weights)) == 4
 
@@ -94,7 +126,9 @@ def test_no_trained_setting_beats_the_front(rows):
     points = accuracy_points(rows, "recall", "products", "training_mib")
     front = [point for point in points if "front" in point]
     trained = [point for point in points if point["method"] not in ("base", "quantized_base")]
-    assert [point["front"] for point in sorted(front, key=lambda point: point["cost"])] == list(range(1, len(front) + 1))
+    assert [point["front"] for point in sorted(front, key=lambda point: point["cost"])] == list(
+        range(1, len(front) + 1)
+    )
     for point in front:
         assert not [p for p in trained if p["cost"] < point["cost"] and p["mean"] >= point["mean"]]
     assert not [point for point in points if point["method"] == "quantized_base" and "front" in point]
@@ -102,9 +136,13 @@ def test_no_trained_setting_beats_the_front(rows):
 
 def test_deployed_points_take_the_deployed_metric(rows):
     own = {point["name"]: point for point in accuracy_points(rows, "loss", "products", "effective_bits")}
-    deployed = {point["name"]: point for point in accuracy_points(rows, "loss", "products", "deployed_effective_bits")}
+    deployed = {
+        point["name"]: point for point in accuracy_points(rows, "loss", "products", "deployed_effective_bits")
+    }
     assert deployed["QLoRA nf2 r=8"]["mean"] > own["QLoRA nf2 r=8"]["mean"] + 0.5
-    assert deployed["full fine-tuning"] == own["full fine-tuning"] | {"front": deployed["full fine-tuning"]["front"]}
+    assert deployed["full fine-tuning"] == own["full fine-tuning"] | {
+        "front": deployed["full fine-tuning"]["front"]
+    }
     assert set(deployed) == set(own)
 
 
@@ -181,7 +219,11 @@ def texts(ax):
 
 def test_rank_figure_has_a_line_and_a_label_for_each_curve(rows):
     ax = plot_against_rank(rows, metric="loss", task="products")
-    colours = [line.get_color() for line in ax.lines if len(line.get_xdata()) == len(RANKS) and line.get_linewidth() > 1]
+    colours = [
+        line.get_color()
+        for line in ax.lines
+        if len(line.get_xdata()) == len(RANKS) and line.get_linewidth() > 1
+    ]
     assert colours == [METHOD_COLOURS[name] for name in ("lora", "qlora", "qalora")]
     assert {"LoRA", "QLoRA nf4", "QA-LoRA int4", "full fine-tuning", "subset"} <= set(texts(ax))
     assert "base: 2.600 ↑" in texts(ax)  # far outside: named at the edge
@@ -209,7 +251,9 @@ def test_memory_bars_stack_up_to_their_total(rows, against):
     for bar in (patch for container in ax.containers for patch in container):
         place = round(bar.get_x(), 6)
         tops[place] = max(tops.get(place, 0), bar.get_y() + bar.get_height())
-    assert [tops[place] for place in sorted(tops)] == pytest.approx([sum(bar["mib"].values()) for bar in bars])
+    assert [tops[place] for place in sorted(tops)] == pytest.approx(
+        [sum(bar["mib"].values()) for bar in bars]
+    )
     assert "MiB" in ax.get_ylabel()
     assert len(ax.get_legend().get_texts()) == len(MEMORY_CLASSES) + 1
     (peaks,) = [c for c in ax.collections if c.get_label() == "peak of a step, measured"]
@@ -228,7 +272,13 @@ def test_deployed_figure_has_a_pair_for_each_setting(rows):
     ax = plot_deployed(rows, metric="loss", task="products")
     hollow = [line for line in ax.lines if line.get_markerfacecolor() == "white"]
     assert len(hollow) == 9
-    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["2 bits", "3 bits", "4 bits", "8 bits", "float32"]
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == [
+        "2 bits",
+        "3 bits",
+        "4 bits",
+        "8 bits",
+        "float32",
+    ]
 
 
 def test_search_figure_rings_the_choice(rows):
@@ -237,7 +287,9 @@ def test_search_figure_rings_the_choice(rows):
     assert rings == [1e-3, 3e-2, 1e-2, 1e-2, 1e-2]
 
 
-@pytest.mark.parametrize("plot", [plot_against_rank, plot_memory, plot_accuracy_against_memory, plot_deployed])
+@pytest.mark.parametrize(
+    "plot", [plot_against_rank, plot_memory, plot_accuracy_against_memory, plot_deployed]
+)
 def test_each_figure_draws_on_given_axes_without_pyplot(few, plot):
     from matplotlib.figure import Figure
 
@@ -249,9 +301,14 @@ def test_each_figure_draws_on_given_axes_without_pyplot(few, plot):
 
 @pytest.mark.parametrize(
     ("plot", "hint"),
-    [(plot_against_rank, "no finished lora"), (plot_memory, "no finished training run"), (plot_deployed, "deployed_loss"),
-     (plot_learning_rates, "learning-rate search"), (plot_accuracy_against_memory, "no finished run has both")],
-)  # fmt: skip
+    [
+        (plot_against_rank, "no finished lora"),
+        (plot_memory, "no finished training run"),
+        (plot_deployed, "deployed_loss"),
+        (plot_learning_rates, "learning-rate search"),
+        (plot_accuracy_against_memory, "no finished run has both"),
+    ],
+)
 def test_missing_rows_are_a_clear_error(plot, hint):
     with pytest.raises(ValueError, match=hint):
         plot([{"task": "products", "method": "base", "status": "success", "bits": 32, "r": None}])
@@ -263,7 +320,9 @@ def test_missing_rows_are_a_clear_error(plot, hint):
 def test_every_figure_is_written_as_png_and_svg(few, tmp_path):
     made = save_figures([*few, *search_rows("products")], tmp_path)
     names = ("rank", "memory", "accuracy_memory", "deployed", "learning_rate")
-    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"{name}.{kind}" for name in names for kind in ("png", "svg")
+    }
     assert len(made.paths) == 10 and not made.skipped
     for path in made.paths:
         assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
@@ -271,7 +330,10 @@ def test_every_figure_is_written_as_png_and_svg(few, tmp_path):
 
 def test_files_are_the_same_on_a_rerun_and_settings_stay(few, tmp_path):
     settings = {name: value for name, value in matplotlib.rcParams.items() if name != "backend"}
-    one, two = (save_figure(plot_against_rank(few, new_figure().add_subplot()).figure, tmp_path / name) for name in "ab")
+    one, two = (
+        save_figure(plot_against_rank(few, new_figure().add_subplot()).figure, tmp_path / name)
+        for name in "ab"
+    )
     for first, second in zip(one, two, strict=True):
         assert first.read_bytes() == second.read_bytes(), first.name
     assert {name: matplotlib.rcParams[name] for name in settings} == settings

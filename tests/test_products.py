@@ -15,7 +15,9 @@ TRAIN_WORDS = {word for words in p.TRAIN_VALUES.values() for word in words}
 LAMP = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
 
 drawn_products = st.builds(
-    lambda seed, split: draw_product(random.Random(seed), split), st.integers(0, 2**32), st.sampled_from(p.SPLITS)
+    lambda seed, split: draw_product(random.Random(seed), split),
+    st.integers(0, 2**32),
+    st.sampled_from(p.SPLITS),
 )
 plans = st.integers(0, p.N_PLANS - 1)
 
@@ -43,10 +45,24 @@ def test_only_colour_and_trim_share_their_pool() -> None:
 
 def test_no_value_is_a_word_of_the_templates() -> None:
     templates = " ".join(
-        [*p.KINDS, *p.CATEGORIES, *p._SHAPES, *p._BLURB_STARTS, *p._BLURB_JOINS, *map(str, p._CARDS), LAMP.prompt()]
+        [
+            *p.KINDS,
+            *p.CATEGORIES,
+            *p._SHAPES,
+            *p._BLURB_STARTS,
+            *p._BLURB_JOINS,
+            *map(str, p._CARDS),
+            LAMP.prompt(),
+        ]
         + [frame for frames in (*p.FRAMES.values(), *p._CLAUSES.values()) for frame in frames]
     )
-    assert words_of(templates) & (TRAIN_WORDS | p.HELD_OUT_WORDS) <= {"scent", "mint", "ivory", "oslo", "teal"}
+    assert words_of(templates) & (TRAIN_WORDS | p.HELD_OUT_WORDS) <= {
+        "scent",
+        "mint",
+        "ivory",
+        "oslo",
+        "teal",
+    }
 
 
 def test_every_frame_belongs_to_one_kind() -> None:
@@ -65,7 +81,9 @@ def test_each_category_has_20_different_plans(category: str) -> None:
 
 
 @given(drawn_products, plans, st.randoms(use_true_random=False))
-def test_the_order_of_attributes_is_the_prompts_whatever_the_plan(product: Product, plan: int, rng: random.Random) -> None:
+def test_the_order_of_attributes_is_the_prompts_whatever_the_plan(
+    product: Product, plan: int, rng: random.Random
+) -> None:
     shuffled = Product(product.category, tuple(rng.sample(product.attributes, 4)))
     text = describe(shuffled, plan)
     framed = [f"{p.FRAMES[kind][plan % 3]} {value}" for kind, value in shuffled.attributes]
@@ -157,12 +175,16 @@ def test_swapped_values_are_wrong(product: Product, plan: int, data: st.DataObje
     i, j = data.draw(st.sampled_from(list(combinations(range(4), 2))))
     values = [value for _, value in product.attributes]
     values[i], values[j] = values[j], values[i]
-    swapped = Product(product.category, tuple((k, v) for (k, _), v in zip(product.attributes, values, strict=True)))
+    swapped = Product(
+        product.category, tuple((k, v) for (k, _), v in zip(product.attributes, values, strict=True))
+    )
     assert score_descriptions([product], [describe(swapped, plan)]) == {"recall": 0.5, "exact": 0.0}
 
 
 @given(drawn_products, plans, st.integers(0, 3), st.data())
-def test_a_contradiction_is_wrong_and_a_repetition_is_not(product: Product, plan: int, which: int, data: st.DataObject) -> None:
+def test_a_contradiction_is_wrong_and_a_repetition_is_not(
+    product: Product, plan: int, which: int, data: st.DataObject
+) -> None:
     kind, value = product.attributes[which]
     other = data.draw(st.sampled_from([v for v in POOLS[kind] if v != value]))
     frame = data.draw(st.sampled_from(p.FRAMES[kind]))
@@ -233,7 +255,11 @@ def test_catalogue_never_shows_a_held_out_word(catalogue: str) -> None:
 
 
 def test_catalogue_never_shows_a_held_out_pair(catalogue: str) -> None:
-    seen = {pair for document in catalogue.split("\n\n") for pair in combinations(sorted(words_of(document) & TRAIN_WORDS), 2)}
+    seen = {
+        pair
+        for document in catalogue.split("\n\n")
+        for pair in combinations(sorted(words_of(document) & TRAIN_WORDS), 2)
+    }
     assert len(seen) > 5000
     assert {p.pair_split(a, b) for a, b in seen} == {"train"}
 
@@ -242,7 +268,10 @@ def test_catalogue_never_shows_the_instruction_or_a_frame(catalogue: str) -> Non
     assert not re.search(r"describe:|text:|=", catalogue, re.IGNORECASE)
     assert stated_values(catalogue) == {}
     products = [draw_product(random.Random(seed)) for seed in range(50)]
-    assert score_descriptions(products, [catalogue[i * 2000 : (i + 1) * 2000] for i in range(50)])["recall"] == 0.0
+    assert (
+        score_descriptions(products, [catalogue[i * 2000 : (i + 1) * 2000] for i in range(50)])["recall"]
+        == 0.0
+    )
 
 
 def test_catalogue_documents_fit_into_a_training_sequence(catalogue: str) -> None:

@@ -8,7 +8,8 @@ import pytest
 
 from minilora.memory import plan, published
 
-# hidden, intermediate, layers, key-value width, vocabulary, tied: written out once more, as the models' own pages have them
+# hidden, intermediate, layers, key-value width, vocabulary, tied: written out once more, as the models' own
+# pages have them
 LLAMA = {
     "llama-7b": (4096, 11008, 32, 4096, 32000, False, 6_738_415_616),
     "llama-13b": (5120, 13824, 40, 5120, 32000, False, 13_015_864_320),
@@ -28,14 +29,18 @@ NF4 = 4 + 8 / 64 + 32 / (64 * 256)  # bits: code, 8-bit scale of 64, float32 of 
 @pytest.mark.parametrize("name", LLAMA)
 def test_architectures_have_the_published_number_of_parameters(name):
     C, F, L, K, V, tied, count = LLAMA[name]
-    assert L * (2 * C * C + 2 * C * K + 3 * C * F + 2 * C) + C + V * C * (2 - tied) == count  # the list itself
+    assert (
+        L * (2 * C * C + 2 * C * K + 3 * C * F + 2 * C) + C + V * C * (2 - tied) == count
+    )  # the list itself
     ledger = plan(name, method="full", context=8)
     assert ledger.parameters == ledger.trainable == count
     assert ledger.by_kind()["weights"] == 4 * count  # a head that is the embedding is there once
 
 
-@pytest.mark.parametrize(("name", "lora", "qalora"), [("llama-7b", 160, 89), ("llama-13b", 250, 140), ("llama-33b", 488, 272),
-                                                      ("llama-65b", 800, 447)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "lora", "qalora"),
+    [("llama-7b", 160, 89), ("llama-13b", 250, 140), ("llama-33b", 488, 272), ("llama-65b", 800, 447)],
+)
 def test_trainable_parameters_of_all_linear_layers_at_r_64(name, lora, qalora):
     """Millions of QA-LoRA's table 2; and, to the unit, each A (r, in or in/32) and B (out, r)."""
     C, F, L, *_ = LLAMA[name]
@@ -65,7 +70,8 @@ def test_double_quantization(rows):
     blocks = PROJECTIONS // 64
     assert of(rows, "NF4, double quantization").value == pytest.approx(NF4, abs=1e-5)  # and one mean each
     assert plan("llama-7b", method="qlora", context=8).effective_bits == pytest.approx(
-        (PROJECTIONS / 2 + blocks + 4 * blocks / 256 + 4 * 7 * 32) * 8 / PROJECTIONS, rel=1e-12)
+        (PROJECTIONS / 2 + blocks + 4 * blocks / 256 + 4 * 7 * 32) * 8 / PROJECTIONS, rel=1e-12
+    )
     assert of(rows, "saves: bits a weight").value == pytest.approx(0.373, abs=5e-4)
     assert of(rows, "saves at 65B").value == pytest.approx(3e9, rel=0.02)
 
@@ -75,9 +81,13 @@ def test_gpt3_as_lora_has_it(rows):
     count = L * (12 * C * C + 2 * C) + C + V * C
     assert of(rows, "all / trainable").value == count / 18_874_368
     assert of(rows, "smallest, r = 1").value == 4 * count / 18_874_368
-    assert count == pytest.approx(175_255.8e6, rel=0.005) and "9,285.4" in of(rows, "all / trainable").assumption
+    assert (
+        count == pytest.approx(175_255.8e6, rel=0.005) and "9,285.4" in of(rows, "all / trainable").assumption
+    )
     full = of(rows, "full fine-tuning with Adam")
-    assert full.value == 3 * 2 * count < 1.2e12 < 4 * 2 * count  # the printed number lies between the two assumptions
+    assert (
+        full.value == 3 * 2 * count < 1.2e12 < 4 * 2 * count
+    )  # the printed number lies between the two assumptions
     assert full.ours == f"{6 * count / 1e12:.2f} TB to {8 * count / 1e12:.2f} TB"
     assert of(rows, "GPT-3 175B, LoRA").value == 2 * count + 6 * 18_874_368 == pytest.approx(350e9, rel=0.005)
     ratio = of(rows, "full / LoRA")

@@ -1,4 +1,5 @@
-"""What bitsandbytes stores and decodes, from files made by tests/golden/make_quant_golden.py: ours is the same, without torch."""
+"""What bitsandbytes stores and decodes, from files made by tests/golden/make_quant_golden.py: ours is the
+same, without torch."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ def assert_same_bits(ours: np.ndarray, theirs: np.ndarray) -> None:
 
 
 def assert_decoded(ours: np.ndarray, theirs: np.ndarray, quant_type: str) -> None:
-    """The same bits in the rows that the file holds; bitsandbytes' kernels decode FP4's code 8 as -0, its table says +0."""
+    """The same bits in the rows that the file holds; bitsandbytes' kernels decode FP4's code 8 as -0, its
+    table says +0."""
     ours = ours if len(ours) == len(theirs) else ours[[0, -1]]
     assert_same_bits(ours, theirs + np.float32(0) if quant_type == "fp4" else theirs)
 
@@ -73,29 +75,38 @@ def test_packed_bytes_scales_and_decoded_values(name, quant_type, block_size):
 
 @every_case
 def test_double_quantization(name, quant_type, block_size):
-    """Decoding their state is bit-equal. Ours has the same bytes but for what a float32 mean and their table of bins leave."""
+    """Decoding their state is bit-equal. Ours has the same bytes but for what a float32 mean and their table
+    of bins leave."""
     golden = Golden(name, quant_type, block_size)
     if not golden.nested:
         assert name.startswith("edges")
         return
     theirs = CodebookWeight(
-        golden.packed, DoubleQuant(golden.codes, golden.absmax2, golden.offset), golden.w.shape, quant_type, block_size
+        golden.packed,
+        DoubleQuant(golden.codes, golden.absmax2, golden.offset),
+        golden.w.shape,
+        quant_type,
+        block_size,
     )
     assert_decoded(theirs.dense(), golden.nested_dense, quant_type)
 
     q = CodebookWeight.quantize(golden.w, quant_type, block_size, double_quant=True)
     assert np.array_equal(q.codes, golden.packed)
-    # torch adds float32 numbers in any order it likes: each of the n - 1 additions errs by eps/2 at most, then one division
+    # torch adds float32 numbers in any order it likes: each of the n - 1 additions errs by eps/2 at most,
+    # then one division
     difference = abs(float(q.scales.offset[0]) - float(golden.offset))
     assert difference <= (golden.absmax.size + 1) * EPS / 2 * float(golden.offset)
     largest = golden.absmax2.max()
     assert np.abs(q.scales.absmax - golden.absmax2).max() <= difference + EPS * largest
     if largest == 0:  # a single scale is its own mean: any code decodes to 0 beside it
         return
-    # a code differs only if the scale lies within half a bin of 2/65535, and the difference of the means, of a threshold
+    # a code differs only if the scale lies within half a bin of 2/65535, and the difference of the means, of
+    # a threshold
     scales, codes = golden.absmax, golden.codes
     x = (scales - golden.offset) / np.repeat(golden.absmax2, 256)[: scales.size]
     differs = q.scales.codes != codes
     midpoints, _ = codebooks.thresholds(codebooks.dynamic_map())
     reach = 1 / 65535 + 2 * difference / golden.absmax2.min() + 4 * EPS
-    assert (np.abs(x[differs, None] - midpoints).min(axis=1) <= reach).all() and differs.sum() <= 1 + codes.size // 100
+    assert (
+        np.abs(x[differs, None] - midpoints).min(axis=1) <= reach
+    ).all() and differs.sum() <= 1 + codes.size // 100

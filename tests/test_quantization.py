@@ -1,4 +1,5 @@
-"""What a weight loses in few bits: errors against loops, bytes against real arrays, intervals by hand, figures and the study."""
+"""What a weight loses in few bits: errors against loops, bytes against real arrays, intervals by hand,
+figures and the study."""
 
 import json
 import math
@@ -8,26 +9,35 @@ import numpy as np
 import pytest
 from helpers import GQA, FakeTask, make_model
 
+from minilora.claims import quantization_study as quantization
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import make_task
 from minilora.data.tokenizer import PAD
 from minilora.formats.bitsandbytes import to_arrays
 from minilora.quant.gptq import Hessian, gptq
+from minilora.quant.model import quantize_model
 from minilora.quant.weights import CodebookWeight, quantize_weight
-from minilora.quantize import quantize_model
-from minilora.study import quantization, quantization_plots, weight_errors
-from minilora.study.drawing import new_figure
-from minilora.study.results import ResultsError
-from minilora.study.statistics import mean_interval
+from minilora.report import quantization_plots
+from minilora.report.drawing import new_figure
+from minilora.report.statistics import mean_interval
+from minilora.sweep import weight_errors
+from minilora.sweep.results import ResultsError
 from minilora.training.loss import evaluate
 
 W = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
 X = np.random.default_rng(1).standard_normal((50, 64)) * np.linspace(0.1, 2, 64)  # inputs that differ in size
 CONFIGS = [
-    QuantConfig("nf4"), QuantConfig("nf4", block_size=32, double_quant=False), QuantConfig("fp4"), QuantConfig("nf2"),
-    QuantConfig("int4", group_size=16), QuantConfig("int2", fit="mse"), QuantConfig("int3", quantizer="hqq"),
-    QuantConfig("int3", offset_dtype="zero"), QuantConfig("int4", quantizer="gptq"), QuantConfig("nf3", quantizer="gptq"),
-]  # fmt: skip
+    QuantConfig("nf4"),
+    QuantConfig("nf4", block_size=32, double_quant=False),
+    QuantConfig("fp4"),
+    QuantConfig("nf2"),
+    QuantConfig("int4", group_size=16),
+    QuantConfig("int2", fit="mse"),
+    QuantConfig("int3", quantizer="hqq"),
+    QuantConfig("int3", offset_dtype="zero"),
+    QuantConfig("int4", quantizer="gptq"),
+    QuantConfig("nf3", quantizer="gptq"),
+]
 
 
 def hessian(x):
@@ -39,10 +49,14 @@ def hessian(x):
 # one weight
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.quant_type} {config.quantizer} {config.fit}")
+@pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.quant_type} {config.quantizer} {config.fit}"
+)
 def test_errors_are_those_of_a_loop(config):
     (row,) = quantization.weight_errors(W, [config], hessian(X))
-    left = (gptq(W, hessian(X), config)[0] if config.quantizer == "gptq" else quantize_weight(W, config)).dense()
+    left = (
+        gptq(W, hessian(X), config)[0] if config.quantizer == "gptq" else quantize_weight(W, config)
+    ).dense()
     errors = [float(W[i, j]) - float(left[i, j]) for i in range(6) for j in range(64)]
     weights = [float(W[i, j]) for i in range(6) for j in range(64)]
     relative = math.sqrt(sum(e * e for e in errors) / sum(v * v for v in weights))
@@ -52,10 +66,13 @@ def test_errors_are_those_of_a_loop(config):
             lost += sum(X[n, j] * (float(W[i, j]) - float(left[i, j])) for j in range(64)) ** 2
             total += sum(X[n, j] * float(W[i, j]) for j in range(64)) ** 2
     expected = {
-        "mean_abs": sum(map(abs, errors)) / 384, "rms": math.sqrt(sum(e * e for e in errors) / 384),
-        "max_abs": max(map(abs, errors)), "relative": relative, "snr_db": 20 * math.log10(1 / relative),
+        "mean_abs": sum(map(abs, errors)) / 384,
+        "rms": math.sqrt(sum(e * e for e in errors) / 384),
+        "max_abs": max(map(abs, errors)),
+        "relative": relative,
+        "snr_db": 20 * math.log10(1 / relative),
         "output_error": math.sqrt(lost / total),
-    }  # fmt: skip
+    }
     assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-9)
     assert row["quant_type"] == config.quant_type and row["quantizer"] == config.quantizer
     assert (row["group_size"] is None) != (row["block_size"] is None)
@@ -64,13 +81,20 @@ def test_errors_are_those_of_a_loop(config):
 def test_bits_are_those_of_the_real_arrays():
     rows = quantization.weight_errors(W, CONFIGS[:5])
     assert [row["bits_per_weight"] for row in rows[1:]] == [
-        4 + 32 / 32, 4 + (8 * 6 + 64) / 384, 2 + (8 * 6 + 64) / 384, 4 + 32 / 16,
-    ]  # fmt: skip
+        4 + 32 / 32,
+        4 + (8 * 6 + 64) / 384,
+        2 + (8 * 6 + 64) / 384,
+        4 + 32 / 16,
+    ]
     for row, config in zip(rows[:3], CONFIGS, strict=False):
         weight = quantize_weight(W, config)
-        stored = sum(a.nbytes for name, a in to_arrays("w", weight).items() if not name.endswith(("__nf4", "__fp4")))
+        stored = sum(
+            a.nbytes for name, a in to_arrays("w", weight).items() if not name.endswith(("__nf4", "__fp4"))
+        )
         assert row["file_bits_per_weight"] == 8 * stored / W.size
-    assert rows[3]["file_bits_per_weight"] is None and rows[4]["file_bits_per_weight"] is None  # nf2, int4: not bitsandbytes'
+    assert (
+        rows[3]["file_bits_per_weight"] is None and rows[4]["file_bits_per_weight"] is None
+    )  # nf2, int4: not bitsandbytes'
     assert all(row["output_error"] is None for row in rows)
 
 
@@ -119,7 +143,9 @@ def test_levels_lie_where_codes_decode():
     data = weight_errors.level_data(W, QuantConfig("nf4", block_size=32))
     for i, block in enumerate(W.reshape(-1, 32)):
         assert data["values"].reshape(-1, 32)[i] == pytest.approx(block / max(abs(v) for v in block))
-    assert data["levels"].size == 16 and weight_errors.level_data(W, QuantConfig("fp4"))["levels"].size == 15  # two zeros
+    assert (
+        data["levels"].size == 16 and weight_errors.level_data(W, QuantConfig("fp4"))["levels"].size == 15
+    )  # two zeros
     config = QuantConfig("int2", group_size=16)
     data, weight = weight_errors.level_data(W, config), quantize_weight(W, config)
     codes = np.abs(data["values"][:, None] - data["levels"]).argmin(axis=1)  # the nearest level's
@@ -160,7 +186,9 @@ def table(case):
 def test_losses_are_those_of_the_quantized_models(case, table):
     model, pick, batches = case
     base = evaluate(model, batches)["loss"]
-    assert table[0]["loss"] == pytest.approx(base) and table[0]["bits"] == 32 and table[0]["quantizer"] is None
+    assert (
+        table[0]["loss"] == pytest.approx(base) and table[0]["bits"] == 32 and table[0]["quantizer"] is None
+    )
     for row, config in zip(table[1:], FEW, strict=True):
         seeds = (0, 1, 2) if config.quantizer == "gptq" else (0,)
         data = [pick(np.random.default_rng(seed)) if config.quantizer == "gptq" else () for seed in seeds]
@@ -180,7 +208,9 @@ def test_the_improvement_is_paired_over_batches_and_seeds(case, table):
     samples = [quantize_model(model, FEW[2], pick(np.random.default_rng(seed))) for seed in range(3)]
     found = [[evaluate(changed, [batch])["loss"] for batch in batches] for changed in samples]
     row, n, total = table[3], len(batches), sum(counts)
-    by_seed = [sum((a - b) * c for a, b, c in zip(rounded, one, counts, strict=True)) / total for one in found]
+    by_seed = [
+        sum((a - b) * c for a, b, c in zip(rounded, one, counts, strict=True)) / total for one in found
+    ]
     over_seeds = mean_interval(by_seed)
     assert row["improvement"] == pytest.approx(over_seeds.mean)
     assert row["improvement_seeds_half"] == pytest.approx(over_seeds.high - over_seeds.mean)
@@ -199,18 +229,33 @@ def test_threads_change_no_digit(case, table):
 
 def test_rounding_is_measured_even_where_it_is_not_asked_for(case):
     (_, row) = quantization.model_table(*case, FEW[2:3], seeds=(5,))
-    assert row["improvement"] is not None and row["improvement_seeds_half"] is None and row["verdict"] == "no interval"
+    assert (
+        row["improvement"] is not None
+        and row["improvement_seeds_half"] is None
+        and row["verdict"] == "no interval"
+    )
     with pytest.raises(ConfigError, match="eval_batches"):
         quantization.model_table(case[0], case[1], [], FEW)
 
 
 @pytest.mark.parametrize(
     ("improvement", "batches", "seeds", "verdict"),
-    [(0.3, 0.1, 0.2, "better"), (0.3, 0.4, 0.2, "unclear"), (0.3, 0.1, 0.4, "unclear"), (-0.3, 0.1, 0.2, "worse"),
-     (0.3, None, 0.1, "no interval"), (0.3, 0.1, None, "no interval")],
-)  # fmt: skip
+    [
+        (0.3, 0.1, 0.2, "better"),
+        (0.3, 0.4, 0.2, "unclear"),
+        (0.3, 0.1, 0.4, "unclear"),
+        (-0.3, 0.1, 0.2, "worse"),
+        (0.3, None, 0.1, "no interval"),
+        (0.3, 0.1, None, "no interval"),
+    ],
+)
 def test_only_a_difference_beyond_both_halves_counts(improvement, batches, seeds, verdict):
-    row = {"improvement": improvement, "improvement_half": batches, "improvement_seeds_half": seeds, "quantizer": "gptq"}
+    row = {
+        "improvement": improvement,
+        "improvement_half": batches,
+        "improvement_seeds_half": seeds,
+        "quantizer": "gptq",
+    }
     assert quantization._verdict(row) == verdict
 
 
@@ -241,23 +286,46 @@ def test_tables_line_up_and_name_their_rows(table):
     text = quantization.print_weight_table(quantization.weight_errors(W, CONFIGS, hessian(X)))
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(CONFIGS)
-    for name in ("nf4 double-quantized, rtn", "int2, rtn mse", "int3, hqq", "int3, rtn, zero offsets", "int4, gptq"):
+    for name in (
+        "nf4 double-quantized, rtn",
+        "int2, rtn mse",
+        "int3, hqq",
+        "int3, rtn, zero offsets",
+        "int4, gptq",
+    ):
         assert f"| {name} " in text
     model = quantization.print_model_table(table)
-    assert len({len(line) for line in model.splitlines()}) == 1 and "| float32 " in model and "better" in model
+    assert (
+        len({len(line) for line in model.splitlines()}) == 1 and "| float32 " in model and "better" in model
+    )
 
 
 def test_findings_name_what_does_not_beat_rounding():
     row = quantization.settings(QuantConfig("int4", quantizer="gptq"))
-    row |= {"loss": 1.0, "improvement": 0.01, "verdict": "unclear", "above": -0.002, "above_half": 0.003, "loss_half": 0.004}
+    row |= {
+        "loss": 1.0,
+        "improvement": 0.01,
+        "verdict": "unclear",
+        "above": -0.002,
+        "above_half": 0.003,
+        "loss_half": 0.004,
+    }
     text = "\n".join(quantization.findings([row]))
-    assert "**Rounding not beaten**: no difference from plain rounding beyond the intervals: int4, gptq (+0.0100)." in text
-    assert "Below the loss of full precision: int4, gptq (-0.0020 ± 0.0030 over batches, ± 0.0040 over seeds)." in text
+    assert (
+        "**Rounding not beaten**: no difference from plain rounding beyond the intervals: int4, gptq (+0.0100)."
+        in text
+    )
+    assert (
+        "Below the loss of full precision: int4, gptq (-0.0020 ± 0.0030 over batches, ± 0.0040 over seeds)."
+        in text
+    )
     assert "Less loss than plain rounding, beyond both intervals: none." in text
 
 
 def test_gptq_is_counted_against_rounding_of_the_same_storage():
-    rows = quantization.weight_errors(W, [CONFIGS[8], replace(CONFIGS[8], quantizer="rtn"), CONFIGS[9]], hessian(X))
+    rows = quantization.weight_errors(
+        W, [CONFIGS[8], replace(CONFIGS[8], quantizer="rtn"), CONFIGS[9]], hessian(X)
+    )
     assert quantization.gptq_against_rtn(rows) == (1, 1, 1)  # the nf3 has no partner
 
 
@@ -266,8 +334,9 @@ def test_gptq_is_counted_against_rounding_of_the_same_storage():
 
 @pytest.fixture(scope="module")
 def weight_rows():
-    return quantization.weight_errors(W, [config for config in quantization.weight_configs(64) if config.block_size <= 128],
-                                      hessian(X))  # fmt: skip
+    return quantization.weight_errors(
+        W, [config for config in quantization.weight_configs(64) if config.block_size <= 128], hessian(X)
+    )
 
 
 def test_levels_are_lines_over_a_histogram():
@@ -280,7 +349,9 @@ def test_levels_are_lines_over_a_histogram():
 
 
 def test_blocks_are_dots_and_no_dot_is_outside():
-    panels = [weight_errors.block_errors(W, QuantConfig(kind, group_size=16)) for kind in ("nf4", "int2", "int4")]
+    panels = [
+        weight_errors.block_errors(W, QuantConfig(kind, group_size=16)) for kind in ("nf4", "int2", "int4")
+    ]
     figure = quantization_plots.draw_blocks(panels)
     for ax, data in zip(figure.axes, panels, strict=False):
         assert ax.lines[0].get_ydata().tolist() == data["rms"].tolist()
@@ -292,17 +363,27 @@ def test_each_type_and_quantizer_has_its_line(weight_rows):
     ax = quantization_plots.plot_errors(weight_rows, known=quantization_plots.WEIGHT_SERIES)
     lines = {(line.get_color(), line.get_marker()): line for line in ax.lines}
     assert len(lines) == 5 * 3 + 1  # rtn, hqq, gptq of int, rtn and gptq of nf at 2, 3 and 4 bits, and fp4
-    chosen = [row for row in weight_rows if (row["quant_type"], row["quantizer"], row["fit"]) == ("int3", "gptq", "minmax")]
+    chosen = [
+        row
+        for row in weight_rows
+        if (row["quant_type"], row["quantizer"], row["fit"]) == ("int3", "gptq", "minmax")
+    ]
     line = lines[quantization_plots.GPTQ.colour, "^"]
-    assert sorted(line.get_ydata()) == sorted(row["relative"] for row in chosen) and len(chosen) == 3  # groups of 16, 32, 64
+    assert (
+        sorted(line.get_ydata()) == sorted(row["relative"] for row in chosen) and len(chosen) == 3
+    )  # groups of 16, 32, 64
     assert ax.get_yscale() == "log" and "‖W − Ŵ‖" in ax.get_ylabel()
     assert len(quantization_plots.plot_errors(weight_rows).lines) == 8 * 3 + 1  # the fits too
     with pytest.raises(ResultsError, match="Hessian"):
-        quantization_plots.plot_errors([row | {"output_error": None} for row in weight_rows], error="output_error")
+        quantization_plots.plot_errors(
+            [row | {"output_error": None} for row in weight_rows], error="output_error"
+        )
 
 
 def test_rows_of_no_known_series_are_drawn_too():
-    rows = quantization.weight_errors(W, [QuantConfig("fp4", quantizer="gptq"), QuantConfig("int4", fit="hqq")], hessian(X))
+    rows = quantization.weight_errors(
+        W, [QuantConfig("fp4", quantizer="gptq"), QuantConfig("int4", fit="hqq")], hessian(X)
+    )
     names = [series.name for series in quantization_plots.series_of(rows, quantization_plots.SERIES)]
     assert names == ["fp, gptq", "int, rtn hqq"] and len(quantization_plots.plot_errors(rows).lines) == 2
 
@@ -311,11 +392,16 @@ def test_the_crossover_is_where_it_was_computed():
     rows = weight_errors.size_rows()
     ax = quantization_plots.plot_file_bits(rows, weight_errors.crossover())
     plain, double, line = ax.lines
-    assert line.get_xdata()[0] == weight_errors.crossover() and f"{weight_errors.crossover():,}" in ax.texts[0].get_text()
+    assert (
+        line.get_xdata()[0] == weight_errors.crossover()
+        and f"{weight_errors.crossover():,}" in ax.texts[0].get_text()
+    )
     pays = np.array(double.get_ydata()) < np.array(plain.get_ydata())
     assert (pays == (np.array(plain.get_xdata()) >= weight_errors.crossover())).all()
     bits = quantization_plots.plot_memory_bits(rows)
-    assert bits.lines[0].get_ydata()[1] == 4.5 and bits.lines[1].get_ydata()[1] == pytest.approx(4.127, abs=5e-4)
+    assert bits.lines[0].get_ydata()[1] == 4.5 and bits.lines[1].get_ydata()[1] == pytest.approx(
+        4.127, abs=5e-4
+    )
 
 
 def test_losses_have_intervals_seeds_and_the_full_precision(table):
@@ -344,22 +430,49 @@ def test_figures_are_drawn_on_given_axes_and_the_same_again(tmp_path):
 
 
 def test_the_study_writes_rows_a_page_and_figures(tmp_path, monkeypatch):
-    monkeypatch.setattr(quantization, "weight_configs", lambda _: [QuantConfig("nf4"), QuantConfig("int4"),
-                                                                   QuantConfig("int4", quantizer="gptq")])  # fmt: skip
+    monkeypatch.setattr(
+        quantization,
+        "weight_configs",
+        lambda _: [QuantConfig("nf4"), QuantConfig("int4"), QuantConfig("int4", quantizer="gptq")],
+    )
     configs = [QuantConfig("int2"), QuantConfig("int2", quantizer="gptq"), QuantConfig("nf2")]
     rows = quantization.quantization_study(
-        tmp_path, progress=False, tasks=("products",), configs=configs, seeds=(0, 1), weight="layers.0.self_attn.q_proj",
-        n_eval=2, eval_batch_size=1, sequences=2, threads=1)  # fmt: skip
+        tmp_path,
+        progress=False,
+        tasks=("products",),
+        configs=configs,
+        seeds=(0, 1),
+        weight="layers.0.self_attn.q_proj",
+        n_eval=2,
+        eval_batch_size=1,
+        sequences=2,
+        threads=1,
+    )
     assert {path.name for path in tmp_path.iterdir()} == {
-        "quantization.jsonl", "README.md", "levels.png", "blocks.png", "errors.png", "bytes.png", "loss.png",
-    }  # fmt: skip
+        "quantization.jsonl",
+        "README.md",
+        "levels.png",
+        "blocks.png",
+        "errors.png",
+        "bytes.png",
+        "loss.png",
+    }
     lines = (tmp_path / "quantization.jsonl").read_text(encoding="utf-8").splitlines()
     read = [json.loads(line) for line in lines]
     assert read == rows and {row["part"] for row in read} == {"weight", "model", "size"}
     for row in read:
-        assert row["machine"] and row["numpy_version"] and "quantization_study" in row["command"] and row["base_sha256"]
+        assert (
+            row["machine"]
+            and row["numpy_version"]
+            and "quantization_study" in row["command"]
+            and row["base_sha256"]
+        )
     losses = [row for row in read if row["part"] == "model"]
     assert len(losses) == 4 and all(row["corpus_sha256"] and row["split"] == "test" for row in losses)
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "### products" in page and "22,017" in page and all(f"({name}.png)" in page for name in quantization.FIGURES)
+    assert (
+        "### products" in page
+        and "22,017" in page
+        and all(f"({name}.png)" in page for name in quantization.FIGURES)
+    )
     assert page.count("|\n| int2, gptq") == 1 and "Of 1 settings" in page

@@ -1,4 +1,5 @@
-"""The README's promises that a machine can hold: its example runs, its files exist, its commands are the ones that CI calls."""
+"""The README's promises that a machine can hold: its example runs, its files exist, its commands are the ones
+that CI calls."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from minilora.fused.vectors import AVAILABLE
+from minilora.kernels.microkernel import AVAILABLE
 from minilora.memory import plan
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,9 @@ def test_the_example_runs_and_prints_what_it_says(capsys):
     exec(compile(code, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == len(shown.splitlines())
-    assert printed[0] == shown.splitlines()[0]  # counts are exact; texts and losses may differ between machines
+    assert (
+        printed[0] == shown.splitlines()[0]
+    )  # counts are exact; texts and losses may differ between machines
 
 
 def test_every_file_that_it_links_or_lists_exists():
@@ -41,10 +44,24 @@ def test_every_file_that_it_links_or_lists_exists():
 def test_the_memory_of_a_7b_model_is_what_the_planner_says():
     table = README.split("| LLaMA-7B, ")[1].split("\n\n")[0].splitlines()[2:]
     cells = ([cell.strip().replace(",", "") for cell in line.split("|")[2:-1]] for line in table)
-    stated = {line.split("|")[1].strip(): [int(n or 0) for n in row] for line, row in zip(table, cells, strict=True)}
-    kinds = {"frozen and trained weights": ("weights", "codes", "absmax", "nested", "code maps", "scales", "offsets"),
-             "adapters": ("adapters",), "gradients": ("gradients",), "optimizer (AdamW, float32)": ("optimizer",),
-             "kept by the forward pass": ("activations",)}  # fmt: skip
+    stated = {
+        line.split("|")[1].strip(): [int(n or 0) for n in row] for line, row in zip(table, cells, strict=True)
+    }
+    kinds = {
+        "frozen and trained weights": (
+            "weights",
+            "codes",
+            "absmax",
+            "nested",
+            "code maps",
+            "scales",
+            "offsets",
+        ),
+        "adapters": ("adapters",),
+        "gradients": ("gradients",),
+        "optimizer (AdamW, float32)": ("optimizer",),
+        "kept by the forward pass": ("activations",),
+    }
     for i, method in enumerate(("full", "lora", "qlora", "qalora")):
         planned = plan("llama-7b", method=method, r=64, batch_size=1, context=512)
         assert stated["trainable parameters"][i] == planned.trainable

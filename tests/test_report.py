@@ -5,10 +5,10 @@ import re
 import pytest
 from study_rows import one_row, search_rows, study_rows
 
-from minilora.study.findings import compare, findings
-from minilora.study.labels import METRICS
-from minilora.study.report import format_table, markdown_table, result_columns, write_report
-from minilora.study.statistics import mean_interval
+from minilora.report.findings import compare, findings
+from minilora.report.labels import METRICS
+from minilora.report.page import format_table, markdown_table, result_columns, write_report
+from minilora.report.statistics import mean_interval
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,15 @@ def column(columns, title):
 
 def test_the_table_has_a_line_a_setting_and_means_over_seeds(demo):
     columns = result_columns(demo, "products")
-    assert column(columns, "method") == ["base", "full fine-tuning", "LoRA", "LoRA", "QLoRA", "QLoRA", "QA-LoRA"]
+    assert column(columns, "method") == [
+        "base",
+        "full fine-tuning",
+        "LoRA",
+        "LoRA",
+        "QLoRA",
+        "QLoRA",
+        "QA-LoRA",
+    ]
     assert column(columns, "weights") == ["float32", "float32", "float32", "float32", "nf4", "nf2", "int4"]
     assert column(columns, "r") == ["", "", "2", "8", "8", "8", "8"]
     assert column(columns, "seeds") == ["1", "2", "2", "2", "2", "2", "2"]
@@ -41,14 +49,21 @@ def test_the_table_has_a_line_a_setting_and_means_over_seeds(demo):
 
 def test_an_interval_appears_from_three_seeds_on(demo, rows):
     assert not any("±" in cell for part in result_columns(demo, "products") for cell in part.cells)
-    runs = [row["loss"] for row in rows if (row["method"], row["task"], row["stage"]) == ("full", "python", "study")]
+    runs = [
+        row["loss"]
+        for row in rows
+        if (row["method"], row["task"], row["stage"]) == ("full", "python", "study")
+    ]
     interval = mean_interval([run / 0.6931471805599453 for run in runs])
     cell = column(result_columns(rows, "python"), "bpb")
     assert f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}" in cell
 
 
 def test_different_learning_rates_are_different_lines():
-    data = [one_row("python", "lora", 8, 32, None, 0) | {"learning_rate": rate, "key": str(rate)} for rate in (1e-3, 1e-2)]
+    data = [
+        one_row("python", "lora", 8, 32, None, 0) | {"learning_rate": rate, "key": str(rate)}
+        for rate in (1e-3, 1e-2)
+    ]
     assert column(result_columns(data, "python"), "method") == ["LoRA lr=0.001", "LoRA lr=0.01"]
 
 
@@ -62,9 +77,15 @@ def test_the_terminal_table_is_aligned_and_fits(demo, rows):
 
 
 def test_failures_are_listed_and_an_empty_table_says_so():
-    bad = one_row("products", "qlora", 8, 4, "nf4", 3) | {"status": "failed", "error": "NonFiniteError: loss is NaN at step 4"}
+    bad = one_row("products", "qlora", 8, 4, "nf4", 3) | {
+        "status": "failed",
+        "error": "NonFiniteError: loss is NaN at step 4",
+    }
     text = format_table([bad])
-    assert "1 failed:" in text and "QLoRA nf4 r=8 lr=0.01 seed=3 products: NonFiniteError: loss is NaN at step 4" in text
+    assert (
+        "1 failed:" in text
+        and "QLoRA nf4 r=8 lr=0.01 seed=3 products: NonFiniteError: loss is NaN at step 4" in text
+    )
     assert format_table([]) == "no finished runs"
 
 
@@ -83,7 +104,11 @@ def test_two_corpora_are_never_in_one_table(demo, use):
 
 def test_findings_say_what_is_clear_and_what_is_noise(rows):
     said = findings(rows)
-    assert [(task, metric.column) for task, metric in said] == [("products", "loss"), ("products", "recall"), ("python", "bpb")]
+    assert [(task, metric.column) for task, metric in said] == [
+        ("products", "loss"),
+        ("products", "recall"),
+        ("python", "bpb"),
+    ]
     recall, bpb = said["products", METRICS["recall"]], said["python", METRICS["bpb"]]
     bits = next(line for line in recall if line.startswith("QLoRA r=8, from 3 to 2 bits"))
     assert re.search(r"-\d+\.\d points \[-\d+\.\d, -\d+\.\d\], clear", bits)
@@ -105,14 +130,19 @@ def test_a_difference_is_clear_only_outside_the_noise():
 
 
 def test_the_page_has_results_figures_and_provenance(demo, tmp_path):
-    bad = one_row("products", "subset", None, 32, None, 0, "demo") | {"status": "failed", "error": "ConfigError: no such module"}
+    bad = one_row("products", "subset", None, 32, None, 0, "demo") | {
+        "status": "failed",
+        "error": "ConfigError: no such module",
+    }
     path = write_report([*demo, bad], tmp_path, "A demonstration", "What this is.", command="minilora sweep")
     text = path.read_text(encoding="utf-8")
     assert path == tmp_path / "README.md" and text.startswith("# A demonstration\n\nWhat this is.\n")
     assert "One or two seeds: differences may be noise" in text
     for name in re.findall(r"!\[[^]]*\]\(([^)]*)\)", text):
         assert (tmp_path / name).is_file()
-    assert {"rank.png", "memory.png", "accuracy_memory.png", "deployed.png"} <= set(re.findall(r"\(([^)]*\.png)\)", text))
+    assert {"rank.png", "memory.png", "accuracy_memory.png", "deployed.png"} <= set(
+        re.findall(r"\(([^)]*\.png)\)", text)
+    )
     assert "rank_visible_products: task 'products' takes LoRA at two ranks and with two seeds" in text
     assert "ConfigError: no such module" in text and "`minilora sweep`" in text and "products-corpus" in text
     assert str(tmp_path) not in text

@@ -13,8 +13,8 @@ from minilora.config import ConfigError
 from minilora.data.tokenizer import ByteTokenizer
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import FileError
-from minilora.study.results import clean_row
-from minilora.study.run import (
+from minilora.sweep.results import clean_row
+from minilora.sweep.run import (
     build,
     calibration,
     check_buildable,
@@ -25,8 +25,8 @@ from minilora.study.run import (
     run,
     write,
 )
-from minilora.study.settings import RunConfig
-from minilora.study.warm import warm_kernels
+from minilora.sweep.settings import RunConfig
+from minilora.sweep.warm import warm_kernels
 
 TINY = {"steps": 3, "n_eval": 4, "batch_size": 4}
 METHODS = ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora")
@@ -46,7 +46,9 @@ def test_row_of_each_method(method, tmp_path):
     assert (row["bytes_gradients"] == 4 * row["trainable_params"] > 0) == trains
     assert row["bytes_optimizer"] == 8 * row["trainable_params"]
     if trains:
-        held = sum(row[f"bytes_{k}"] for k in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer"))
+        held = sum(
+            row[f"bytes_{k}"] for k in ("weights", "scales_offsets", "code_maps", "adapters", "optimizer")
+        )
         assert row["bytes_peak"] >= held + row["bytes_gradients"] + row["bytes_activations"]
     assert (row["deployed_loss"] is not None) == method.endswith("lora")
     assert (row["bytes_adapter_file"] is not None) == method.endswith("lora")
@@ -67,17 +69,23 @@ def test_deployed_weights():
     model = build(config, base)
     for _, linear in model.linears():
         if hasattr(linear, "lora_B"):
-            linear.lora_B.data += np.random.default_rng(0).standard_normal(linear.lora_B.data.shape).astype(np.float32) * 0.01
+            linear.lora_B.data += (
+                np.random.default_rng(0).standard_normal(linear.lora_B.data.shape).astype(np.float32) * 0.01
+            )
     ids = np.arange(20)[None]
     exact = deploy(config, model)
     scale = np.abs(model.logits(ids)).max()
-    assert np.abs(exact.logits(ids) - model.logits(ids)).max() < 1e-4 * scale  # float32 rounding through 4 blocks
+    assert (
+        np.abs(exact.logits(ids) - model.logits(ids)).max() < 1e-4 * scale
+    )  # float32 rounding through 4 blocks
     q = replace(config, method="qlora", quant_type="nf2", bits=2, group_size=None)
     rough = build(q, base)
     for _, linear in rough.linears():
         if hasattr(linear, "lora_B"):
             linear.lora_B.data += 0.01
-    assert np.abs(deploy(q, rough).logits(ids) - rough.logits(ids)).max() > 1e-3 * scale  # two bits cannot hold ΔW
+    assert (
+        np.abs(deploy(q, rough).logits(ids) - rough.logits(ids)).max() > 1e-3 * scale
+    )  # two bits cannot hold ΔW
 
 
 def test_a_saved_run_loads_again(tmp_path):
@@ -86,7 +94,7 @@ def test_a_saved_run_loads_again(tmp_path):
     loaded_config, model = load_run(tmp_path)
     assert loaded_config == config
     again = run(config)
-    from minilora.study.run import make_run_task
+    from minilora.sweep.run import make_run_task
     from minilora.training.loss import evaluate
 
     assert evaluate(model, make_run_task(config).eval_batches("test"))["loss"] == again["loss"]
@@ -123,13 +131,23 @@ def test_key_changes_with_what_matters_only():
     assert len({replace(config, **change).key() for change in changes}) == 5
 
 
-@pytest.mark.parametrize(("settings", "message"), [
-    ({"method": "dora"}, "method='dora'"), ({"task": "mnist"}, "task='mnist'"), ({"r": 0}, "r=0"),
-    ({"method": "lora", "bits": 4}, "bits=4"), ({"method": "qlora", "bits": 5}, "nf5"),
-    ({"method": "qalora", "quant_type": "nf4"}, "quant_type='nf4'"), ({"task": "text"}, "text_path"),
-    ({"learning_rate": 0.0}, "learning_rate"), ({"learning_rate": float("nan")}, "learning_rate"),
-    ({"n_eval": 0}, "n_eval=0"), ({"lora_alpha": 0.0}, "lora_alpha"), ({"split": "train"}, "split='train'"),
-])
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "dora"}, "method='dora'"),
+        ({"task": "mnist"}, "task='mnist'"),
+        ({"r": 0}, "r=0"),
+        ({"method": "lora", "bits": 4}, "bits=4"),
+        ({"method": "qlora", "bits": 5}, "nf5"),
+        ({"method": "qalora", "quant_type": "nf4"}, "quant_type='nf4'"),
+        ({"task": "text"}, "text_path"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": float("nan")}, "learning_rate"),
+        ({"n_eval": 0}, "n_eval=0"),
+        ({"lora_alpha": 0.0}, "lora_alpha"),
+        ({"split": "train"}, "split='train'"),
+    ],
+)
 def test_refused_before_work_starts(settings, message):
     with pytest.raises(ConfigError) as error:
         RunConfig(**settings)
@@ -143,7 +161,9 @@ def test_kernels_compile_within_the_budget():
 def test_texts_do_not_depend_on_the_pieces():
     base, prompts = load_base(), [[256, 65 + i] for i in range(70)]
     tokens = ByteTokenizer()
-    assert write(base, prompts, 3, tokens) == [t for i in range(70) for t in write(base, prompts[i : i + 1], 3, tokens)]
+    assert write(base, prompts, 3, tokens) == [
+        t for i in range(70) for t in write(base, prompts[i : i + 1], 3, tokens)
+    ]
 
 
 def test_running_again_into_a_finished_folder_continues_from_its_checkpoint(tmp_path):
@@ -182,7 +202,10 @@ def test_quantizers_and_variants_run_are_saved_and_load_again(settings, tmp_path
 
 
 def test_a_gptq_base_is_the_same_bytes_every_time_and_never_sees_the_test_split():
-    config, base = RunConfig(method="qalora", quant_type="int3", quantizer="gptq", n_train=64, n_eval=4), load_base()
+    config, base = (
+        RunConfig(method="qalora", quant_type="int3", quantizer="gptq", n_train=64, n_eval=4),
+        load_base(),
+    )
     logits = [build(config, base).logits(np.arange(20)[None]) for _ in range(2)]
     assert np.array_equal(*logits)
     task = make_run_task(config)
@@ -197,20 +220,29 @@ def test_a_gptq_base_is_the_same_bytes_every_time_and_never_sees_the_test_split(
 
 def test_settings_that_came_later_leave_old_fingerprints_as_they_were():
     """The rows of the committed study keep their keys."""
-    rows = [json.loads(line) for line in Path("benchmarks/results/study/results.jsonl").read_text().splitlines()[:40]]
+    rows = [
+        json.loads(line)
+        for line in Path("benchmarks/results/study/results.jsonl").read_text().splitlines()[:40]
+    ]
     names = {field.name for field in fields(RunConfig)}
     for row in rows:
         assert RunConfig(**{k: v for k, v in row.items() if k in names}).key() == row["key"]
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"method": "lora", "quantizer": "gptq"}, "quantizer='gptq': method 'lora' quantizes nothing"),
-    ({"method": "qlora", "quantizer": "hqq"}, "fits offsets, and nf4 has none"),
-    ({"method": "full", "use_dora": True}, "use_dora=True: method 'full' has no adapter"),
-    ({"method": "lora", "init_lora_weights": "loftq"}, "answers the rounding of a QLoRA base"),
-    ({"method": "qlora", "init_lora_weights": "pissa"}, "out of a full-precision base; take method 'lora'"),
-    ({"method": "lora", "init_lora_weights": "pissa", "r": 96}, "r=96: PiSSA on .* takes at most 64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"method": "lora", "quantizer": "gptq"}, "quantizer='gptq': method 'lora' quantizes nothing"),
+        ({"method": "qlora", "quantizer": "hqq"}, "fits offsets, and nf4 has none"),
+        ({"method": "full", "use_dora": True}, "use_dora=True: method 'full' has no adapter"),
+        ({"method": "lora", "init_lora_weights": "loftq"}, "answers the rounding of a QLoRA base"),
+        (
+            {"method": "qlora", "init_lora_weights": "pissa"},
+            "out of a full-precision base; take method 'lora'",
+        ),
+        ({"method": "lora", "init_lora_weights": "pissa", "r": 96}, "r=96: PiSSA on .* takes at most 64"),
+    ],
+)
 def test_variants_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         build(RunConfig(**settings), load_base())
@@ -221,5 +253,7 @@ def test_blocks_that_gptq_cannot_take_are_refused_before_training():
     for refuse in (lambda: check_buildable([config]), lambda: run(config)):
         with pytest.raises(ConfigError, match="block_size=256: quantizer='gptq' needs a divisor of in=128"):
             refuse()
-    with pytest.raises(ConfigError, match="r=4096"):  # a config that cannot be built is found behind one that can
+    with pytest.raises(
+        ConfigError, match="r=4096"
+    ):  # a config that cannot be built is found behind one that can
         check_buildable([RunConfig(method="lora"), RunConfig(method="lora", r=4096)])

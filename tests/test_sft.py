@@ -16,7 +16,16 @@ from hypothesis import strategies as st
 
 from minilora.config import ConfigError
 from minilora.data.products import score_descriptions
-from minilora.data.sft import Example, SFTTask, encode_example, pack, products_chat, prompt_ids, read_jsonl, split_examples
+from minilora.data.sft import (
+    Example,
+    SFTTask,
+    encode_example,
+    pack,
+    products_chat,
+    prompt_ids,
+    read_jsonl,
+    split_examples,
+)
 from minilora.data.tasks import Batch, ProductsTask
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import BOS, EOS, PAD, ByteTokenizer, encode
@@ -39,7 +48,9 @@ def chatty(**changed: Any) -> TextTokenizer:
 
 def written(tmp_path: Path, *lines: Any) -> Path:
     path = tmp_path / "data.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    path.write_text(
+        "\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8"
+    )
     return path
 
 
@@ -47,9 +58,15 @@ def written(tmp_path: Path, *lines: Any) -> Path:
 
 
 def test_the_four_shapes(tmp_path):
-    path = written(tmp_path, {"prompt": "a", "completion": "b", "id": 3}, "", {"text": "né"}, "   \r",
-                   {"messages": [user("Hi"), assistant("Yo")]},
-                   {"prompt": [user("Hi"), assistant("Yo"), user("So")], "completion": [assistant("No")]})  # fmt: skip
+    path = written(
+        tmp_path,
+        {"prompt": "a", "completion": "b", "id": 3},
+        "",
+        {"text": "né"},
+        "   \r",
+        {"messages": [user("Hi"), assistant("Yo")]},
+        {"prompt": [user("Hi"), assistant("Yo"), user("So")], "completion": [assistant("No")]},
+    )
     first, second, third, fourth = read_jsonl(path)
     assert first == Example("b", "a") and first.reference == "b"
     assert second == Example("né") and second.reference is None
@@ -70,7 +87,10 @@ def test_line_breaks_of_windows_and_a_mark_at_the_beginning(tmp_path):
         ("[" * 100_000, "not JSON"),
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ("[1]", r"\[1\] is no JSON object"),
-        ({}, r"has none of the fields that are read \(its fields: none\); it needs prompt and completion, messages, or text"),
+        (
+            {},
+            r"has none of the fields that are read \(its fields: none\); it needs prompt and completion, messages, or text",
+        ),
         ({"question": "a"}, r"its fields: 'question'"),
         ({"prompt": "a"}, "lacks the field 'completion'"),
         ({"completion": "a"}, "lacks the field 'prompt'"),
@@ -84,7 +104,10 @@ def test_line_breaks_of_windows_and_a_mark_at_the_beginning(tmp_path):
         ({"messages": [user("Hi"), {"role": "assistant"}]}, r"messages\[1\] has no 'content'"),
         ({"messages": [user("Hi")]}, "no message of the role 'assistant'"),
         ({"messages": [assistant("Hi")]}, r"messages\[0\] is the assistant's"),
-        ({"prompt": [user("a"), assistant("b")], "completion": [user("c")]}, "no message of the role 'assistant' among 1"),
+        (
+            {"prompt": [user("a"), assistant("b")], "completion": [user("c")]},
+            "no message of the role 'assistant' among 1",
+        ),
     ],
 )
 def test_lines_that_cannot_be_are_named(line, message, tmp_path):
@@ -139,12 +162,19 @@ def test_of_a_conversation_every_turn_of_the_assistant_is_learnt():
     assert learnt(chatty(), example) == ["Yo<|im_end|>", "No<|im_end|>"]  # the line breaks after them are not
     ids, _ = encode_example(chatty(), example)
     whole = chatty().chat(chat, add_generation_prompt=False)
-    assert ids == whole[: len(ids)] and chatty().decode(whole[len(ids) :], False) == "\n<|im_start|>user\nBye<|im_end|>\n"
+    assert (
+        ids == whole[: len(ids)]
+        and chatty().decode(whole[len(ids) :], False) == "\n<|im_start|>user\nBye<|im_end|>\n"
+    )
     assert learnt(chatty(), Example(messages=chat, given=3)) == ["No<|im_end|>"]
 
 
 def test_the_prompt_of_training_is_that_of_generation():
-    for example in (Example(messages=(user("Hi"), assistant(" \n yo"))), Example("b", "a "), Example("b", "")):
+    for example in (
+        Example(messages=(user("Hi"), assistant(" \n yo"))),
+        Example("b", "a "),
+        Example("b", ""),
+    ):
         for tokenizer in (chatty(), chatty(add_bos_token=True)):
             prompt = prompt_ids(tokenizer, example)
             ids, targets = encode_example(tokenizer, example)
@@ -158,8 +188,10 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
 
 
 def test_a_template_without_end_of_turn_is_learnt_to_its_end():
-    plain = chatty(chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-                   "{% if add_generation_prompt %}assistant: {% endif %}")  # fmt: skip
+    plain = chatty(
+        chat_template="{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
     assert learnt(plain, Example(messages=(user("Hi"), assistant("Yo")))) == ["Yo\n"]
 
 
@@ -185,7 +217,8 @@ def test_rows_hold_everything_and_are_well_filled(lengths, size):
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     filled = [sum(lengths[item] for item in row) for row in rows]
     assert all(total <= size for total in filled)
-    # no two rows would fit into one: what opened the later one had no room in the earlier, which only got fuller
+    # no two rows would fit into one: what opened the later one had no room in the earlier, which only got
+    # fuller
     assert all(a + b > size for i, a in enumerate(filled) for b in filled[:i])
     assert rows == pack(lengths, size)
 
@@ -209,7 +242,9 @@ def unpacked(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple
     """(ids, targets, mask) of the examples of a batch, by its segments; without what only fills."""
     assert batch.segments is not None
     found = []
-    for ids, targets, mask, segments in zip(batch.ids, batch.targets, batch.mask, batch.segments, strict=True):
+    for ids, targets, mask, segments in zip(
+        batch.ids, batch.targets, batch.mask, batch.segments, strict=True
+    ):
         assert (np.diff(segments) >= 0).all()
         for number in np.unique(segments):
             here = segments == number
@@ -223,7 +258,9 @@ def unpacked(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple
 def test_a_packed_row_holds_the_examples_unchanged():
     examples = numbered(60)
     packed, padded = (SFTTask(BYTES, examples, max_length=32, packing=packing) for packing in (True, False))
-    assert padded.n_train == 48 > packed.n_train and "48 to train" in packed.report and "filled" in packed.report
+    assert (
+        padded.n_train == 48 > packed.n_train and "48 to train" in packed.report and "filled" in packed.report
+    )
     batch = packed.batch(range(packed.n_train))
     assert batch.ids.shape[1] <= 32 and not (batch.mask & (batch.targets == PAD)).any()
     rows = padded.batch(range(48))
@@ -247,7 +284,11 @@ def test_splits_are_the_same_for_every_seed():
         assert len({str(task.prompts(split)) for task in tasks}) == 1
         assert len({task.eval_batches(split)[0].ids.tobytes() for task in tasks}) == 1
     assert len({task.sha256 for task in tasks}) == 1
-    assert SFTTask(BYTES, examples[:-1], n_eval=5).sha256 != tasks[0].sha256 != SFTTask(chatty(), examples, n_eval=5).sha256
+    assert (
+        SFTTask(BYTES, examples[:-1], n_eval=5).sha256
+        != tasks[0].sha256
+        != SFTTask(chatty(), examples, n_eval=5).sha256
+    )
 
 
 @pytest.mark.parametrize(
@@ -257,15 +298,21 @@ def test_splits_are_the_same_for_every_seed():
 def test_sizes_of_splits(n, n_eval, sizes):
     parts = split_examples(numbered(n), n_eval)
     assert tuple(len(parts[split]) for split in ("train", "validation", "test")) == sizes
-    assert sorted(e.completion for part in parts.values() for e in part) == sorted(e.completion for e in numbered(n))
+    assert sorted(e.completion for part in parts.values() for e in part) == sorted(
+        e.completion for e in numbered(n)
+    )
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(ConfigError, match="examples=2: at least 3 are needed: one each to train, to validate and to test"):
+    with pytest.raises(
+        ConfigError, match="examples=2: at least 3 are needed: one each to train, to validate and to test"
+    ):
         SFTTask(BYTES, numbered(2))
 
 
-@pytest.mark.parametrize(("changed", "message"), [({"max_length": 1}, "max_length=1"), ({"n_eval": 0}, "n_eval=0")])
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"max_length": 1}, "max_length=1"), ({"n_eval": 0}, "n_eval=0")]
+)
 def test_sizes_that_cannot_be(changed, message):
     with pytest.raises(ConfigError, match=message):
         SFTTask(BYTES, numbered(5), **changed)
@@ -276,7 +323,9 @@ def test_sizes_that_cannot_be(changed, message):
 def test_long_examples_are_cut_at_the_end_and_counted():
     examples = [Example("yyyy", "xx")] * 20 + [Example("y", "x" * 20)] * 20 + [Example("yy", "x")] * 5
     task = SFTTask(BYTES, {"train": examples, "validation": examples[:1], "test": examples[:1]}, max_length=5)
-    assert task.n_train == 25 and "42 cut to 5 tokens, 20 left out" in task.report  # BOS xx yy and BOS x yy EOS; 40 + 1 + 1 cut
+    assert (
+        task.n_train == 25 and "42 cut to 5 tokens, 20 left out" in task.report
+    )  # BOS xx yy and BOS x yy EOS; 40 + 1 + 1 cut
     batch = task.batch(range(25))
     assert batch.ids.shape == (25, 4) and batch.mask.sum() == 20 * 2 + 5 * 3
 
@@ -288,7 +337,10 @@ def test_a_single_token_without_bos_teaches_nothing():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_nothing_left_to_learn_is_refused_with_the_numbers(packing):
-    with pytest.raises(ConfigError, match=r"train: targets=0: of 1 examples, 1 were cut at max_length=8 .* the longest has 23"):
+    with pytest.raises(
+        ConfigError,
+        match=r"train: targets=0: of 1 examples, 1 were cut at max_length=8 .* the longest has 23",
+    ):
         SFTTask(BYTES, [Example("y", "x" * 20)] * 3, max_length=8, packing=packing)
 
 
@@ -321,13 +373,19 @@ def test_what_max_length_cannot_hold_is_not_asked_for():
 def test_products_of_bytes_are_the_products_task():
     """Without a template the rows are those of `ProductsTask`, in another order."""
     theirs, ours = ProductsTask(20, 6, seed=3), products_chat(BYTES, 20, 6, seed=3, max_length=256)
-    assert ours.splits == theirs.splits and ours.name == theirs.name and ours.max_new_tokens == theirs.max_new_tokens
+    assert (
+        ours.splits == theirs.splits
+        and ours.name == theirs.name
+        and ours.max_new_tokens == theirs.max_new_tokens
+    )
     for split in theirs.splits:
         assert ours.prompts(split) == theirs.prompts(split)
         for a, b in zip(ours.eval_batches(split, 4), theirs.eval_batches(split, 4), strict=True):
             assert all((getattr(a, field) == getattr(b, field)).all() for field in ("ids", "targets", "mask"))
     a, b = ours.batch(range(20)), theirs.batch(range(20))
-    assert sorted(zip(a.ids.tolist(), a.mask.tolist(), strict=True)) == sorted(zip(b.ids.tolist(), b.mask.tolist(), strict=True))
+    assert sorted(zip(a.ids.tolist(), a.mask.tolist(), strict=True)) == sorted(
+        zip(b.ids.tolist(), b.mask.tolist(), strict=True)
+    )
 
 
 def test_products_by_the_chat_template():
@@ -339,7 +397,11 @@ def test_products_by_the_chat_template():
     texts = [chatty().decode(targets[mask]) for targets, mask in zip(batch.targets, batch.mask, strict=True)]
     assert task.score("test", texts) == {"recall": 1.0, "exact": 1.0}
     assert task.score("test", texts[::-1]) == score_descriptions(products, texts[::-1])
-    assert max(len(chatty().encode(text)) for text in texts) < task.max_new_tokens <= max(len(encode(t)) for t in texts) + 40
+    assert (
+        max(len(chatty().encode(text)) for text in texts)
+        < task.max_new_tokens
+        <= max(len(encode(t)) for t in texts) + 40
+    )
     assert all(batch.targets[b][batch.mask[b]][-1] == 2 for b in range(6))
     assert task.sha256 == products_chat(chatty(), 4, 6, seed=9, max_length=400).sha256 != base.sha256
     with pytest.raises(ConfigError, match="raise max_length"):

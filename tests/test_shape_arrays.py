@@ -1,4 +1,5 @@
-"""Arrays without data have the shape, dtype, strides and memory that NumPy's own results have, operation by operation."""
+"""Arrays without data have the shape, dtype, strides and memory that NumPy's own results have, operation by
+operation."""
 
 from __future__ import annotations
 
@@ -45,12 +46,19 @@ def assert_alike(operation, *operands):
     shapes = [shape_of(x) if isinstance(x, np.ndarray) else x for x in operands]
     for x, s in zip(operands, shapes, strict=True):
         if isinstance(x, np.ndarray):
-            assert (s.shape, s.dtype, lengthy(s.ghost)) == (x.shape, x.dtype, lengthy(x)), "the operand itself"
+            assert (s.shape, s.dtype, lengthy(s.ghost)) == (x.shape, x.dtype, lengthy(x)), (
+                "the operand itself"
+            )
     with metered(Meter()) as meter:
         found, expected = operation(*shapes), operation(*operands)
         assert isinstance(found, ShapeArray)
         assert (found.shape, found.dtype, found.size, found.ndim, found.nbytes) == (
-            expected.shape, expected.dtype, expected.size, expected.ndim, expected.nbytes)  # fmt: skip
+            expected.shape,
+            expected.dtype,
+            expected.size,
+            expected.ndim,
+            expected.nbytes,
+        )
         assert found.flags.c_contiguous == expected.flags.c_contiguous
         if expected.size:
             assert lengthy(found.ghost) == lengthy(expected)
@@ -94,7 +102,11 @@ CASES = {
     "in place": (lambda a, b: a.__iadd__(b), A, ROW),
     "in place, scalar": (lambda a: a.__imul__(np.float32(2)), A),
     "in place, other type": (
-        lambda a: a.__imul__(np.ones(A, np.uint8)) if isinstance(a, np.ndarray) else a.__imul__(ShapeArray.new(A, np.uint8)),
+        lambda a: (
+            a.__imul__(np.ones(A, np.uint8))
+            if isinstance(a, np.ndarray)
+            else a.__imul__(ShapeArray.new(A, np.uint8))
+        ),
         A,
     ),
     "matmul": (lambda a, b: a @ b, (3, 4), (4, 5)),
@@ -150,10 +162,23 @@ CASES = {
     "repeat": (lambda a: np.repeat(a, 3, axis=-1), A),
     "packbits": (lambda a: np.packbits(a >= np.float32(1)), A),
     "unpackbits": (lambda a: np.unpackbits(np.packbits(a >= np.float32(1)), count=119), A),
-    "unpackbits, reshaped": (lambda a: np.unpackbits(np.packbits(a >= np.float32(1)), count=120).reshape(A), A),
+    "unpackbits, reshaped": (
+        lambda a: np.unpackbits(np.packbits(a >= np.float32(1)), count=120).reshape(A),
+        A,
+    ),
 }
-MIXED = ("+", "- broadcast", "* row", "/ column", "comparison", "matmul", "matmul, batch", "matmul, transposed", "concatenate",
-         "products of columns")  # fmt: skip
+MIXED = (
+    "+",
+    "- broadcast",
+    "* row",
+    "/ column",
+    "comparison",
+    "matmul",
+    "matmul, batch",
+    "matmul, transposed",
+    "concatenate",
+    "products of columns",
+)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -164,7 +189,9 @@ def test_an_operation_gives_what_numpys_does(case, dtype):
 
 
 @pytest.mark.parametrize("name", MIXED)
-@pytest.mark.parametrize("dtypes", [(F32, F64), (F64, F32), (F32, np.dtype(np.uint8)), (np.dtype(np.float16), F32)], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [(F32, F64), (F64, F32), (F32, np.dtype(np.uint8)), (np.dtype(np.float16), F32)], ids=str
+)
 def test_types_are_mixed_as_numpys(name, dtypes):
     operation, *shapes = CASES[name]
     assert_alike(operation, *(array_of(shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)))
@@ -180,8 +207,22 @@ lengths = st.tuples(*[st.sampled_from((1, 2, 3, 5))] * 4)
 @settings(max_examples=300, deadline=None)
 @given(lengths, permutations)
 def test_one_operand_hands_its_order_on(shape, order):
-    names = ("negative()", "python float", "empty_like", "astype", "copy", "T", "flat", "swapaxes", "copy of a transpose")
-    for operation in (*(CASES[name][0] for name in names), lambda a: a == a, lambda a: a.reshape(a.shape[0], -1)):
+    names = (
+        "negative()",
+        "python float",
+        "empty_like",
+        "astype",
+        "copy",
+        "T",
+        "flat",
+        "swapaxes",
+        "copy of a transpose",
+    )
+    for operation in (
+        *(CASES[name][0] for name in names),
+        lambda a: a == a,
+        lambda a: a.reshape(a.shape[0], -1),
+    ):
         assert_alike(operation, array_of(shape, order=order))
 
 
@@ -201,10 +242,16 @@ def test_an_operand_that_is_repeated_has_no_say_there(shape, ones, dropped, firs
 
 
 @settings(max_examples=400, deadline=None)
-@given(lengths, st.lists(permutations, min_size=1, max_size=3), st.lists(st.tuples(*[st.booleans()] * 4), min_size=3, max_size=3))
+@given(
+    lengths,
+    st.lists(permutations, min_size=1, max_size=3),
+    st.lists(st.tuples(*[st.booleans()] * 4), min_size=3, max_size=3),
+)
 def test_the_order_of_up_to_three_operands_is_that_of_numpys_iterator(shape, orders, ones):
-    operands = [array_of(tuple(1 if one else n for n, one in zip(shape, chosen, strict=True)), order=order)
-                for order, chosen in zip(orders, ones, strict=False)]  # fmt: skip
+    operands = [
+        array_of(tuple(1 if one else n for n, one in zip(shape, chosen, strict=True)), order=order)
+        for order, chosen in zip(orders, ones, strict=False)
+    ]
     iterator = np.nditer([*operands, None], order="K")
     expected = iterator.operands[-1]
     found = ShapeArray.new(expected.shape, F32, tuple(operands))
@@ -334,8 +381,27 @@ def test_buffers_inside_numpy_are_counted_while_they_last(operation, a, b, expec
 # ---- what is not supported
 
 
-@pytest.mark.parametrize("function", [np.sort, np.linalg.norm, np.cumsum, lambda a: np.stack([a, a]), np.tile, np.argsort,
-                                      lambda a: np.linalg.svd(a)], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "function",
+    [
+        np.sort,
+        np.linalg.norm,
+        np.cumsum,
+        lambda a: np.stack([a, a]),
+        np.tile,
+        np.argsort,
+        lambda a: np.linalg.svd(a),
+    ],
+    ids=[
+        "sort",
+        "norm",
+        "cumsum",
+        "stack",
+        "tile",
+        "argsort",
+        "svd",
+    ],  # no addresses: xdist compares the names
+)
 def test_a_function_that_is_not_known_is_no_silence(function):
     with pytest.raises(TypeError):
         function(ShapeArray.new((3, 4), F32))

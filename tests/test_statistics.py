@@ -8,20 +8,23 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.study.statistics import (
-    mean_interval,
-    paired_difference,
-    pareto_front,
-    summarize,
-)
+from minilora.report.statistics import mean_interval, paired_difference, pareto_front, summarize
 
 EPS = np.finfo(float).eps
 finite = st.floats(-1e6, 1e6)
 
 
-@pytest.mark.parametrize(("n", "level", "quantile"), [  # a printed table of Student's t, two-sided
-    (2, 0.95, 12.706), (3, 0.90, 2.920), (3, 0.95, 4.303), (4, 0.95, 3.182), (5, 0.99, 4.604), (31, 0.95, 2.042),
-])
+@pytest.mark.parametrize(
+    ("n", "level", "quantile"),
+    [  # a printed table of Student's t, two-sided
+        (2, 0.95, 12.706),
+        (3, 0.90, 2.920),
+        (3, 0.95, 4.303),
+        (4, 0.95, 3.182),
+        (5, 0.99, 4.604),
+        (31, 0.95, 2.042),
+    ],
+)
 def test_the_interval_has_the_tables_width(n, level, quantile):
     values = np.linspace(-1, 1, n)
     _, low, high = mean_interval(values, level)
@@ -32,7 +35,9 @@ def test_the_interval_has_the_tables_width(n, level, quantile):
 @pytest.mark.parametrize("level", [0.5, 0.9, 0.95, 0.99])
 def test_the_interval_is_scipys(level):
     values = [0.31, 0.29, 0.345, 0.302]
-    expected = scipy.stats.t.interval(level, len(values) - 1, loc=np.mean(values), scale=scipy.stats.sem(values))
+    expected = scipy.stats.t.interval(
+        level, len(values) - 1, loc=np.mean(values), scale=scipy.stats.sem(values)
+    )
     mean, low, high = mean_interval(values, level)
     assert mean == pytest.approx(np.mean(values), rel=4 * EPS)
     assert (low, high) == pytest.approx(expected, rel=1e-10)
@@ -51,7 +56,8 @@ def test_one_value_has_no_interval():
 
 
 @pytest.mark.parametrize(
-    ("values", "level", "name"), [([], 0.95, "values"), ([1.0, math.nan], 0.95, "values"), ([1.0], 1.0, "level")]
+    ("values", "level", "name"),
+    [([], 0.95, "values"), ([1.0, math.nan], 0.95, "values"), ([1.0], 1.0, "level")],
 )
 def test_bad_values_are_refused_by_name(values, level, name):
     with pytest.raises(ValueError, match=f"{name}="):
@@ -60,14 +66,18 @@ def test_bad_values_are_refused_by_name(values, level, name):
 
 def test_the_interval_covers_the_truth_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    hits = sum(low <= 0 <= high for _, low, high in (mean_interval(rng.normal(size=3), 0.8) for _ in range(800)))
+    hits = sum(
+        low <= 0 <= high for _, low, high in (mean_interval(rng.normal(size=3), 0.8) for _ in range(800))
+    )
     # Binomial(800, 0.8): standard deviation 11.3; four of them.
     assert abs(hits - 640) < 46
 
 
 def rows(**columns):
     length = len(next(iter(columns.values())))
-    return [{"task": "products", **{name: values[i] for name, values in columns.items()}} for i in range(length)]
+    return [
+        {"task": "products", **{name: values[i] for name, values in columns.items()}} for i in range(length)
+    ]
 
 
 def test_summarize_groups_sorts_and_leaves_null_out():
@@ -103,7 +113,11 @@ def test_pairing_takes_the_seeds_noise_out():
     [
         (rows(seed=[0, 0], loss=[1.0, 2.0]), rows(seed=[0], loss=[1.0]), "occurs twice in a"),
         (rows(seed=[0], loss=[1.0]), rows(seed=[1], loss=[1.0]), "no seed"),
-        (rows(seed=[0], loss=[1.0], corpus_sha256=["x"]), rows(seed=[0], loss=[1.0], corpus_sha256=["y"]), "corpus_sha256"),
+        (
+            rows(seed=[0], loss=[1.0], corpus_sha256=["x"]),
+            rows(seed=[0], loss=[1.0], corpus_sha256=["y"]),
+            "corpus_sha256",
+        ),
     ],
 )
 def test_pairs_that_make_no_sense_are_refused(a, b, hint):

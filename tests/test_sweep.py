@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.study.presets import (
+from minilora.sweep.presets import (
     LEARNING_RATES,
     SEARCH_SEED,
     STUDY_SEEDS,
@@ -26,8 +26,8 @@ from minilora.study.presets import (
     search_runs,
     study_runs,
 )
-from minilora.study.results import ROW_KEYS, append_row, check_one_corpus, clean_row, group_rows, successful
-from minilora.study.sweep import SweepConfig, describe, expand, load_results, outline, run_sweep, write_csv
+from minilora.sweep.results import ROW_KEYS, append_row, check_one_corpus, clean_row, group_rows, successful
+from minilora.sweep.runner import SweepConfig, describe, expand, load_results, outline, run_sweep, write_csv
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,25 @@ def runs_of(path):
 def test_axes_that_do_not_matter_are_not_multiplied():
     config = SweepConfig(
         method=("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora"),
-        r=(1, 2, 4), bits=(2, 4), group_size=(16, 32), learning_rate=(1e-3, 1e-2), seed=(0, 1, 2),
-    )  # fmt: skip
+        r=(1, 2, 4),
+        bits=(2, 4),
+        group_size=(16, 32),
+        learning_rate=(1e-3, 1e-2),
+        seed=(0, 1, 2),
+    )
     counts = {method: 0 for method in config.method}
     for run in expand(config):
         counts[run.method] += 1
     trained = 2 * 3  # learning rates x seeds
     assert counts == {
-        "base": 1, "quantized_base": 2 + 2 * 2, "full": trained, "subset": trained,
-        "lora": 3 * trained, "qlora": 3 * 2 * trained, "qalora": 3 * 2 * 2 * trained,
-    }  # fmt: skip
+        "base": 1,
+        "quantized_base": 2 + 2 * 2,
+        "full": trained,
+        "subset": trained,
+        "lora": 3 * trained,
+        "qlora": 3 * 2 * trained,
+        "qalora": 3 * 2 * 2 * trained,
+    }
 
 
 def test_expansion_is_deterministic_and_without_duplicates():
@@ -111,9 +120,14 @@ def test_shared_settings_reach_every_run():
 
 @pytest.mark.parametrize(
     ("field", "value", "hint"),
-    [("method", ("dora",), "qalora"), ("bits", (5,), "2, 3, 4, 8"), ("r", (0,), "at least 1"), ("seed", (), "at least one"),
-     ("split", "train", "validation, test")],
-)  # fmt: skip
+    [
+        ("method", ("dora",), "qalora"),
+        ("bits", (5,), "2, 3, 4, 8"),
+        ("r", (0,), "at least 1"),
+        ("seed", (), "at least one"),
+        ("split", "train", "validation, test"),
+    ],
+)
 def test_bad_axes_are_refused_by_name(field, value, hint):
     with pytest.raises(ValueError, match=field) as error:
         SweepConfig(**{field: value})
@@ -122,7 +136,9 @@ def test_bad_axes_are_refused_by_name(field, value, hint):
 
 def test_outline_names_the_grid_and_the_number_of_runs():
     text = outline([FakeConfig(), FakeConfig(r=2), FakeConfig("full"), FakeConfig("full", seed=1)], n_jobs=2)
-    assert "4 runs" in text and "lora" in text and "r 2, 8" in text and "full" in text and "seeds 0, 1" in text
+    assert (
+        "4 runs" in text and "lora" in text and "r 2, 8" in text and "full" in text and "seeds 0, 1" in text
+    )
 
 
 # running
@@ -140,7 +156,9 @@ def test_every_row_has_every_column_and_is_on_disk(tmp_path):
 def test_a_second_sweep_runs_only_what_is_missing(tmp_path):
     marker = str(tmp_path / "ran")
     run_sweep([FakeConfig(seed=0, marker=marker)], tmp_path, run=fake_run, progress=False)
-    rows = run_sweep([FakeConfig(seed=s, marker=marker) for s in (1, 0)], tmp_path, run=fake_run, progress=False)
+    rows = run_sweep(
+        [FakeConfig(seed=s, marker=marker) for s in (1, 0)], tmp_path, run=fake_run, progress=False
+    )
     assert runs_of(marker) == ["0", "1"]
     assert [row["seed"] for row in rows] == [1, 0]
 
@@ -226,12 +244,14 @@ def test_ctrl_c_from_the_terminal_ends_the_workers_too(tmp_path):
         import sys
         sys.path[:0] = {sys.path!r}
         from {__name__} import FakeConfig, slow_run
-        from minilora.study.sweep import run_sweep
+        from minilora.sweep.runner import run_sweep
         if __name__ == "__main__":
             run_sweep([FakeConfig(seed=s) for s in range(4)], {str(tmp_path)!r}, run=slow_run, n_jobs=2)
     """)
     )
-    process = subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, script], stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     assert process.stderr is not None
     first = process.stderr.readline()
     assert "[1/4]" in first, first + process.stderr.read()
@@ -253,9 +273,12 @@ def test_one_line_a_run_when_there_is_no_terminal(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("config", "text"),
-    [(FakeConfig("base"), "base products"), (FakeConfig("full", seed=3), "full lr=0.01 seed=3 products"),
-     (FakeConfig("qlora", quant_type="nf4", learning_rate=None), "qlora nf4 r=8 seed=0 products")],
-)  # fmt: skip
+    [
+        (FakeConfig("base"), "base products"),
+        (FakeConfig("full", seed=3), "full lr=0.01 seed=3 products"),
+        (FakeConfig("qlora", quant_type="nf4", learning_rate=None), "qlora nf4 r=8 seed=0 products"),
+    ],
+)
 def test_describe(config, text):
     assert describe(config) == text
 
@@ -278,7 +301,9 @@ def results_file(tmp_path, *tail):
     return path
 
 
-@pytest.mark.parametrize("cut", [b'{"key": "c", "sta', b"\xff\xfe", b"\x00" * 9, b'{"key": "c", "status": "success"}'])
+@pytest.mark.parametrize(
+    "cut", [b'{"key": "c", "sta', b"\xff\xfe", b"\x00" * 9, b'{"key": "c", "status": "success"}']
+)
 def test_a_cut_last_line_is_left_out_and_trimmed_before_appending(tmp_path, cut):
     path = results_file(tmp_path, cut)
     assert [row["key"] for row in load_results(path)] == ["a", "b"]
@@ -287,7 +312,9 @@ def test_a_cut_last_line_is_left_out_and_trimmed_before_appending(tmp_path, cut)
     assert [row["key"] for row in load_results(path)] == ["a", "b", config.key()]
 
 
-@pytest.mark.parametrize("bad", [b"not json", b"\xff", b"[1, 2]", b'{"loss": 1}', b'{"key": "x", "status": "?"}', b""])
+@pytest.mark.parametrize(
+    "bad", [b"not json", b"\xff", b"[1, 2]", b'{"loss": 1}', b'{"key": "x", "status": "?"}', b""]
+)
 def test_a_foreign_line_is_an_error_with_its_number_and_nothing_is_changed(tmp_path, bad):
     path = results_file(tmp_path, bad + b"\n", b'{"key": "d", "status": "success"}\n')
     before = path.read_bytes()
@@ -314,19 +341,30 @@ def test_csv_holds_the_same_rows(tmp_path):
     with open(path, newline="") as file:
         read = list(csv.DictReader(file))
     assert list(read[0]) == [*ROW_KEYS, "extra"]
-    assert read[0]["loss"] == "0.5" and read[0]["extra"] == "x,y" and read[1]["loss"] == "" and read[1]["extra"] == ""
+    assert (
+        read[0]["loss"] == "0.5"
+        and read[0]["extra"] == "x,y"
+        and read[1]["loss"] == ""
+        and read[1]["extra"] == ""
+    )
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.csv"]
 
 
 def test_clean_row_stores_only_what_json_holds():
-    row = clean_row({"key": "a", "loss": np.float64("inf"), "steps": np.int64(3), "target_modules": ("q", "v")})
+    row = clean_row(
+        {"key": "a", "loss": np.float64("inf"), "steps": np.int64(3), "target_modules": ("q", "v")}
+    )
     assert row["loss"] is None and type(row["steps"]) is int and row["target_modules"] == "q,v"
     json.dumps(row, allow_nan=False)
 
 
 @pytest.mark.parametrize("column", ["corpus_sha256", "base_sha256"])
 def test_rows_of_different_data_are_never_pooled(column):
-    rows = [{"task": "products", column: "aaaa"}, {"task": "python", column: "cccc"}, {"task": "products", column: "bbbb"}]
+    rows = [
+        {"task": "products", column: "aaaa"},
+        {"task": "python", column: "cccc"},
+        {"task": "products", column: "bbbb"},
+    ]
     with pytest.raises(ValueError, match="aaaa.*bbbb"):
         group_rows(rows, ("task",))
     check_one_corpus(rows[:2])
@@ -334,8 +372,12 @@ def test_rows_of_different_data_are_never_pooled(column):
 
 
 def test_successful_leaves_failures_and_the_search_out():
-    rows = [{"status": "success", "stage": "study", "r": 1}, {"status": "failed", "stage": "study", "r": 1},
-            {"status": "success", "stage": "search", "r": 1}, {"status": "success", "stage": "demo", "r": 2}]  # fmt: skip
+    rows = [
+        {"status": "success", "stage": "study", "r": 1},
+        {"status": "failed", "stage": "study", "r": 1},
+        {"status": "success", "stage": "search", "r": 1},
+        {"status": "success", "stage": "demo", "r": 2},
+    ]
     assert successful(rows) == [rows[0], rows[3]]
     assert successful(rows, r=2) == [rows[3]]
     assert successful(rows, stage="search") == [rows[2]]
@@ -347,7 +389,15 @@ def test_successful_leaves_failures_and_the_search_out():
 def test_the_demonstration_covers_what_it_promises():
     runs = demo_runs()
     assert len(runs) >= 24
-    assert {run.method for run in runs} == {"full", "subset", "lora", "qlora", "qalora", "base", "quantized_base"}
+    assert {run.method for run in runs} == {
+        "full",
+        "subset",
+        "lora",
+        "qlora",
+        "qalora",
+        "base",
+        "quantized_base",
+    }
     assert len({run.r for run in runs if run.method == "lora"}) >= 3
     for method in ("qlora", "qalora", "quantized_base"):
         assert len({run.bits for run in runs if run.method == method}) >= 3
@@ -357,12 +407,24 @@ def test_the_demonstration_covers_what_it_promises():
 
 
 def search_row(rate, loss, method="lora", **more):
-    return {"stage": "search", "split": "validation", "task": "python", "method": method, "learning_rate": rate,
-            "status": "success", "loss": loss} | more  # fmt: skip
+    return {
+        "stage": "search",
+        "split": "validation",
+        "task": "python",
+        "method": method,
+        "learning_rate": rate,
+        "status": "success",
+        "loss": loss,
+    } | more
 
 
 def test_the_least_mean_validation_loss_wins():
-    rows = [search_row(1e-3, 2.0), search_row(1e-3, 1.0), search_row(1e-2, 1.4), search_row(1e-1, None, status="failed")]
+    rows = [
+        search_row(1e-3, 2.0),
+        search_row(1e-3, 1.0),
+        search_row(1e-2, 1.4),
+        search_row(1e-1, None, status="failed"),
+    ]
     (choice,) = choose_learning_rates(rows)
     assert (choice.learning_rate, choice.loss, choice.on_edge) == (1e-2, 1.4, False)
     assert choice.tried == ((1e-3, 1.5), (1e-2, 1.4), (1e-1, None))
@@ -396,21 +458,30 @@ def test_the_search_uses_one_grid_the_validation_split_and_its_own_seed():
 
 
 def chosen_at(rate):
-    rows = [search_row(rate, 1.0, method, task=task)
-            for task in ("products", "python") for method in ("full", "subset", "lora", "qlora", "qalora")]  # fmt: skip
+    rows = [
+        search_row(rate, 1.0, method, task=task)
+        for task in ("products", "python")
+        for method in ("full", "subset", "lora", "qlora", "qalora")
+    ]
     return choose_learning_rates(rows)
 
 
 def test_the_study_covers_ranks_bits_tasks_and_seeds():
     runs = study_runs(chosen_at(3e-3))
-    assert {(run.split, run.stage, run.task) for run in runs} == {("test", "study", t) for t in ("products", "python")}
+    assert {(run.split, run.stage, run.task) for run in runs} == {
+        ("test", "study", t) for t in ("products", "python")
+    }
     one = [run for run in runs if run.task == "python"]
     for method, bits in (("lora", 32), ("qlora", 4), ("qalora", 4)):
         seen = {(run.r, run.seed) for run in one if (run.method, run.bits) == (method, bits)}
         assert seen == {(r, seed) for r in (1, 2, 8, 64) for seed in (0, 1, 2)}
     for method in ("qlora", "qalora"):
         assert {run.bits for run in one if run.method == method and run.r == 8} == {2, 3, 4, 8}
-    assert len([run for run in one if run.method == "full"]) == len([run for run in one if run.method == "subset"]) == 3
+    assert (
+        len([run for run in one if run.method == "full"])
+        == len([run for run in one if run.method == "subset"])
+        == 3
+    )
     stored = {run.quant_type for run in one if run.method == "quantized_base"}
     assert stored == {f"{kind}{bits}" for kind in ("nf", "int") for bits in (2, 3, 4, 8)}
     assert {run.learning_rate for run in one if run.method not in ("base", "quantized_base")} == {3e-3}
@@ -418,7 +489,9 @@ def test_the_study_covers_ranks_bits_tasks_and_seeds():
 
 
 def test_each_task_and_method_of_the_study_has_its_own_learning_rate():
-    choices = [choice._replace(learning_rate=1e-3 if choice.method == "full" else 1e-2) for choice in chosen_at(1.0)]
+    choices = [
+        choice._replace(learning_rate=1e-3 if choice.method == "full" else 1e-2) for choice in chosen_at(1.0)
+    ]
     rates = {(run.method, run.learning_rate) for run in study_runs(choices) if run.method in ("full", "lora")}
     assert rates == {("full", 1e-3), ("lora", 1e-2)}
 

@@ -127,7 +127,9 @@ def test_prompts_fit_their_batches_and_their_score(products: ProductsTask, split
     prompts, batches = products.prompts(split), products.eval_batches(split)
     assert len(prompts) == 256 >= 200
     rows = [
-        (row, mask, targets) for batch in batches for row, mask, targets in zip(batch.ids, batch.mask, batch.targets, strict=True)
+        (row, mask, targets)
+        for batch in batches
+        for row, mask, targets in zip(batch.ids, batch.mask, batch.targets, strict=True)
     ]
     answers = []
     for prompt, (row, mask, targets) in zip(prompts, rows, strict=True):
@@ -201,9 +203,14 @@ def test_default_windows_do_not_overlap(text_file: Path) -> None:
 def test_text_splits_are_the_ends_of_the_file(text_file: Path) -> None:
     data = text_file.read_bytes()
     task = make_task("text", text_path=text_file, n_eval=400, window=100)
-    bounds = {"validation": (len(data) * 8 // 10, len(data) * 9 // 10), "test": (len(data) * 9 // 10, len(data))}
+    bounds = {
+        "validation": (len(data) * 8 // 10, len(data) * 9 // 10),
+        "test": (len(data) * 9 // 10, len(data)),
+    }
     for split, (low, high) in bounds.items():
-        covered = b"".join(bytes(row.tolist()) for batch in task.eval_batches(split) for row in (batch.ids[0], batch.ids[-1]))
+        covered = b"".join(
+            bytes(row.tolist()) for batch in task.eval_batches(split) for row in (batch.ids[0], batch.ids[-1])
+        )
         assert covered[:100] == data[low : low + 100]
         last = task.eval_batches(split)[-1].targets[-1]
         assert bytes(last.tolist()) == data[high - 100 : high]

@@ -87,7 +87,11 @@ def test_text_round_trip(text):
 
 
 def test_qwen2_composes_characters_as_its_tokenizer_json_does():
-    assert tokenizer("qwen2").encode("e\u0301") == tokenizer("qwen2").encode("\xe9") != tokenizer().encode("e\u0301")
+    assert (
+        tokenizer("qwen2").encode("e\u0301")
+        == tokenizer("qwen2").encode("\xe9")
+        != tokenizer().encode("e\u0301")
+    )
 
 
 def test_special_tokens_in_a_text():
@@ -165,14 +169,19 @@ def test_metadata_that_cannot_be(changed, message):
 JUNK = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(max_size=3)
 
 
-@given(st.dictionaries(st.sampled_from(sorted(gguf_tokenizer())), JUNK | st.lists(JUNK, max_size=4), min_size=1), st.data())
+@given(
+    st.dictionaries(st.sampled_from(sorted(gguf_tokenizer())), JUNK | st.lists(JUNK, max_size=4), min_size=1),
+    st.data(),
+)
 def test_damaged_metadata_are_refused_or_work(damage, data):
     """Nothing but ConfigError: no crash of the library, no half-made tokenizer."""
     metadata = gguf_tokenizer() | damage
     for key in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
         if key not in damage and data.draw(st.booleans()):  # one entry among the right ones
             entries = list(metadata[key])
-            entries[data.draw(st.integers(0, len(entries) - 1))] = data.draw(JUNK | st.text(st.characters(), max_size=5))
+            entries[data.draw(st.integers(0, len(entries) - 1))] = data.draw(
+                JUNK | st.text(st.characters(), max_size=5)
+            )
             metadata[key] = entries
     try:
         made = TextTokenizer.from_gguf(metadata)
@@ -200,9 +209,15 @@ def test_the_hash_is_of_all_that_counts():
     base = gguf_tokenizer()
     hashes = {
         TextTokenizer.from_gguf(metadata).sha256
-        for metadata in (base, gguf_tokenizer("gpt-2"), gguf_tokenizer(eos_token_id=0), gguf_tokenizer(chat_template="x"),
-                         gguf_tokenizer(add_bos_token=True), gguf_tokenizer(merges=base["tokenizer.ggml.merges"][::-1]))
-    }  # fmt: skip
+        for metadata in (
+            base,
+            gguf_tokenizer("gpt-2"),
+            gguf_tokenizer(eos_token_id=0),
+            gguf_tokenizer(chat_template="x"),
+            gguf_tokenizer(add_bos_token=True),
+            gguf_tokenizer(merges=base["tokenizer.ggml.merges"][::-1]),
+        )
+    }
     assert len(hashes) == 6
     assert TextTokenizer.from_gguf(base, "elsewhere.gguf").sha256 in hashes
 
@@ -238,13 +253,25 @@ def test_a_stream_of_bytes_waits_for_whole_characters():
 
 
 def test_a_run_of_byte_tokens_is_sure_when_it_has_ended():
-    """SentencePiece's decoder takes a run of byte tokens as one: a wrong byte makes nonsense of all of them."""
+    """SentencePiece's decoder takes a run of byte tokens as one: a wrong byte makes nonsense of all of
+    them."""
     import tokenizers
 
     vocabulary = {"a": 0, "</s>": 1} | {f"<0x{byte:02X}>": 2 + byte for byte in range(256)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
-    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
-    t = TextTokenizer(backend, where="test", special={"eos": 1}, add_bos=False, add_eos=False, stops=(), template=None, sha256="")
+    backend.decoder = tokenizers.decoders.Sequence(
+        [tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+    )
+    t = TextTokenizer(
+        backend,
+        where="test",
+        special={"eos": 1},
+        add_bos=False,
+        add_eos=False,
+        stops=(),
+        template=None,
+        sha256="",
+    )
     good, bad = [0, 2 + 0xC3, 2 + 0xA9, 0], [0, 2 + 0xC3, 2 + 0xA9, 2 + 0xFF, 0]
     for ids in (good, bad):
         stream = t.stream()
@@ -268,7 +295,9 @@ def test_chat_renders_the_template():
 def test_templates_see_specials_and_helpers():
     source = "{{ bos_token }}{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y') | length }}"
     t = TextTokenizer.from_gguf(gguf_tokenizer(chat_template=source))
-    assert t.render([{"role": "user", "content": "<é>"}]) == '<|im_start|>[{"role": "user", "content": "<é>"}]x4'
+    assert (
+        t.render([{"role": "user", "content": "<é>"}]) == '<|im_start|>[{"role": "user", "content": "<é>"}]x4'
+    )
 
 
 def test_templates_trim_blocks_and_break_loops():
@@ -280,7 +309,10 @@ def test_templates_trim_blocks_and_break_loops():
     ("source", "message"),
     [
         ("{% for i in range(9**9) %}{% endfor %}", r"\*\* "),
-        ("{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}", "loops turn more than"),
+        (
+            "{% for i in range(90000) %}{% for j in range(90000) %}{% endfor %}{% endfor %}",
+            "loops turn more than",
+        ),
         ("{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
         ("{{ raise_exception('no system message') }}", "no system message"),
         ("{{ messages[7].content }}", "no element 7"),
@@ -351,13 +383,18 @@ def test_a_saved_tokenizer_is_the_same_one(tmp_path):
     t, text = TextTokenizer.from_folder(tmp_path), "a  12 hello<|im_end|>\n\n1é"
     assert t.encode(text) == tokenizer().encode(text) and t.chat(HI) == tokenizer().chat(HI)
     assert (t.bos_id, t.eos_id, t.pad_id, t.stop_ids, t.begin) == tuple(
-        getattr(tokenizer(), name) for name in ("bos_id", "eos_id", "pad_id", "stop_ids", "begin"))  # fmt: skip
+        getattr(tokenizer(), name) for name in ("bos_id", "eos_id", "pad_id", "stop_ids", "begin")
+    )
 
 
 def test_what_other_files_of_a_folder_say(tmp_path):
-    made = folder(tmp_path, {"eos_token": None, "bos_token": None, "chat_template": [{"name": "default", "template": "D"}]},
-                  special_tokens_map__json={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
-                  generation_config__json={"eos_token_id": [2, 8]}, config__json={"eos_token_id": 9})  # fmt: skip
+    made = folder(
+        tmp_path,
+        {"eos_token": None, "bos_token": None, "chat_template": [{"name": "default", "template": "D"}]},
+        special_tokens_map__json={"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"},
+        generation_config__json={"eos_token_id": [2, 8]},
+        config__json={"eos_token_id": 9},
+    )
     t = TextTokenizer.from_folder(made)
     assert (t.bos_id, t.eos_id, t.stop_ids, t.render(HI)) == (0, 2, {0, 2, 8, 9}, "D")
     (made / "chat_template.jinja").write_text("J")
@@ -367,7 +404,8 @@ def test_what_other_files_of_a_folder_say(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("config", "begin", "end"), [({}, [1], []), ({"add_bos_token": False}, [], []), ({"add_eos_token": True}, [1], [2])]
+    ("config", "begin", "end"),
+    [({}, [1], []), ({"add_bos_token": False}, [], []), ({"add_eos_token": True}, [1], [2])],
 )
 def test_bos_of_a_folder_by_its_post_processor_unless_the_config_says_otherwise(config, begin, end, tmp_path):
     import tokenizers
@@ -394,7 +432,11 @@ def test_bos_of_a_folder_by_its_post_processor_unless_the_config_says_otherwise(
         ({}, {"tokenizer_config__json": "[" * 100_000}, r"tokenizer_config\.json: not a JSON file"),
         ({"eos_token": "<eos>"}, {}, r"eos_token is '<eos>', which tokenizer\.json does not have"),
         ({"eos_token": None}, {}, "no end-of-text token"),
-        ({}, {"generation_config__json": {"eos_token_id": 281}}, r"eos_token_id is 281; a token id is 0\.\.280"),
+        (
+            {},
+            {"generation_config__json": {"eos_token_id": 281}},
+            r"eos_token_id is 281; a token id is 0\.\.280",
+        ),
         ({}, {"generation_config__json": {"eos_token_id": "2"}}, "eos_token_id is '2'"),
         ({}, {"generation_config__json": {"eos_token_id": -1}}, "eos_token_id is -1"),
         ({}, {"generation_config__json": {"eos_token_id": 2**70}}, "eos_token_id is"),
@@ -419,7 +461,14 @@ def test_a_folder_without_tokenizer_json(tmp_path):
 
 def test_bytes_have_the_same_interface():
     t = ByteTokenizer()
-    assert (t.bos_id, t.eos_id, t.pad_id, t.stop_ids, t.begin, t.vocab_size) == (BOS, EOS, PAD, {EOS}, (BOS,), 259)
+    assert (t.bos_id, t.eos_id, t.pad_id, t.stop_ids, t.begin, t.vocab_size) == (
+        BOS,
+        EOS,
+        PAD,
+        {EOS},
+        (BOS,),
+        259,
+    )
     assert t.encode("hé") == [BOS, 104, 195, 169] and t.encode("h", add_special=False) == [104]
     for refuse in (t.render, t.chat):
         with pytest.raises(ConfigError, match="tiny base has none"):

@@ -1,4 +1,5 @@
-"""Training: optimizers against loops, the same bytes for any number of threads and after any interruption, and clear stops."""
+"""Training: optimizers against loops, the same bytes for any number of threads and after any interruption,
+and clear stops."""
 
 from __future__ import annotations
 
@@ -10,7 +11,17 @@ from pathlib import Path
 import naive
 import numpy as np
 import pytest
-from helpers import GQA, FakeTask, adapters, assert_close, close_rtol, digest, fill_adapters, make_model, random_batch
+from helpers import (
+    GQA,
+    FakeTask,
+    adapters,
+    assert_close,
+    close_rtol,
+    digest,
+    fill_adapters,
+    make_model,
+    random_batch,
+)
 
 import minilora.threads
 from minilora import functional as F
@@ -19,7 +30,7 @@ from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_tensors, write_tensors
 from minilora.layers import Gradients, Parameter
 from minilora.lora import full, inject_lora, subset
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, find_nonfinite, loss_and_grads, shard_loss, split
 from minilora.training.optimizers import SGD, AdamW, clip_, learning_rate, make_optimizer
@@ -58,7 +69,7 @@ def trained(model):
     return digest(p.data for p in model.trainable())
 
 
-# --- loss -------------------------------------------------------------------------------------------------------------
+# --- loss ---------------------------------------------------------------------------------------------------
 
 
 def test_masked_loss_equals_the_full_loss_on_those_targets():
@@ -70,7 +81,9 @@ def test_masked_loss_equals_the_full_loss_on_those_targets():
     assert abs(loss - expected) < close_rtol(np.float64, 19, 16) * expected
     # the gradient, too, equals that of all rows with the others' dlogits set to zero
     logits, cache = model.head.forward(*(model.forward(batch.ids)[:1]))
-    _, cache_loss = F.cross_entropy_forward(logits.reshape(-1, 19), batch.targets.reshape(-1), float(batch.mask.sum()))
+    _, cache_loss = F.cross_entropy_forward(
+        logits.reshape(-1, 19), batch.targets.reshape(-1), float(batch.mask.sum())
+    )
     dlogits = F.cross_entropy_backward(cache_loss).reshape(logits.shape) * batch.mask[..., None]
     everything = Gradients(model.trainable())
     hidden, cache_model = model.forward(batch.ids)
@@ -119,7 +132,8 @@ def test_shards_are_uneven_in_order_and_never_more_than_sequences(shards, sizes)
 
 @pytest.mark.parametrize("shards", [2, 3, 5, 9])
 def test_loss_and_gradients_do_not_depend_on_the_shards_but_for_rounding(shards):
-    """The loss divides by the whole batch's targets, not by each shard's: with uneven masks the two differ."""
+    """The loss divides by the whole batch's targets, not by each shard's: with uneven masks the two
+    differ."""
     model, batch = make_model(GQA), random_batch(GQA, B=5, share=0.3)
     assert len({int(piece.mask.sum()) for piece in split(batch, shards)}) > 1
     with Workers(1) as workers:
@@ -151,7 +165,10 @@ def test_a_batch_without_any_target_is_refused():
 
 
 def test_evaluation_weights_batches_by_their_targets():
-    model, batches = make_model(GQA), [random_batch(GQA, B=3, T=7, seed=0), random_batch(GQA, B=1, T=4, seed=1)]
+    model, batches = (
+        make_model(GQA),
+        [random_batch(GQA, B=3, T=7, seed=0), random_batch(GQA, B=1, T=4, seed=1)],
+    )
     found = evaluate(model, batches)
     total = sum(naive.cross_entropy(model.logits(b.ids)[b.mask], b.targets[b.mask]) for b in batches)
     expected = total / sum(b.mask.sum() for b in batches)
@@ -177,7 +194,7 @@ def test_evaluation_is_the_same_for_any_number_of_threads_and_without_dropout():
     assert all(result == results[0] for result in results)
 
 
-# --- optimizers -------------------------------------------------------------------------------------------------------
+# --- optimizers ---------------------------------------------------------------------------------------------
 
 
 def run_optimizer(config, dtype, steps=25):
@@ -205,7 +222,13 @@ def run_optimizer(config, dtype, steps=25):
 @pytest.mark.parametrize("ratio", [1.0, 16.0])
 def test_optimizers_equal_loops(dtype, decay, optimizer, momentum, ratio):
     config = TrainConfig(
-        optimizer=optimizer, momentum=momentum, weight_decay=decay, beta1=0.8, beta2=0.95, eps=1e-4, lora_plus_ratio=ratio
+        optimizer=optimizer,
+        momentum=momentum,
+        weight_decay=decay,
+        beta1=0.8,
+        beta2=0.95,
+        eps=1e-4,
+        lora_plus_ratio=ratio,
     )
     parameters, start, history, rates = run_optimizer(config, dtype)
     for i, (p, factor) in enumerate(zip(parameters, (1.0, ratio), strict=True)):  # LoRA+: every B, and only B
@@ -219,7 +242,8 @@ def test_optimizers_equal_loops(dtype, decay, optimizer, momentum, ratio):
                 else naive.sgd(float(start[i][index]), grads, scaled, momentum, decay)
             )
         assert p.data.dtype == dtype
-        # each of 25 updates rounds the parameter and the states once or a few times; sums of 25 steps of about factor·0.1
+        # each of 25 updates rounds the parameter and the states once or a few times; sums of 25 steps of
+        # about factor·0.1
         reach = max(1.0, factor * 0.1 * 25 / (1 - momentum) ** 0.5)
         assert np.abs(p.data - expected).max() <= close_rtol(dtype, 25) * reach * np.abs(expected).max()
 
@@ -247,7 +271,8 @@ def test_weight_decay_is_decoupled_from_the_gradient():
 
 
 @pytest.mark.parametrize(
-    "config, arrays", [(TrainConfig(), 2), (TrainConfig(optimizer="sgd"), 0), (TrainConfig(optimizer="sgd", momentum=0.9), 1)]
+    "config, arrays",
+    [(TrainConfig(), 2), (TrainConfig(optimizer="sgd"), 0), (TrainConfig(optimizer="sgd", momentum=0.9), 1)],
 )
 def test_state_exists_for_trainable_parameters_only(config, arrays):
     model = lora_model()
@@ -256,7 +281,7 @@ def test_state_exists_for_trainable_parameters_only(config, arrays):
     assert sum(a.size for a in state.values()) == arrays * sum(p.data.size for p in model.trainable())
 
 
-# --- schedule and clipping --------------------------------------------------------------------------------------------
+# --- schedule and clipping ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "constant"])
@@ -288,7 +313,9 @@ def test_clipping_equals_loop_over_all_arrays_together(limit, dtype):
     assert clip_(grads, limit) == pytest.approx(norm, rel=close_rtol(dtype, 17))
     assert_close(np.concatenate([grads[p].reshape(-1) for p in parameters]), expected, close_rtol(dtype, 17))
     if norm <= limit:
-        assert all(np.array_equal(grads[p], old) for p, old in zip(parameters, before, strict=True))  # not a bit touched
+        assert all(
+            np.array_equal(grads[p], old) for p, old in zip(parameters, before, strict=True)
+        )  # not a bit touched
     assert all(g.dtype == dtype for g in grads.values())
 
 
@@ -300,11 +327,13 @@ def test_clipping_leaves_what_is_not_finite_to_be_found(bad):
     assert not np.isfinite(clip_(grads, 1.0)) and not np.isfinite(grads[p][1])
 
 
-# --- the trainer ------------------------------------------------------------------------------------------------------
+# --- the trainer --------------------------------------------------------------------------------------------
 
 
 def test_each_epoch_sees_each_example_once_in_a_new_order():
-    epochs = [np.concatenate([batch_indices(10, 5, step, seed=3) for step in (2 * e, 2 * e + 1)]) for e in range(3)]
+    epochs = [
+        np.concatenate([batch_indices(10, 5, step, seed=3) for step in (2 * e, 2 * e + 1)]) for e in range(3)
+    ]
     assert all(sorted(e) == list(range(10)) for e in epochs)
     assert not np.array_equal(epochs[0], epochs[1]) and not np.array_equal(epochs[1], epochs[2])
 
@@ -329,7 +358,9 @@ def test_training_learns(make):
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
-@pytest.mark.parametrize("enough", [minilora.threads.ENOUGH, 1])  # 1: gradients are added, clipped and applied by all threads
+@pytest.mark.parametrize(
+    "enough", [minilora.threads.ENOUGH, 1]
+)  # 1: gradients are added, clipped and applied by all threads
 @every_model
 def test_same_bytes_for_1_2_and_3_threads(make, enough, monkeypatch):
     monkeypatch.setattr(minilora.threads, "ENOUGH", enough)
@@ -337,7 +368,13 @@ def test_same_bytes_for_1_2_and_3_threads(make, enough, monkeypatch):
     for threads in (1, 2, 3):
         model = make()
         history = Trainer(model, FakeTask(), replace(QUICK, shards=3), threads=threads).train()
-        found.add((trained(model), tuple(s["loss"] for s in history.steps), tuple(s["grad_norm"] for s in history.steps)))
+        found.add(
+            (
+                trained(model),
+                tuple(s["loss"] for s in history.steps),
+                tuple(s["grad_norm"] for s in history.steps),
+            )
+        )
     assert len(found) == 1
 
 
@@ -348,7 +385,8 @@ def test_more_threads_than_shards_is_fine_and_shards_change_only_rounding():
         Trainer(model, FakeTask(), replace(QUICK, shards=shards), threads=8).train()
         results.append([p.data for p in model.trainable()])
     for a, b in zip(*results, strict=True):
-        # Adam divides by √v, which for B's first steps turns rounding of a small gradient into a relative error of the update
+        # Adam divides by √v, which for B's first steps turns rounding of a small gradient into a relative
+        # error of the update
         assert_close(a, b, 1e-6)
 
 
@@ -402,7 +440,13 @@ def test_dropout_draws_from_seed_step_and_shard():
 
 def test_callbacks_see_each_step():
     seen = []
-    trainer = Trainer(lora_model(), FakeTask(), QUICK, threads=1, callbacks=[lambda step, info: seen.append((step, dict(info)))])
+    trainer = Trainer(
+        lora_model(),
+        FakeTask(),
+        QUICK,
+        threads=1,
+        callbacks=[lambda step, info: seen.append((step, dict(info)))],
+    )
     history = trainer.train()
     assert [step for step, _ in seen] == list(range(6)) and [info for _, info in seen] == history.steps
     assert all(set(info) == {"loss", "learning_rate", "grad_norm", "seconds", "tokens"} for _, info in seen)
@@ -445,7 +489,7 @@ def test_progress_goes_to_stderr_only_when_asked(capsys):
     assert out == "" and "train fake" in err and "loss=" in err
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 @every_model
@@ -467,7 +511,9 @@ def test_interrupted_and_resumed_ends_in_the_same_bytes(make, config, tmp_path):
         if step == 4:
             raise Interrupted
 
-    first = Trainer(make(), task, replace(config, checkpoint_every=3), threads=2, folder=tmp_path, callbacks=[stop])
+    first = Trainer(
+        make(), task, replace(config, checkpoint_every=3), threads=2, folder=tmp_path, callbacks=[stop]
+    )
     with pytest.raises(Interrupted):
         first.train()
     resumed = Trainer(make(), task, config, threads=1, folder=tmp_path)
@@ -484,7 +530,9 @@ def test_interrupted_and_resumed_ends_in_the_same_bytes(make, config, tmp_path):
 
 
 def test_a_finished_checkpoint_trains_no_further(tmp_path):
-    trainer = Trainer(lora_model(), FakeTask(), replace(QUICK, checkpoint_every=6), threads=1, folder=tmp_path)
+    trainer = Trainer(
+        lora_model(), FakeTask(), replace(QUICK, checkpoint_every=6), threads=1, folder=tmp_path
+    )
     trainer.train()
     again = Trainer(lora_model(), FakeTask(), QUICK, threads=1)
     again.load(tmp_path / CHECKPOINT)
@@ -507,7 +555,9 @@ def test_no_checkpoints_unless_asked_for(tmp_path):
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    trainer = Trainer(lora_model(), FakeTask(), replace(QUICK, checkpoint_every=2), threads=1, folder=tmp_path)
+    trainer = Trainer(
+        lora_model(), FakeTask(), replace(QUICK, checkpoint_every=2), threads=1, folder=tmp_path
+    )
     trainer.train()
     return tmp_path / CHECKPOINT
 
@@ -519,7 +569,9 @@ def refused(path, message, trainer=None):
         trainer.load(path)
     assert str(path) in str(caught.value) and isinstance(caught.value, ValueError)
     assert trainer.step == 0  # and nothing has been half loaded
-    assert digest([*(p.data for p in trainer.model.trainable()), *trainer.optimizer.state().values()]) == before
+    assert (
+        digest([*(p.data for p in trainer.model.trainable()), *trainer.optimizer.state().values()]) == before
+    )
 
 
 def test_a_missing_checkpoint_is_refused(tmp_path):
@@ -541,7 +593,9 @@ def test_a_foreign_file_is_refused(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "metadata", [{}, {"minilora_checkpoint": 3}, {"minilora_checkpoint": {"step": 1}}, {"minilora_model": {}}], ids=str
+    "metadata",
+    [{}, {"minilora_checkpoint": 3}, {"minilora_checkpoint": {"step": 1}}, {"minilora_model": {}}],
+    ids=str,
 )
 def test_a_safetensors_file_of_another_kind_is_refused(tmp_path, metadata):
     path = tmp_path / "other.safetensors"
@@ -559,11 +613,23 @@ def test_a_checkpoint_with_nan_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "field, value", [("learning_rate", 5e-3), ("seed", 1), ("steps", 7), ("batch_size", 5), ("optimizer", "sgd"), ("shards", 3)]
+    "field, value",
+    [
+        ("learning_rate", 5e-3),
+        ("seed", 1),
+        ("steps", 7),
+        ("batch_size", 5),
+        ("optimizer", "sgd"),
+        ("shards", 3),
+    ],
 )
 def test_a_checkpoint_of_another_configuration_is_refused_by_field(checkpoint, field, value):
     trainer = Trainer(lora_model(), FakeTask(), replace(QUICK, **{field: value}), threads=1)
-    refused(checkpoint, f"made with another configuration .*{field}: {asdict(QUICK)[field]!r} there, {value!r} here", trainer)
+    refused(
+        checkpoint,
+        f"made with another configuration .*{field}: {asdict(QUICK)[field]!r} there, {value!r} here",
+        trainer,
+    )
 
 
 def test_a_checkpoint_of_other_data_is_refused(checkpoint):
@@ -571,13 +637,15 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint):
 
 
 @pytest.mark.parametrize(
-    "make", [MODELS["full"], MODELS["qalora"], lambda: lora_model(np.float64)], ids=["full", "qalora", "other precision"]
+    "make",
+    [MODELS["full"], MODELS["qalora"], lambda: lora_model(np.float64)],
+    ids=["full", "qalora", "other precision"],
 )
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, make):
     refused(checkpoint, "arrays do not fit", Trainer(make(), FakeTask(), QUICK, threads=1))
 
 
-# --- NaN and infinity -------------------------------------------------------------------------------------------------
+# --- NaN and infinity ---------------------------------------------------------------------------------------
 
 
 def poison(model, at, where):
@@ -603,9 +671,13 @@ POISONS = {
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 @pytest.mark.parametrize("where, place", POISONS.values(), ids=POISONS.keys())
 @pytest.mark.parametrize(
-    "at, said, kept", [(3, "after 4 steps", 2), (4, "step 5: loss nan", 4)], ids=["checkpoint due", "checkpoint made"]
+    "at, said, kept",
+    [(3, "after 4 steps", 2), (4, "step 5: loss nan", 4)],
+    ids=["checkpoint due", "checkpoint made"],
 )
-def test_nan_stops_with_step_and_place_and_keeps_the_last_good_checkpoint(where, place, at, said, kept, tmp_path):
+def test_nan_stops_with_step_and_place_and_keeps_the_last_good_checkpoint(
+    where, place, at, said, kept, tmp_path
+):
     model = lora_model()
     trainer = Trainer(model, FakeTask(), replace(QUICK, checkpoint_every=2), threads=1, folder=tmp_path)
     good = []
@@ -613,7 +685,11 @@ def test_nan_stops_with_step_and_place_and_keeps_the_last_good_checkpoint(where,
     # after step 3 the next checkpoint is due: it must not replace the good one of 2 steps
     with pytest.raises(NonFiniteError, match=place) as caught:
         trainer.train()
-    assert said in str(caught.value) and "learning_rate" in str(caught.value) and "checkpoint is kept" in str(caught.value)
+    assert (
+        said in str(caught.value)
+        and "learning_rate" in str(caught.value)
+        and "checkpoint is kept" in str(caught.value)
+    )
     assert isinstance(caught.value, ValueError)
     fresh = Trainer(lora_model(), FakeTask(), QUICK, threads=1)
     fresh.load(tmp_path / CHECKPOINT)
@@ -626,7 +702,9 @@ def test_overflow_in_a_block_is_named():
     model.blocks[1].mlp.down_proj.weight.param.data[...] = 3e38
     assert find_nonfinite(model, [FakeTask().batch([0, 1])]) == "output of model.layers.1"
     trainer = Trainer(full(model), FakeTask(), QUICK, threads=1)
-    with pytest.raises(NonFiniteError, match="step 0: loss nan.*output of model.layers.1; no checkpoint was asked for"):
+    with pytest.raises(
+        NonFiniteError, match="step 0: loss nan.*output of model.layers.1; no checkpoint was asked for"
+    ):
         trainer.train()
 
 
@@ -637,17 +715,24 @@ def test_a_gradient_that_overflows_alone_is_named(monkeypatch):
 
     def one_step(self, workers):
         lora_b = adapters(model)[0].lora_B
-        adapters(model)[0].backward = lambda dy, cache, grads, last: (grads.add(lora_b, np.float32(np.inf)), 0 * dy)[1]
+        adapters(model)[0].backward = lambda dy, cache, grads, last: (
+            grads.add(lora_b, np.float32(np.inf)),
+            0 * dy,
+        )[1]
         return original(self, workers)
 
     monkeypatch.setattr(Trainer, "_one_step", one_step)
-    with pytest.raises(NonFiniteError, match="step 0: .*gradient of model.layers.0.self_attn.q_proj.lora_B.weight"):
+    with pytest.raises(
+        NonFiniteError, match="step 0: .*gradient of model.layers.0.self_attn.q_proj.lora_B.weight"
+    ):
         Trainer(model, FakeTask(), QUICK, threads=1).train()
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")
 def test_a_rate_that_explodes_stops_instead_of_going_on():
-    config = TrainConfig(steps=20, batch_size=4, optimizer="sgd", learning_rate=1e30, warmup_steps=0, schedule="constant")
+    config = TrainConfig(
+        steps=20, batch_size=4, optimizer="sgd", learning_rate=1e30, warmup_steps=0, schedule="constant"
+    )
     with pytest.raises(NonFiniteError, match="learning_rate below 1e"):
         Trainer(full(make_model(GQA, dtype=np.float32)), FakeTask(), config, threads=2).train()
 
@@ -675,7 +760,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_training(tmp_path):
     assert not steps
 
 
-# --- threads ----------------------------------------------------------------------------------------------------------
+# --- threads ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -687,12 +772,16 @@ def test_workers_keep_the_order_and_pass_errors_on(threads):
         assert workers.map(str, []) == []
 
 
-@pytest.mark.parametrize("sizes", [[], [1], [0, 0], [5, 0, 1], [2**20], [1, 2**20, 1], [2**20] * 7, [2**19, 1, 2**19, 2**19]])
+@pytest.mark.parametrize(
+    "sizes", [[], [1], [0, 0], [5, 0, 1], [2**20], [1, 2**20, 1], [2**20] * 7, [2**19, 1, 2**19, 2**19]]
+)
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_arrays_are_shared_out_once_each_in_order(threads, sizes):
     with Workers(threads) as workers:
         done = []
-        assert workers.map_arrays(lambda i: done.append(i) or -i, range(len(sizes)), sizes) == [-i for i in range(len(sizes))]
+        assert workers.map_arrays(lambda i: done.append(i) or -i, range(len(sizes)), sizes) == [
+            -i for i in range(len(sizes))
+        ]
         assert sorted(done) == list(range(len(sizes)))
 
 
@@ -725,7 +814,8 @@ def test_available_threads_is_positive():
 
 @pytest.fixture
 def all_blas():
-    """Let single_blas see the libraries that other tests have loaded meanwhile (Numba brings SciPy's, which we never call)."""
+    """Let single_blas see the libraries that other tests have loaded meanwhile (Numba brings SciPy's, which
+    we never call)."""
     minilora.threads._controller.cache_clear()
 
 
@@ -769,7 +859,9 @@ def test_whole_training_runs_with_one_blas_thread(all_blas):
         replace(QUICK, steps=1),
         threads=1,
         callbacks=[
-            lambda step, info: seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+            lambda step, info: seen.extend(
+                pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"
+            )
         ],
     ).train()
     assert seen and set(seen) == {1}
@@ -781,7 +873,9 @@ def test_the_default_model_trains_the_same_for_1_and_2_threads():
     task, found = FakeTask(n_train=16, vocab_size=259, longest=40), set()
     for threads in (1, 2):
         model = inject_lora(
-            make_model(config, dtype=np.float32, trainable=False), LoraConfig(r=4, lora_dropout=0.1), np.random.default_rng(0)
+            make_model(config, dtype=np.float32, trainable=False),
+            LoraConfig(r=4, lora_dropout=0.1),
+            np.random.default_rng(0),
         )
         Trainer(model, task, replace(QUICK, steps=2, batch_size=8), threads=threads).train()
         found.add(trained(model))
@@ -789,6 +883,12 @@ def test_the_default_model_trains_the_same_for_1_and_2_threads():
 
 
 def test_files_are_where_the_trainer_says(tmp_path):
-    trainer = Trainer(lora_model(), FakeTask(), replace(QUICK, checkpoint_every=3), threads=1, folder=tmp_path / "new" / "folder")
+    trainer = Trainer(
+        lora_model(),
+        FakeTask(),
+        replace(QUICK, checkpoint_every=3),
+        threads=1,
+        folder=tmp_path / "new" / "folder",
+    )
     trainer.train()
     assert [p.name for p in Path(tmp_path / "new" / "folder").iterdir()] == [CHECKPOINT]

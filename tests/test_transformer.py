@@ -6,18 +6,31 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from helpers import CONFIGS, GQA, adapters, assert_close, close_rtol, digest, fill_adapters, make_model, random_batch, weights
+from helpers import (
+    CONFIGS,
+    GQA,
+    adapters,
+    assert_close,
+    close_rtol,
+    digest,
+    fill_adapters,
+    make_model,
+    random_batch,
+    weights,
+)
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
-from minilora.gradients import gradcheck
 from minilora.layers import Block, Gradients, Parameter
 from minilora.lora import full, inject_lora, subset
 from minilora.memory import arrays_in, unique_bytes
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
+from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
 from minilora.transformer import build_model, init_model, parameter_shapes
 
-SMALL = replace(GQA, vocab_size=11, hidden_size=8, intermediate_size=6)  # few enough elements to check each one
+SMALL = replace(
+    GQA, vocab_size=11, hidden_size=8, intermediate_size=6
+)  # few enough elements to check each one
 IDS = np.array([[1, 2, 3, 4], [5, 4, 3, 9]])
 
 
@@ -27,7 +40,7 @@ def gradients_of(model, batch, checkpoint=False, key=None):
     return loss, grads
 
 
-# --- gradients --------------------------------------------------------------------------------------------------------
+# --- gradients ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -62,7 +75,9 @@ METHODS = {
     "embedding": lambda m: subset(m, ("embed_tokens",)),
     "head": lambda m: subset(m, ("lm_head",)),
     "lora all": lambda m: inject_lora(m, LoraConfig(r=2, lora_alpha=3), np.random.default_rng(0)),
-    "lora head": lambda m: inject_lora(m, LoraConfig(r=2, lora_alpha=3, target_modules=("lm_head",)), np.random.default_rng(0)),
+    "lora head": lambda m: inject_lora(
+        m, LoraConfig(r=2, lora_alpha=3, target_modules=("lm_head",)), np.random.default_rng(0)
+    ),
     "lora last block": lambda m: inject_lora(
         m, LoraConfig(r=2, target_modules=("layers.1.mlp.up_proj",)), np.random.default_rng(0)
     ),
@@ -77,7 +92,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", ["last block", "norms", "final norm", "embedding", "head", "lora all", "lora head", "qalora"])
+@pytest.mark.parametrize(
+    "method", ["last block", "norms", "final norm", "embedding", "head", "lora all", "lora head", "qalora"]
+)
 def test_gradcheck_of_what_trains(method):
     model = METHODS[method](make_model(SMALL, trainable=False))
     if "lora" in method:
@@ -114,10 +131,14 @@ def test_checkpointing_gives_the_same_bytes(method, dtype):
 
 def test_checkpointing_draws_the_same_dropout_again():
     model = fill_adapters(
-        inject_lora(make_model(GQA, trainable=False), LoraConfig(r=2, lora_dropout=0.5), np.random.default_rng(0))
+        inject_lora(
+            make_model(GQA, trainable=False), LoraConfig(r=2, lora_dropout=0.5), np.random.default_rng(0)
+        )
     )
     batch = random_batch(GQA)
-    (loss, grads), (loss2, grads2) = (gradients_of(model, batch, checkpoint, (1, 2, 3)) for checkpoint in (False, True))
+    (loss, grads), (loss2, grads2) = (
+        gradients_of(model, batch, checkpoint, (1, 2, 3)) for checkpoint in (False, True)
+    )
     assert loss == loss2 and digest(grads.values()) == digest(grads2.values())
     assert gradients_of(model, batch, key=(1, 3, 3))[0] != loss  # another step, other elements
     assert gradients_of(model, batch, key=(1, 2, 4))[0] != loss  # another shard
@@ -131,8 +152,14 @@ def test_checkpointing_keeps_the_halves_inputs_and_q_k_v():
     assert unique_bytes(arrays_in(checkpointed)) < unique_bytes(arrays_in(plain)) / 2
     for cache in checkpointed[4]:
         x, mixed, (q, k, v) = cache
-        assert x.shape == mixed.shape == (2, 4, 16) and q.shape == (2, 4, 4, 4) and k.shape == v.shape == (2, 4, 2, 4)
-        assert unique_bytes(arrays_in(cache)) == 8 * 2 * 4 * (16 + 16 + 16 + 8 + 8)  # nothing larger behind a view
+        assert (
+            x.shape == mixed.shape == (2, 4, 16)
+            and q.shape == (2, 4, 4, 4)
+            and k.shape == v.shape == (2, 4, 2, 4)
+        )
+        assert unique_bytes(arrays_in(cache)) == 8 * 2 * 4 * (
+            16 + 16 + 16 + 8 + 8
+        )  # nothing larger behind a view
 
 
 def test_a_forward_pass_without_backward_keeps_no_block():
@@ -141,7 +168,7 @@ def test_a_forward_pass_without_backward_keeps_no_block():
     assert cache[4] == [(), ()] and np.array_equal(hidden, model.forward(IDS)[0])
 
 
-# --- where backward stops ---------------------------------------------------------------------------------------------
+# --- where backward stops -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -187,7 +214,7 @@ def test_backward_frees_each_blocks_cache_on_the_way():
     assert cache[4] == []
 
 
-# --- what the model computes ------------------------------------------------------------------------------------------
+# --- what the model computes --------------------------------------------------------------------------------
 
 
 def test_future_tokens_do_not_change_the_past(config):
@@ -202,7 +229,11 @@ def test_sequences_of_a_batch_do_not_mix(config):
     model = make_model(config)
     both = model.logits(IDS % 5)
     for b in range(2):
-        assert_close(both[b : b + 1], model.logits(IDS[b : b + 1] % 5), close_rtol(np.float64, *[config.hidden_size] * 8))
+        assert_close(
+            both[b : b + 1],
+            model.logits(IDS[b : b + 1] % 5),
+            close_rtol(np.float64, *[config.hidden_size] * 8),
+        )
 
 
 def test_positions_matter():
@@ -222,7 +253,10 @@ def test_dtype_of_the_model_is_the_dtype_of_everything(config, dtype):
 
 
 def test_float32_agrees_with_float64(config):
-    double, single = make_model(config), build_model(config, {k: v.astype(np.float32) for k, v in weights(config).items()})
+    double, single = (
+        make_model(config),
+        build_model(config, {k: v.astype(np.float32) for k, v in weights(config).items()}),
+    )
     # about 9 sums a block, of the width or the sequence, and errors pass through the residual stream
     rtol = close_rtol(np.float32, *[config.intermediate_size] * 9 * config.num_hidden_layers)
     assert_close(single.logits(IDS % 5), double.logits(IDS % 5), rtol)
@@ -254,7 +288,7 @@ def test_the_whole_context_fits():
     assert make_model(GQA).logits(np.zeros((1, 24), int)).shape == (1, 24, 19)
 
 
-# --- how it is built --------------------------------------------------------------------------------------------------
+# --- how it is built ----------------------------------------------------------------------------------------
 
 
 def count(config: ModelConfig) -> int:
@@ -280,7 +314,11 @@ def test_parameter_count_by_formula(config):
     C, F_, V, L = config.hidden_size, config.intermediate_size, config.vocab_size, config.num_hidden_layers
     kv = C * config.num_key_value_heads // config.num_attention_heads
     matrices = 3 if config.hidden_act == "silu" else 2
-    expected = V * C * (1 if config.tie_word_embeddings else 2) + L * (2 * C * C + 2 * C * kv + matrices * C * F_ + 2 * C) + C
+    expected = (
+        V * C * (1 if config.tie_word_embeddings else 2)
+        + L * (2 * C * C + 2 * C * kv + matrices * C * F_ + 2 * C)
+        + C
+    )
     assert count(config) == expected == sum(p.data.size for p in make_model(config).parameters())
 
 
@@ -305,7 +343,10 @@ def test_a_tied_head_reads_and_trains_the_embedding():
     [
         (lambda a: a.pop("model.norm.weight"), "missing .*model.norm.weight.*unknown none"),
         (lambda a: a.update(extra=np.zeros(1)), "missing none, unknown .*extra"),
-        (lambda a: a.update({"lm_head.weight": np.zeros((16, 19))}), r"lm_head.weight: shape \(16, 19\), but .* \(19, 16\)"),
+        (
+            lambda a: a.update({"lm_head.weight": np.zeros((16, 19))}),
+            r"lm_head.weight: shape \(16, 19\), but .* \(19, 16\)",
+        ),
         (lambda a: a.pop("model.layers.1.mlp.gate_proj.weight"), "gate_proj"),
     ],
 )
@@ -338,7 +379,9 @@ def test_fresh_models_have_the_documented_spread():
 def test_the_same_seed_gives_the_same_model():
     a, b, c = (init_model(GQA, np.random.default_rng(seed)) for seed in (0, 0, 1))
     assert (
-        digest(p.data for p in a.parameters()) == digest(p.data for p in b.parameters()) != digest(p.data for p in c.parameters())
+        digest(p.data for p in a.parameters())
+        == digest(p.data for p in b.parameters())
+        != digest(p.data for p in c.parameters())
     )
 
 
@@ -387,6 +430,8 @@ def test_linears_are_named_as_in_transformers():
 
 
 def test_repr_says_what_is_inside():
-    model = inject_lora(make_model(GQA), LoraConfig(r=2, target_modules=("q_proj",)), np.random.default_rng(0))
+    model = inject_lora(
+        make_model(GQA), LoraConfig(r=2, target_modules=("q_proj",)), np.random.default_rng(0)
+    )
     assert "LoraLinear, " in repr(model) or "Linear, LoraLinear" in repr(model)
     assert "trainable arrays: 4" in repr(model) and len(adapters(model)) == 2

@@ -9,21 +9,23 @@ from helpers import GQA, adapters, assert_close, fill_adapters, make_linear, mak
 from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
-from minilora.gradients import gradcheck
 from minilora.initial import loftq, low_rank, pissa
 from minilora.layers import Gradients, Linear
 from minilora.lora import LoraLinear, inject_lora
 from minilora.memory import count_parameters, model_bytes
 from minilora.merging import merge, merge_linear
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
-from minilora.quantize import quantize_model
+from minilora.quant.model import quantize_model
+from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
 
 IDS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 RNG = np.random.default_rng
 NF4 = QuantConfig("nf4", 32)
 # as in peers/test_peft: 4·eps·√(widest · 2·9·layers), and an adapter adds two sums to each of the 9
-RTOL = 4 * float(np.finfo(np.float32).eps) * (GQA.intermediate_size * 2 * 9 * GQA.num_hidden_layers * 3) ** 0.5
+RTOL = (
+    4 * float(np.finfo(np.float32).eps) * (GQA.intermediate_size * 2 * 9 * GQA.num_hidden_layers * 3) ** 0.5
+)
 
 
 def config(**settings):
@@ -41,37 +43,51 @@ def dora(quant=None, dtype=np.float64, seed=1):
 
 def explicit(layer, x):
     """y = x W'ᵀ with W' = m ∘ (W + sBA)/‖W + sBA‖, by the definition."""
-    whole = layer.base.weight.dense().astype(np.float64) + layer.scaling * layer.lora_B.data @ layer.lora_A.data
+    whole = (
+        layer.base.weight.dense().astype(np.float64) + layer.scaling * layer.lora_B.data @ layer.lora_A.data
+    )
     return x @ (layer.magnitude.data[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)).T
 
 
 def check_gradients(layer):
-    """dx and the gradients of all that trains, against central differences of a random projection of the output."""
+    """dx and the gradients of all that trains, against central differences of a random projection of the
+    output."""
     x, weights = RNG(6).standard_normal((3, 12)), RNG(7).standard_normal((3, 7))
     y, cache = layer.forward(x)
     grads = Gradients(layer.trained())
     dx = layer.backward(weights.copy(), cache, grads)
     arrays = {"x": x} | {p.name: p.data for p in layer.trained()}
-    checks = gradcheck(lambda: float((layer.forward(x)[0] * weights).sum()), arrays,
-                       {"x": dx} | {p.name: g for p, g in grads.items()})  # fmt: skip
+    checks = gradcheck(
+        lambda: float((layer.forward(x)[0] * weights).sum()),
+        arrays,
+        {"x": dx} | {p.name: g for p, g in grads.items()},
+    )
     assert len(checks) == len(layer.trained()) + 1 and all(check.passed for check in checks)
 
 
-# --- DoRA --------------------------------------------------------------------------------------------------------------
+# --- DoRA ---------------------------------------------------------------------------------------------------
 
 
 def test_dora_starts_as_the_base():
     layer = LoraLinear(make_linear(7, 12), config(use_dora=True), RNG(0))
     x = RNG(2).standard_normal((4, 12))
     np.testing.assert_allclose(layer.forward(x)[0], layer.base.forward(x)[0], rtol=1e-14)
-    np.testing.assert_allclose(layer.magnitude.data, np.linalg.norm(layer.base.weight.dense(), axis=1), rtol=1e-14)
-    assert [p.name for p in layer.trained()] == ["q_proj.lora_A.weight", "q_proj.lora_B.weight", "q_proj.lora_magnitude_vector"]
+    np.testing.assert_allclose(
+        layer.magnitude.data, np.linalg.norm(layer.base.weight.dense(), axis=1), rtol=1e-14
+    )
+    assert [p.name for p in layer.trained()] == [
+        "q_proj.lora_A.weight",
+        "q_proj.lora_B.weight",
+        "q_proj.lora_magnitude_vector",
+    ]
 
 
 @pytest.mark.parametrize("quant", [None, QuantConfig("int4", group_size=4), NF4])
 def test_dora_is_its_formula_and_merges(quant):
     layer, x = dora(quant), RNG(3).standard_normal((2, 5, 12))
-    np.testing.assert_allclose(layer.forward(x)[0], explicit(layer, x), rtol=1e-5 if quant else 1e-12, atol=1e-6 if quant else 0)
+    np.testing.assert_allclose(
+        layer.forward(x)[0], explicit(layer, x), rtol=1e-5 if quant else 1e-12, atol=1e-6 if quant else 0
+    )
     merged, error = merge_linear(layer, "dense")
     np.testing.assert_allclose(x @ merged.dense().T, explicit(layer, x), rtol=1e-5, atol=1e-6)
     assert error.max_abs < 1e-6
@@ -84,12 +100,15 @@ def test_a_row_of_zeros_has_no_direction_and_gives_no_nan():
     y, cache = layer.forward(np.ones((2, 6), np.float32))
     grads = Gradients(layer.trained())
     dx = layer.backward(np.ones_like(y), cache, grads)
-    assert np.isfinite(y).all() and np.isfinite(dx).all() and all(np.isfinite(g).all() for g in grads.values())
+    assert (
+        np.isfinite(y).all() and np.isfinite(dx).all() and all(np.isfinite(g).all() for g in grads.values())
+    )
     assert np.isfinite(merge_linear(layer)[0].dense()).all()
 
 
 def test_dora_gradients_with_the_norm_held_constant():
-    """The paper holds n constant (section 4.3); with n frozen at its value the backward must be the derivative."""
+    """The paper holds n constant (section 4.3); with n frozen at its value the backward must be the
+    derivative."""
     layer = dora()
     n = layer.row_norms()
     layer.row_norms = lambda: n
@@ -107,19 +126,24 @@ def test_dora_trains_a_model_and_counts_its_lengths(fake_task):
     before = [linear.magnitude.data.copy() for linear in adapters(model)]
     history = Trainer(model, fake_task, TrainConfig(steps=30, batch_size=6, learning_rate=1e-2)).train()
     assert history.steps[-1]["loss"] < history.steps[0]["loss"]
-    assert all(not np.array_equal(b, linear.magnitude.data) for b, linear in zip(before, adapters(model), strict=True))
+    assert all(
+        not np.array_equal(b, linear.magnitude.data)
+        for b, linear in zip(before, adapters(model), strict=True)
+    )
     merged, _ = merge(model)
     assert_close(merged.logits(IDS), model.logits(IDS), RTOL)
 
 
-# --- PiSSA -------------------------------------------------------------------------------------------------------------
+# --- PiSSA --------------------------------------------------------------------------------------------------
 
 
 def test_low_rank_is_the_best_approximation():
     m = RNG(0).standard_normal((9, 14))
     a, b = low_rank(m, 4, 2.5)
     singular = np.linalg.svd(m, compute_uv=False)
-    assert np.linalg.norm(m - 2.5 * b @ a) == pytest.approx(np.sqrt((singular[4:] ** 2).sum()), rel=1e-12)  # Eckart and Young
+    assert np.linalg.norm(m - 2.5 * b @ a) == pytest.approx(
+        np.sqrt((singular[4:] ** 2).sum()), rel=1e-12
+    )  # Eckart and Young
     np.testing.assert_allclose((a * a).sum(axis=1), (b * b).sum(axis=0), rtol=1e-12)  # S is shared evenly
     assert (a[np.arange(4), np.abs(a).argmax(axis=1)] > 0).all()
 
@@ -139,7 +163,9 @@ def test_pissa_changes_nothing_at_first_and_takes_the_principal_part():
 @pytest.mark.parametrize("rslora", [False, True])
 def test_pissa_is_saved_as_an_ordinary_adapter_of_twice_the_rank(tmp_path, rslora):
     base = make_model(dtype=np.float32, trainable=False)
-    settings = config(init_lora_weights="pissa", use_rslora=rslora, rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 7})
+    settings = config(
+        init_lora_weights="pissa", use_rslora=rslora, rank_pattern={"up_proj": 2}, alpha_pattern={"q_proj": 7}
+    )
     model = inject_lora(base, settings, RNG(0))
     for linear in adapters(model):  # "training"
         linear.lora_A.data += 0.1 * RNG(2).standard_normal(linear.lora_A.data.shape).astype(np.float32)
@@ -149,7 +175,7 @@ def test_pissa_is_saved_as_an_ordinary_adapter_of_twice_the_rank(tmp_path, rslor
     assert_close(found.logits(IDS), model.logits(IDS), RTOL)
 
 
-# --- LoftQ -------------------------------------------------------------------------------------------------------------
+# --- LoftQ --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("alpha", [3.0, 24.0])
@@ -163,7 +189,9 @@ def test_loftq_divides_by_the_scaling_which_peft_forgets(alpha):
     weight, a, b = loftq(w, 3, s, quantize)
     plain = np.linalg.norm(w - weight.dense())
     right = np.linalg.norm(w - weight.dense() - s * b @ a)
-    forgotten = np.linalg.norm(w - weight.dense() - s * (s * b @ a))  # PEFT's A and B hold the whole residual, and s comes again
+    forgotten = np.linalg.norm(
+        w - weight.dense() - s * (s * b @ a)
+    )  # PEFT's A and B hold the whole residual, and s comes again
     assert right < plain
     assert (forgotten > plain) if alpha > 6 else forgotten == pytest.approx(right, rel=1e-6)
     _, a1, b1 = loftq(w, 3, 1.0, quantize)
@@ -188,8 +216,10 @@ def test_loftq_in_a_model_is_closer_to_the_dense_one_than_qlora(tmp_path):
     assert all(isinstance(linear.base.weight, CodebookWeight) for linear in adapters(found))
 
     def far(model):
-        return sum(np.linalg.norm(linear.base.weight.dense() + linear.delta() - w.weight.dense())
-                   for linear, (_, w) in zip(adapters(model), base.linears(), strict=False))  # fmt: skip
+        return sum(
+            np.linalg.norm(linear.base.weight.dense() + linear.delta() - w.weight.dense())
+            for linear, (_, w) in zip(adapters(model), base.linears(), strict=False)
+        )
 
     assert far(found) < 0.9 * far(plain)
     fill_adapters(found)
@@ -201,36 +231,53 @@ def test_loftq_in_a_model_is_closer_to_the_dense_one_than_qlora(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_the_starts_train_and_pass_the_gradient_check_of_any_adapter(init):
-    layer = LoraLinear(make_linear(7, 12), config(init_lora_weights=init), RNG(0), quant=QuantConfig("int4", group_size=4))
+    layer = LoraLinear(
+        make_linear(7, 12), config(init_lora_weights=init), RNG(0), quant=QuantConfig("int4", group_size=4)
+    )
     assert isinstance(layer.base.weight, AffineWeight)
     for p in layer.trained():  # a check needs float64; a quantized base makes float32 adapters
         p.data = p.data.astype(np.float64)
     check_gradients(layer)
 
 
-# --- patterns ----------------------------------------------------------------------------------------------------------
+# --- patterns -----------------------------------------------------------------------------------------------
 
 
 def test_patterns_give_modules_their_own_rank_and_alpha(tmp_path):
-    settings = config(target_modules=("q_proj", "up_proj"), rank_pattern={"layers.1.mlp.up_proj": 5, "q_proj": 1},
-                      alpha_pattern={"up_proj": 9})  # fmt: skip
+    settings = config(
+        target_modules=("q_proj", "up_proj"),
+        rank_pattern={"layers.1.mlp.up_proj": 5, "q_proj": 1},
+        alpha_pattern={"up_proj": 9},
+    )
     base = make_model(dtype=np.float32, trainable=False)
     model = fill_adapters(inject_lora(base, settings, RNG(0)))
-    found = {linear.name.removeprefix("model.layers."): (len(linear.lora_A.data), linear.scaling) for linear in adapters(model)}
-    assert found == {"0.self_attn.q_proj": (1, 5.0), "1.self_attn.q_proj": (1, 5.0), "0.mlp.up_proj": (3, 3.0),
-                     "1.mlp.up_proj": (5, 9 / 5)}  # fmt: skip
+    found = {
+        linear.name.removeprefix("model.layers."): (len(linear.lora_A.data), linear.scaling)
+        for linear in adapters(model)
+    }
+    assert found == {
+        "0.self_attn.q_proj": (1, 5.0),
+        "1.self_attn.q_proj": (1, 5.0),
+        "0.mlp.up_proj": (3, 3.0),
+        "1.mlp.up_proj": (5, 9 / 5),
+    }
     save_adapter(model, settings, tmp_path)
     assert read_json(tmp_path / "adapter_config.json")["rank_pattern"] == settings.rank_pattern
     again, loaded = load_adapter(base, tmp_path)
-    assert np.array_equal(again.logits(IDS), model.logits(IDS)) and dict(loaded.alpha_pattern) == {"up_proj": 9}
+    assert np.array_equal(again.logits(IDS), model.logits(IDS)) and dict(loaded.alpha_pattern) == {
+        "up_proj": 9
+    }
 
 
-@pytest.mark.parametrize("settings, message", [
-    ({"rank_pattern": {"nothing": 2}}, "rank_pattern='nothing': matches no module"),
-    ({"alpha_pattern": {"nothing": 2}}, "alpha_pattern='nothing': matches no module"),
-    ({"rank_pattern": {"q_proj": 17}}, "r=17: must be at most 16"),
-    ({"init_lora_weights": "loftq"}, "answers the error of a quantizer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"rank_pattern": {"nothing": 2}}, "rank_pattern='nothing': matches no module"),
+        ({"alpha_pattern": {"nothing": 2}}, "alpha_pattern='nothing': matches no module"),
+        ({"rank_pattern": {"q_proj": 17}}, "r=17: must be at most 16"),
+        ({"init_lora_weights": "loftq"}, "answers the error of a quantizer"),
+    ],
+)
 def test_what_cannot_be_injected_is_refused(base, settings, message):
     with pytest.raises(ConfigError, match=message):
         inject_lora(base, config(**settings), RNG(0))
@@ -250,7 +297,7 @@ def test_what_contradicts_itself_is_refused(base):
             inject_lora(quantize_model(base, NF4), config(init_lora_weights=init), RNG(0), quant=NF4)
 
 
-# --- QA-LoRA in PEFT's form ----------------------------------------------------------------------------------------------
+# --- QA-LoRA in PEFT's form ---------------------------------------------------------------------------------
 
 
 def test_qalora_is_written_as_ordinary_lora_and_comes_back_pooled(tmp_path):
@@ -288,7 +335,9 @@ def test_adapters_that_mean_nothing_without_their_base_are_not_written_or_read_a
     settings = config(init_lora_weights="loftq")
     model = inject_lora(base, settings, RNG(0), quant=NF4)
     save_adapter(model, settings, tmp_path)
-    found, _ = load_adapter(quantize_model(base, NF4), tmp_path)  # after one round the base is the rounded model
+    found, _ = load_adapter(
+        quantize_model(base, NF4), tmp_path
+    )  # after one round the base is the rounded model
     assert np.array_equal(found.logits(IDS), model.logits(IDS))
     with pytest.raises(ConfigError, match="r=9: PiSSA .* takes at most"):
         inject_lora(base, config(r=9, init_lora_weights="pissa"), RNG(0))

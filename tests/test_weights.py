@@ -32,7 +32,8 @@ ALL += [pytest.param(config(t), id=t) for t in AFFINE]
 
 @pytest.fixture(params=ALL)
 def quantized(request):
-    """A weight whose rows (24 wide) neither fill nor divide the codebook blocks of 32: 19·24 leaves a short last block."""
+    """A weight whose rows (24 wide) neither fill nor divide the codebook blocks of 32: 19·24 leaves a short
+    last block."""
     return quantize_weight(matrix(19, 24), request.param)
 
 
@@ -57,8 +58,12 @@ def test_products_equal_those_of_the_dense_matrix(quantized):
 
 def test_products_against_the_loop_oracle(quantized):
     x, dy, w = matrix(2, 24, seed=3), matrix(2, 19, seed=4), quantized.dense()
-    np.testing.assert_allclose(quantized.matmul(x), naive.matmul(x, w.T), rtol=0, atol=25 * EPS * np.abs(w).max() * 24)
-    np.testing.assert_allclose(quantized.matmul_t(dy), naive.matmul(dy, w), rtol=0, atol=20 * EPS * np.abs(w).max() * 19)
+    np.testing.assert_allclose(
+        quantized.matmul(x), naive.matmul(x, w.T), rtol=0, atol=25 * EPS * np.abs(w).max() * 24
+    )
+    np.testing.assert_allclose(
+        quantized.matmul_t(dy), naive.matmul(dy, w), rtol=0, atol=20 * EPS * np.abs(w).max() * 19
+    )
 
 
 def test_products_in_many_tiles(quantized, monkeypatch):
@@ -112,7 +117,9 @@ def test_dense_is_fresh_and_everything_stored_is_read_only(quantized):
     first[:] = 0
     assert quantized.dense().any() and quantized.dense().shape == quantized.shape
     stored = [a for arrays in quantized.arrays().values() for a in arrays]
-    assert set(quantized.arrays()) == {"codes", "scales", "offsets", "code_maps"} and not any(a.flags.writeable for a in stored)
+    assert set(quantized.arrays()) == {"codes", "scales", "offsets", "code_maps"} and not any(
+        a.flags.writeable for a in stored
+    )
     assert quantized.trainable is False and quantized.dtype == np.float32
 
 
@@ -124,8 +131,13 @@ def test_bytes_are_those_of_the_arrays_and_of_the_formula(quantized):
     if isinstance(quantized, AffineWeight):
         assert (nbytes["scales"], nbytes["offsets"], nbytes["code_maps"]) == (2 * blocks, 2 * blocks, 0)
     else:
-        assert nbytes["scales"] == (blocks + 4 * -(-blocks // 256) + 4 if quantized.double_quant else 4 * blocks)
-        assert nbytes["code_maps"] == 4 * (2**quantized.bits + 256 * quantized.double_quant) and nbytes["offsets"] == 0
+        assert nbytes["scales"] == (
+            blocks + 4 * -(-blocks // 256) + 4 if quantized.double_quant else 4 * blocks
+        )
+        assert (
+            nbytes["code_maps"] == 4 * (2**quantized.bits + 256 * quantized.double_quant)
+            and nbytes["offsets"] == 0
+        )
     assert quantized.bits_per_weight == 8 * (nbytes["codes"] + nbytes["scales"] + nbytes["offsets"]) / n
 
 
@@ -188,7 +200,13 @@ def test_codebook_stores_what_the_oracle_says(quant_type):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 40), st.sampled_from(CODEBOOKS), st.integers(1, 80), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.sampled_from(CODEBOOKS),
+    st.integers(1, 80),
+    st.integers(0, 2**32 - 1),
+)
 def test_each_weight_becomes_the_nearest_value_of_its_block(rows, width, quant_type, block_size, seed):
     w = matrix(rows, width, seed=seed)
     q = CodebookWeight.quantize(w, quant_type, block_size, double_quant=False)
@@ -221,10 +239,13 @@ def test_double_quant_is_the_8_bit_map_around_the_mean():
     codes, absmax2 = naive.quantize_codebook(plain.scales - nested.offset[0], codebooks.dynamic_map(), 256)
     assert nested.codes.tolist() == codes and nested.absmax.tolist() == [float(a) for a in absmax2]
     scales = np.array(naive.dequantize_codebook(codes, absmax2, codebooks.dynamic_map(), 256)) + nested.offset
-    assert np.array_equal(nested.decode(0, len(scales)), scales) and np.array_equal(nested.decode(250, 270), scales[250:270])
+    assert np.array_equal(nested.decode(0, len(scales)), scales) and np.array_equal(
+        nested.decode(250, 270), scales[250:270]
+    )
     expected = naive.dequantize_codebook(double.unpacked().reshape(-1), scales, codebooks.code_map("nf4"), 64)
     assert np.array_equal(double.dense().reshape(-1), expected)
-    # The map's coarsest step is 0.9/64 of absmax2 (0.72 % at its negative end), half of which a scale can be off.
+    # The map's coarsest step is 0.9/64 of absmax2 (0.72 % at its negative end), half of which a scale can be
+    # off.
     assert np.abs(scales - plain.scales).max() <= 0.9 / 64 / 2 * nested.absmax.max() * 1.01
 
 
@@ -243,7 +264,9 @@ def test_a_weight_can_be_built_from_its_stored_arrays(quantized):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("shift", [-3.0, 0.0, 5.0])
 def test_affine_stores_what_the_oracle_says(bits, shift):
-    w = matrix(5, 12, seed=13) * np.float32(0.1) + np.float32(shift)  # far from zero: the range need not include it
+    w = matrix(5, 12, seed=13) * np.float32(0.1) + np.float32(
+        shift
+    )  # far from zero: the range need not include it
     codes, scales, offsets = naive.quantize_affine(w.reshape(-1), bits, 6)
     q = AffineWeight.quantize(w, bits, 6)
     assert q.codes.tolist() == naive.pack(codes, bits)
@@ -254,10 +277,20 @@ def test_affine_stores_what_the_oracle_says(bits, shift):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 6), st.integers(1, 5), st.sampled_from([1, 2, 5, 33]), st.sampled_from([2, 3, 4, 8]), st.integers(0, 9999))
-def test_affine_error_is_half_a_step_plus_the_rounding_of_scale_and_offset(rows, groups, group_size, bits, seed):
+@given(
+    st.integers(1, 6),
+    st.integers(1, 5),
+    st.sampled_from([1, 2, 5, 33]),
+    st.sampled_from([2, 3, 4, 8]),
+    st.integers(0, 9999),
+)
+def test_affine_error_is_half_a_step_plus_the_rounding_of_scale_and_offset(
+    rows, groups, group_size, bits, seed
+):
     rng = np.random.default_rng(seed)
-    w = (rng.standard_normal((rows, groups * group_size)) * 10.0 ** rng.uniform(-2, 2) + rng.standard_normal()).astype(np.float32)
+    w = (
+        rng.standard_normal((rows, groups * group_size)) * 10.0 ** rng.uniform(-2, 2) + rng.standard_normal()
+    ).astype(np.float32)
     q = AffineWeight.quantize(w, bits, group_size)
     split = w.reshape(rows, groups, group_size).astype(np.float64)
     span, low = split.max(-1) - split.min(-1), np.abs(split.min(-1))
@@ -284,7 +317,9 @@ def test_with_offset_shares_codes_and_scale_and_shifts_exactly_its_groups():
     x, before = matrix(3, 16, seed=15), q.dense()
     assert_product(merged.matmul(x), x, merged.dense().T)
     offset[:] = 99
-    assert merged.offset.max() < 99 and np.array_equal(q.dense(), before)  # a copy of the caller's array, and q is untouched
+    assert merged.offset.max() < 99 and np.array_equal(
+        q.dense(), before
+    )  # a copy of the caller's array, and q is untouched
 
 
 def test_with_offset_keeps_float32_that_float16_could_not():
@@ -298,7 +333,9 @@ def test_with_offset_keeps_float32_that_float16_could_not():
 
 
 def test_group_size_that_does_not_divide_lists_those_that_do():
-    with pytest.raises(ValueError, match=r"group_size=32: must divide in=24; these do: 1, 2, 3, 4, 6, 8, 12, 24"):
+    with pytest.raises(
+        ValueError, match=r"group_size=32: must divide in=24; these do: 1, 2, 3, 4, 6, 8, 12, 24"
+    ):
         AffineWeight.quantize(matrix(4, 24), 4, 32)
     with pytest.raises(ValueError, match="group_size=0"):
         AffineWeight.quantize(matrix(4, 24), 4, 0)
@@ -374,6 +411,10 @@ def test_stored_arrays_are_copies_of_writable_ones():
 def test_quantize_weight_passes_the_whole_configuration():
     w = matrix(8, 64)
     q = quantize_weight(w, QuantConfig("fp4", 128, False))
-    assert isinstance(q, CodebookWeight) and (q.quant_type, q.block_size, q.double_quant) == ("fp4", 128, False)
+    assert isinstance(q, CodebookWeight) and (q.quant_type, q.block_size, q.double_quant) == (
+        "fp4",
+        128,
+        False,
+    )
     a = quantize_weight(w.astype(np.float64), QuantConfig("int3", group_size=16))
     assert isinstance(a, AffineWeight) and (a.bits, a.group_size) == (3, 16)

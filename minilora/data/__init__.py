@@ -1,4 +1,5 @@
-"""Text and tasks: tokenizers, the corpora every machine has, the tasks that adapters are compared on, data of your own."""
+"""Text and tasks: tokenizers, the corpora every machine has, the tasks that adapters are compared on, data of
+your own."""
 
 from minilora.data.corpora import corpus_sha256, pretraining_tokens, python_source, read_text
 from minilora.data.products import catalogue_text

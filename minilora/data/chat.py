@@ -1,4 +1,5 @@
-"""Chat templates: a conversation becomes text as transformers does it, in a sandbox, because templates come with models."""
+"""Chat templates: a conversation becomes text as transformers does it, in a sandbox, because templates come
+with models."""
 
 from __future__ import annotations
 
@@ -14,15 +15,28 @@ from minilora.data.tokenizer import Messages
 INSTALL = "pip install 'minilora[llm]' (in a checkout: pip install -e '.[llm]')"
 MOST_TURNS_OF_LOOPS = 200_000
 LONGEST_TEXT = 16_000_000
-_WIDENING = {"batch", "center", "expandtabs", "format", "format_map", "indent", "ljust", "rjust", "slice", "wordwrap", "zfill"}
+_WIDENING = {
+    "batch",
+    "center",
+    "expandtabs",
+    "format",
+    "format_map",
+    "indent",
+    "ljust",
+    "rjust",
+    "slice",
+    "wordwrap",
+    "zfill",
+}
 
 
 class ChatTemplate:
     """A chat template in Jinja, compiled at its first use.
 
-    It sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers gives templates
-    (`raise_exception`, `strftime_now`, `tojson`); it can reach nothing else, and its loops end. Not allowed: repeating
-    and padding strings. (A string that a loop doubles still fills the memory, as it does in transformers.)
+    It sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers gives
+    templates (`raise_exception`, `strftime_now`, `tojson`); it can reach nothing else, and its loops end. Not
+    allowed: repeating and padding strings. (A string that a loop doubles still fills the memory, as it does
+    in transformers.)
 
     Args:
         source: the template.
@@ -38,11 +52,14 @@ class ChatTemplate:
         ConfigError: the template is no Jinja, raises, or does not end.
     """
 
-    def __init__(self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self, source: str, where: str = "chat template", tokens: Mapping[str, str] | None = None
+    ) -> None:
         self.source, self.where, self.tokens = source, where, dict(tokens or {})
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Return the conversation's text, and with `add_generation_prompt` the words after which the assistant speaks.
+        """Return the conversation's text, and with `add_generation_prompt` the words after which the
+        assistant speaks.
 
         Raises ConfigError for messages that are none, and if the template raises or does not end.
         """
@@ -58,8 +75,14 @@ class ChatTemplate:
         parts: list[str] = []
         size = 0
         try:
-            for part in template.generate(messages=chat, tools=None, documents=None, _spend=spend,
-                                          add_generation_prompt=add_generation_prompt, **self.tokens):  # fmt: skip
+            for part in template.generate(
+                messages=chat,
+                tools=None,
+                documents=None,
+                _spend=spend,
+                add_generation_prompt=add_generation_prompt,
+                **self.tokens,
+            ):
                 parts.append(part)
                 size += len(part)
                 if size > LONGEST_TEXT:
@@ -78,7 +101,8 @@ class ChatTemplate:
             raise ImportError(f"chat templates need jinja2: {INSTALL}") from None
 
         class Generation(ext.Extension):
-            """`{% generation %}…{% endgeneration %}`, which marks what the assistant said: here it changes nothing."""
+            """`{% generation %}…{% endgeneration %}`, which marks what the assistant said: here it changes
+            nothing."""
 
             tags = {"generation"}
 
@@ -93,11 +117,15 @@ class ChatTemplate:
 
             def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
                 if operator == "**" or not all(isinstance(value, (int, float)) for value in (left, right)):
-                    raise TemplateError(f"{left!r:.20} {operator} {right!r:.20} is not allowed: it may fill the memory")
+                    raise TemplateError(
+                        f"{left!r:.20} {operator} {right!r:.20} is not allowed: it may fill the memory"
+                    )
                 return super().call_binop(context, operator, left, right)
 
             def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-                return not (isinstance(obj, str) and attr in _WIDENING) and super().is_safe_attribute(obj, attr, value)
+                return not (isinstance(obj, str) and attr in _WIDENING) and super().is_safe_attribute(
+                    obj, attr, value
+                )
 
             def wrap_str_format(self, value: Any) -> Any:
                 return None  # str.format is an attribute like others, and not a safe one
@@ -113,11 +141,16 @@ class ChatTemplate:
         for name in _WIDENING & environment.filters.keys():
             del environment.filters[name]
         del environment.globals["lipsum"]
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": lambda f: datetime.now().strftime(f)}
+        environment.globals |= {
+            "raise_exception": raise_exception,
+            "strftime_now": lambda f: datetime.now().strftime(f),
+        }
         try:
             tree: Any = environment.parse(self.source)
             for loop in tree.find_all((nodes.For, nodes.Macro)):  # a sandbox alone lets loops run for years
-                loop.body.insert(0, nodes.ExprStmt(nodes.Call(nodes.Name("_spend", "load"), [], [], None, None)))
+                loop.body.insert(
+                    0, nodes.ExprStmt(nodes.Call(nodes.Name("_spend", "load"), [], [], None, None))
+                )
             code = environment.compile(tree)
             return environment.template_class.from_code(environment, code, environment.make_globals(None))
         except (Exception, RecursionError, MemoryError) as error:
@@ -125,12 +158,15 @@ class ChatTemplate:
 
     def _refuse(self, error: BaseException) -> ConfigError:
         line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""  # type: ignore[attr-defined]
-        return ConfigError(f"{self.where}: the chat template cannot be used{line}: {str(error)[:300] or type(error).__name__}; "
-                           "give raw text (--prompt, or JSONL with prompt and completion)")  # fmt: skip
+        return ConfigError(
+            f"{self.where}: the chat template cannot be used{line}: {str(error)[:300] or type(error).__name__}; "
+            "give raw text (--prompt, or JSONL with prompt and completion)"
+        )
 
 
 def check_messages(messages: Any, what: str = "messages") -> Messages:
-    """Return the messages if they are a conversation: a list, not empty, of objects whose role and content are strings.
+    """Return the messages if they are a conversation: a list, not empty, of objects whose role and content
+    are strings.
 
     >>> check_messages([{"role": "user"}])
     Traceback (most recent call last):
@@ -146,5 +182,7 @@ def check_messages(messages: Any, what: str = "messages") -> Messages:
             if field not in message:
                 raise ConfigError(f"{what}[{i}] has no {field!r}: {form}")
             if not isinstance(message[field], str):
-                raise ConfigError(f"{what}[{i}].{field} is {message[field]!r:.80}: it must be a string; {form}")
+                raise ConfigError(
+                    f"{what}[{i}].{field} is {message[field]!r:.80}: it must be a string; {form}"
+                )
     return messages

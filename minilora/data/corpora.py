@@ -1,8 +1,8 @@
 """Real text that is on every machine with Python, and the mixture on which the tiny base is pretrained.
 
 Source code of the standard library, split by module into train, validation and test; docstrings of the train
-modules only; the language reference in `pydoc_data.topics`. It differs between Python versions, therefore every
-result carries a SHA-256.
+modules only; the language reference in `pydoc_data.topics`. It differs between Python versions, therefore
+every result carries a SHA-256.
 """
 
 from __future__ import annotations
@@ -28,14 +28,24 @@ MAX_EVAL_BYTES = 400_000
 _ALL_BYTES = 1 << 40
 
 _SKIPPED_FOLDERS = {
-    "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "pydoc_data",
-    "encodings", "ensurepip", "lib-dynload",
-}  # fmt: skip
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
+    "pydoc_data",
+    "encodings",
+    "ensurepip",
+    "lib-dynload",
+}
 _HELD_OUT = re.compile(rf"\b(?:{'|'.join(sorted(HELD_OUT_WORDS))})\b", re.IGNORECASE)
 
 
 def module_split(name: str) -> str:
-    """Return the split of a module by the SHA-256 of its dotted name: about 80 % train, 10 % validation, 10 % test.
+    """Return the split of a module by the SHA-256 of its dotted name: about 80 % train, 10 % validation, 10 %
+    test.
 
     >>> module_split("json.decoder") in SPLITS
     True
@@ -54,7 +64,11 @@ def _module_files() -> tuple[tuple[str, Path], ...]:
         for file in files:
             stem, suffix = os.path.splitext(file)
             # _sysconfigdata… and sitecustomize describe the machine, not the library.
-            if suffix == ".py" and stem.isidentifier() and not stem.startswith(("_sysconfigdata", "sitecustomize")):
+            if (
+                suffix == ".py"
+                and stem.isidentifier()
+                and not stem.startswith(("_sysconfigdata", "sitecustomize"))
+            ):
                 path = Path(folder, file)
                 parts = path.relative_to(root).with_suffix("").parts
                 found.append((".".join(parts[:-1] if stem == "__init__" and len(parts) > 1 else parts), path))
@@ -82,15 +96,18 @@ def _read_modules(split: str, max_bytes: int) -> tuple[tuple[str, str], ...]:
             modules.append((name, text))
             total += len(data)
     if not modules:
-        raise ValueError(f"standard library: no readable module in the {split} split; use a complete Python installation")
+        raise ValueError(
+            f"standard library: no readable module in the {split} split; use a complete Python installation"
+        )
     return tuple(modules)
 
 
 def python_source(split: str, max_bytes: int | None = None) -> dict[str, str]:
     """Return the source code of the standard library's modules of one split, by dotted name.
 
-    Files above 200 kB, not UTF-8, or of tests and tools are left out; so is what does not fit into `max_bytes`
-    (default 3 MB for train, 0.4 MB for validation and test), in an order that depends on the names only.
+    Files above 200 kB, not UTF-8, or of tests and tools are left out; so is what does not fit into
+    `max_bytes` (default 3 MB for train, 0.4 MB for validation and test), in an order that depends on the
+    names only.
 
     Raises:
         ValueError: an unknown split, or an installation without source.
@@ -103,7 +120,8 @@ def python_source(split: str, max_bytes: int | None = None) -> dict[str, str]:
 
 
 def _without_held_out(text: str) -> str:
-    """Drop the paragraphs that hold a held-out product word, so that no such word is ever seen in pretraining."""
+    """Drop the paragraphs that hold a held-out product word, so that no such word is ever seen in
+    pretraining."""
     if not _HELD_OUT.search(text):
         return text
     return "\n\n".join(part for part in text.split("\n\n") if not _HELD_OUT.search(part))
@@ -137,7 +155,9 @@ def _standard_documents() -> tuple[str, ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError("pydoc_data.topics is missing from this Python; use a complete installation") from error
+        raise ValueError(
+            "pydoc_data.topics is missing from this Python; use a complete installation"
+        ) from error
     texts = [topics[key] for key in sorted(topics)]
     texts += [docstrings(source, name) for name, source in python_source("train", _ALL_BYTES).items()]
     cleaned = (_without_held_out(text).strip() for text in texts)
@@ -147,8 +167,8 @@ def _standard_documents() -> tuple[str, ...]:
 def real_documents(text_path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
     """Return the real text for pretraining: a text file's pieces, or language reference and train docstrings.
 
-    Paragraphs with a held-out product word are left out. A file is cut at blank lines into pieces of about 4 kB;
-    its last 20 % (the `text` task's validation and test) are left out.
+    Paragraphs with a held-out product word are left out. A file is cut at blank lines into pieces of about 4
+    kB; its last 20 % (the `text` task's validation and test) are left out.
 
     Raises:
         ValueError: no standard library source, or an unusable file (`read_text`).
@@ -172,14 +192,19 @@ def read_text(path: str | os.PathLike[str], min_bytes: int = 1) -> str:
     """Return the text of a UTF-8 file.
 
     Raises:
-        ValueError: the file is missing, empty, not UTF-8 or shorter than `min_bytes`; the message names the path.
+        ValueError: the file is missing, empty, not UTF-8 or shorter than `min_bytes`; the message names the
+        path.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(f"text file {os.fspath(path)!r}: {error.strerror or error}; give the path of a text file") from error
+        raise ValueError(
+            f"text file {os.fspath(path)!r}: {error.strerror or error}; give the path of a text file"
+        ) from error
     if not data.strip():
-        raise ValueError(f"text file {os.fspath(path)!r} is empty; give a file with at least {min_bytes} bytes")
+        raise ValueError(
+            f"text file {os.fspath(path)!r} is empty; give a file with at least {min_bytes} bytes"
+        )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -235,15 +260,18 @@ def pretraining_tokens(
 ) -> np.ndarray:
     """Return about `n_tokens` tokens, uint16, for pretraining; a whole number of rows of `window` tokens.
 
-    `tokens.reshape(-1, window)` are rows in random order: catalogue rows begin with a document (freshly generated,
-    never repeated); the others are consecutive cuts of the real documents, shuffled anew each time round. Read row
-    by row (inputs `row[:-1]`, targets `row[1:]`) no card is separated from its blurb; as a flat stream it may be cut anywhere.
+    `tokens.reshape(-1, window)` are rows in random order: catalogue rows begin with a document (freshly
+    generated, never repeated); the others are consecutive cuts of the real documents, shuffled anew each time
+    round. Read row by row (inputs `row[:-1]`, targets `row[1:]`) no card is separated from its blurb; as a
+    flat stream it may be cut anywhere.
 
     Raises:
         ValueError: sizes or share out of range, or unusable real text.
     """
     if window < 2 or n_tokens < window:
-        raise ValueError(f"n_tokens is {n_tokens}, window is {window}: window must be 2 or more and n_tokens at least window")
+        raise ValueError(
+            f"n_tokens is {n_tokens}, window is {window}: window must be 2 or more and n_tokens at least window"
+        )
     if not 0.0 <= catalogue_share <= 1.0:
         raise ValueError(f"catalogue_share is {catalogue_share}: it must be between 0 and 1")
     rng = random.Random(seed)
@@ -264,7 +292,8 @@ def pretraining_tokens(
 
 
 def corpus_sha256(text_path: str | os.PathLike[str] | None = None) -> str:
-    """Return the SHA-256 of the pretraining corpus: the real documents and the definition of the catalogue."""
+    """Return the SHA-256 of the pretraining corpus: the real documents and the definition of the
+    catalogue."""
     digest = hashlib.sha256(definition_sha256().encode())
     for document in real_documents(text_path):
         digest.update(len(document).to_bytes(8, "big") + document.encode("utf-8"))

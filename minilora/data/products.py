@@ -28,7 +28,8 @@ KINDS = ("colour", "trim", "material", "pattern", "scent", "origin", "style", "b
 N_SHOWN = 4
 N_PLANS = 20
 
-# 32 words seen in training | 8 words held out. Colour and trim share a pool, so that swapping them is possible.
+# 32 words seen in training | 8 words held out. Colour and trim share a pool, so that swapping them is
+# possible.
 _POOLS = {
     "colour": "teal amber ivory crimson navy olive coral indigo scarlet maroon beige cream lilac mauve purple silver"
     " golden copper bronze rust black white grey pink red blue green yellow orange brown tan violet"
@@ -113,8 +114,8 @@ class Product:
 
 
 def describe(product: Product, plan: int) -> str:
-    """Fill sentence plan 0..19: a sentence shape and a wording of the frames. The attributes keep the prompt's order, which is
-    random, so that no plan says which kind comes where.
+    """Fill sentence plan 0..19: a sentence shape and a wording of the frames. The attributes keep the
+    prompt's order, which is random, so that no plan says which kind comes where.
 
     >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
     >>> describe(lamp, 0)
@@ -125,12 +126,16 @@ def describe(product: Product, plan: int) -> str:
 
 
 def longest_description(count: Callable[[str], int] = len) -> int:
-    """Return an upper bound of a description's length, over all splits and plans, in bytes or in what `count` counts.
+    """Return an upper bound of a description's length, over all splits and plans, in bytes or in what `count`
+    counts.
 
     >>> longest_description() < 140
     True
     """
-    longest = {kind: max((*TRAIN_VALUES[kind], *HELD_OUT_VALUES[kind]), key=lambda word: count(f" {word}")) for kind in KINDS}
+    longest = {
+        kind: max((*TRAIN_VALUES[kind], *HELD_OUT_VALUES[kind]), key=lambda word: count(f" {word}"))
+        for kind in KINDS
+    }
     bound = 0
     for plan in range(N_PLANS):
         lengths = {kind: count(f" {FRAMES[kind][plan % 3]} {longest[kind]}") for kind in KINDS}
@@ -153,7 +158,8 @@ def pair_split(a: str, b: str) -> str:
 
 
 def product_split(values: Sequence[str]) -> str | None:
-    """Return the split of a product with these values; None if it belongs to none (pairs of two splits, mixed words)."""
+    """Return the split of a product with these values; None if it belongs to none (pairs of two splits, mixed
+    words)."""
     held_out = sum(value in HELD_OUT_WORDS for value in values)
     if held_out:
         return "test_values" if held_out == len(values) else None
@@ -178,7 +184,10 @@ def draw_product(rng: random.Random, split: str = "train") -> Product:
             return Product(category, tuple(zip(kinds, values, strict=True)))
 
 
-_STATED = {kind: re.compile(rf"\b(?:{'|'.join(map(re.escape, frames))}) ([a-z]+)\b") for kind, frames in FRAMES.items()}
+_STATED = {
+    kind: re.compile(rf"\b(?:{'|'.join(map(re.escape, frames))}) ([a-z]+)\b")
+    for kind, frames in FRAMES.items()
+}
 
 
 def stated_values(text: str) -> dict[str, set[str]]:
@@ -205,7 +214,9 @@ def score_descriptions(products: Sequence[Product], completions: Sequence[str]) 
         ValueError: no products, or another number of completions.
     """
     if not products or len(products) != len(completions):
-        raise ValueError(f"completions has {len(completions)} entries: give one for each of {len(products)} prompts")
+        raise ValueError(
+            f"completions has {len(completions)} entries: give one for each of {len(products)} prompts"
+        )
     right = shown = exact = 0
     for product, text in zip(products, completions, strict=True):
         stated = stated_values(text)
@@ -218,12 +229,42 @@ def score_descriptions(products: Sequence[Product], completions: Sequence[str]) 
 # ---- the catalogue: text for pretraining, in other layouts and other frames than the task's ----
 
 _CLAUSES = {
-    "colour": ("its colour is {}", "it comes in {}", "the paint is {}", "we chose {} as the colour", "it is all {}"),
+    "colour": (
+        "its colour is {}",
+        "it comes in {}",
+        "the paint is {}",
+        "we chose {} as the colour",
+        "it is all {}",
+    ),
     "trim": ("its trim is {}", "the edge is {}", "we added a {} border", "it has {} edges", "{} is its trim"),
-    "material": ("its material is {}", "we make it from {}", "{} is the material", "it is solid {}", "we build with {}"),
-    "pattern": ("its pattern is {}", "the print shows {}", "{} cover it", "you see {} all over", "we print {} on it"),
-    "scent": ("its scent is {}", "it smells like {}", "it gives a hint of {}", "you smell {}", "{} is the scent"),
-    "origin": ("its origin is {}", "we ship it out of {}", "{} is its home", "it was sent by {}", "we bring it over from {}"),
+    "material": (
+        "its material is {}",
+        "we make it from {}",
+        "{} is the material",
+        "it is solid {}",
+        "we build with {}",
+    ),
+    "pattern": (
+        "its pattern is {}",
+        "the print shows {}",
+        "{} cover it",
+        "you see {} all over",
+        "we print {} on it",
+    ),
+    "scent": (
+        "its scent is {}",
+        "it smells like {}",
+        "it gives a hint of {}",
+        "you smell {}",
+        "{} is the scent",
+    ),
+    "origin": (
+        "its origin is {}",
+        "we ship it out of {}",
+        "{} is its home",
+        "it was sent by {}",
+        "we bring it over from {}",
+    ),
     "style": ("its style is {}", "it looks rather {}", "it has a {} feel", "the look is {}", "we call it {}"),
     "buyer": ("its buyer is {}", "{} love it", "we mean it for {}", "{} pick it", "a gift for {}"),
 }
@@ -243,7 +284,15 @@ _CARDS = (
     ("{c}, ", "{k}/{v}", ", ", "\n"),
     ("{c}\t", "{k}\t{v}", "\n\t", "\n"),
 )
-_BLURB_STARTS = ("This {c}: ", "The {c}. ", "About the {c}: ", "We sell a {c}: ", "Note: a {c}, ", "A good {c}, ", "")
+_BLURB_STARTS = (
+    "This {c}: ",
+    "The {c}. ",
+    "About the {c}: ",
+    "We sell a {c}: ",
+    "Note: a {c}, ",
+    "A good {c}, ",
+    "",
+)
 _BLURB_JOINS = (", ", "; ", " and ", ", and ", ". ")
 # A syllable is an onset, a nucleus and a coda, which is often empty.
 _SYLLABLE = tuple(
@@ -265,7 +314,8 @@ def pseudo_word(rng: random.Random) -> str:
 
 
 def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Draw n attributes; half of the cards and a tenth of the other values are invented words, some keys too."""
+    """Draw n attributes; half of the cards and a tenth of the other values are invented words, some keys
+    too."""
     invented = 1.0 if rng.random() < 0.5 else 0.1
     while True:
         kinds = rng.sample(KINDS, n)
@@ -274,12 +324,19 @@ def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
             break
     values = [pseudo_word(rng) if rng.random() < invented else value for value in values]
     # An invented key has an invented value: nothing but the card says what belongs together.
-    return [(pseudo_word(rng), pseudo_word(rng)) if rng.random() < 0.06 else pair for pair in zip(kinds, values, strict=True)]
+    return [
+        (pseudo_word(rng), pseudo_word(rng)) if rng.random() < 0.06 else pair
+        for pair in zip(kinds, values, strict=True)
+    ]
 
 
 def _card(rng: random.Random, category: str, attributes: Iterable[tuple[str, str]]) -> str:
     start, entry, between, end = rng.choice(_CARDS)
-    return start.format(c=category) + between.join(entry.format(k=k, v=v) for k, v in attributes) + end.rstrip(" ")
+    return (
+        start.format(c=category)
+        + between.join(entry.format(k=k, v=v) for k, v in attributes)
+        + end.rstrip(" ")
+    )
 
 
 def _blurb(rng: random.Random, category: str, attributes: list[tuple[str, str]]) -> str:
@@ -295,14 +352,21 @@ def _blurb(rng: random.Random, category: str, attributes: list[tuple[str, str]])
 
 
 def _answers(rng: random.Random, attributes: list[tuple[str, str]]) -> str:
-    question, between = rng.choice((("{}? {}.", " "), ("the {}? {}", "\n"), ("{} .. {}", "\n"), ("so {}, {}", "; ")))
+    question, between = rng.choice(
+        (("{}? {}.", " "), ("the {}? {}", "\n"), ("{} .. {}", "\n"), ("so {}, {}", "; "))
+    )
     return between.join(question.format(k, v) for k, v in rng.sample(attributes, len(attributes)))
 
 
 def _said_again(rng: random.Random, words: list[str]) -> str:
     """Repeat a list of words, in its order or in another: plain copying, which everything else builds on."""
-    words = rng.sample(words, rng.randint(1, len(words))) + [pseudo_word(rng) for _ in range(rng.randint(0, 5))]
-    comma, between = rng.choice((", ", " ", "; ", "\n", " - ", " / ")), rng.choice(("\n", "\nagain: ", " > ", ". ", " | "))
+    words = rng.sample(words, rng.randint(1, len(words))) + [
+        pseudo_word(rng) for _ in range(rng.randint(0, 5))
+    ]
+    comma, between = (
+        rng.choice((", ", " ", "; ", "\n", " - ", " / ")),
+        rng.choice(("\n", "\nagain: ", " > ", ". ", " | ")),
+    )
     if rng.random() < 0.2:
         return comma.join(f"{word}{between.strip()}{word}" for word in words)
     if rng.random() < 0.6:
@@ -311,10 +375,11 @@ def _said_again(rng: random.Random, words: list[str]) -> str:
 
 
 def catalogue_documents(seed: int) -> Iterator[str]:
-    """Yield catalogue documents without end: cards with a blurb (65 %) or questions (15 %), comparisons, lists said again (15 %).
+    """Yield catalogue documents without end: cards with a blurb (65 %) or questions (15 %), comparisons,
+    lists said again (15 %).
 
-    All value words of one document are training words whose pairs are training pairs, or invented; a card and its
-    blurb together are mostly shorter than 200 bytes.
+    All value words of one document are training words whose pairs are training pairs, or invented; a card and
+    its blurb together are mostly shorter than 200 bytes.
     """
     rng = random.Random(seed)
     while True:
@@ -352,7 +417,8 @@ def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
 
 @cache
 def definition_sha256() -> str:
-    """Return the SHA-256 of all that products and the catalogue are made from: words, frames, shapes, examples."""
+    """Return the SHA-256 of all that products and the catalogue are made from: words, frames, shapes,
+    examples."""
     rng = random.Random(0)
     parts: list[object] = [_POOLS, FRAMES, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _NAMING, _CARDS]
     parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # pins the generators too

@@ -1,4 +1,5 @@
-"""Supervised fine-tuning data in the shapes that TRL's SFTTrainer takes: JSON lines to batches, padded or packed.
+"""Supervised fine-tuning data in the shapes that TRL's SFTTrainer takes: JSON lines to batches, padded or
+packed.
 
     {"prompt": "2+2=", "completion": "4"}                         the completion is learnt, and then to stop
     {"messages": [{"role": "user", "content": "Hi"}, …]}          every turn of the assistant is learnt, by the chat template
@@ -30,7 +31,8 @@ SHAPES = "prompt and completion, messages, or text"
 
 @dataclass(frozen=True)
 class Example:
-    """One line: a text (`prompt` is None), a prompt and its completion, or a conversation (`messages` is not empty).
+    """One line: a text (`prompt` is None), a prompt and its completion, or a conversation (`messages` is not
+    empty).
 
     Attributes:
         completion: what is learnt, without chat template.
@@ -47,35 +49,52 @@ class Example:
     @property
     def reference(self) -> str | None:
         """What the model should write after `prompt_ids`; None for a text."""
-        return self.messages[_last_turn(self)]["content"] if self.messages else None if self.prompt is None else self.completion
+        return (
+            self.messages[_last_turn(self)]["content"]
+            if self.messages
+            else None
+            if self.prompt is None
+            else self.completion
+        )
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
     """Return the examples of a file of JSON lines; blank lines are skipped, other fields are not looked at.
 
     Raises:
-        ConfigError: the file cannot be read or has no example, a line is not JSON or lacks a field; the message names the line.
+        ConfigError: the file cannot be read or has no example, a line is not JSON or lacks a field; the
+        message names the line.
     """
     path = Path(path)
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give a file of JSON lines") from None
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror or error}); give a file of JSON lines"
+        ) from None
     examples = []
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line.decode("utf-8"))
-                json.dumps(row, ensure_ascii=False).encode("utf-8")  # half of a surrogate pair is no character
+                json.dumps(row, ensure_ascii=False).encode(
+                    "utf-8"
+                )  # half of a surrogate pair is no character
                 examples.append(_example(row))
             except ConfigError as error:
                 raise ConfigError(f"{path}, line {number}: {error}") from None
             except UnicodeEncodeError:
-                raise ConfigError(f"{path}, line {number}: holds half of a surrogate pair, which is no character") from None
+                raise ConfigError(
+                    f"{path}, line {number}: holds half of a surrogate pair, which is no character"
+                ) from None
             except UnicodeDecodeError as error:
-                raise ConfigError(f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})") from None
+                raise ConfigError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason} at byte {error.start})"
+                ) from None
             except (ValueError, RecursionError) as error:
-                raise ConfigError(f"{path}, line {number}: not JSON ({error}); each line is one JSON object") from None
+                raise ConfigError(
+                    f"{path}, line {number}: not JSON ({error}); each line is one JSON object"
+                ) from None
     if not examples:
         raise ConfigError(f"{path}: no example; each line is a JSON object with {SHAPES}")
     return examples
@@ -84,9 +103,17 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[Example]:
 def _example(row: Any) -> Example:
     if not isinstance(row, dict):
         raise ConfigError(f"{row!r:.80} is no JSON object; each line is one with {SHAPES}")
-    shapes = [fields for fields in (("messages",), ("text",), ("prompt", "completion")) if any(field in row for field in fields)]
+    shapes = [
+        fields
+        for fields in (("messages",), ("text",), ("prompt", "completion"))
+        if any(field in row for field in fields)
+    ]
     if len(shapes) != 1:
-        found = "has none of the fields that are read" if not shapes else f"mixes {' and '.join(s[0] for s in shapes)}"
+        found = (
+            "has none of the fields that are read"
+            if not shapes
+            else f"mixes {' and '.join(s[0] for s in shapes)}"
+        )
         raise ConfigError(f"{found} (its fields: {', '.join(map(repr, row)) or 'none'}); it needs {SHAPES}")
     for field in shapes[0]:
         if field not in row:
@@ -105,7 +132,9 @@ def _example(row: Any) -> Example:
 def _string(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> str:
     value = row[field]
     if not isinstance(value, str):
-        raise ConfigError(f"{field} is {value!r:.80}; it must be a string (prompt and completion may both be lists of messages)")
+        raise ConfigError(
+            f"{field} is {value!r:.80}; it must be a string (prompt and completion may both be lists of messages)"
+        )
     if not value and not may_be_empty:
         raise ConfigError(f"{field} is empty: there is nothing to learn; leave the line out")
     return value
@@ -113,9 +142,13 @@ def _string(row: Mapping[str, Any], field: str, may_be_empty: bool = False) -> s
 
 def _conversation(messages: Messages, given: int) -> Example:
     if messages[0]["role"] == "assistant":
-        raise ConfigError("messages[0] is the assistant's; something must come before it: begin with a user's message")
+        raise ConfigError(
+            "messages[0] is the assistant's; something must come before it: begin with a user's message"
+        )
     if not any(message["role"] == "assistant" for message in messages[given:]):
-        raise ConfigError(f"no message of the role 'assistant' among {len(messages) - given}: there is nothing to learn")
+        raise ConfigError(
+            f"no message of the role 'assistant' among {len(messages) - given}: there is nothing to learn"
+        )
     return Example(messages=tuple(messages), given=given)
 
 
@@ -124,7 +157,8 @@ def _last_turn(example: Example) -> int:
 
 
 def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
-    """Return what stands before the completion, or before the assistant's last turn: the prompt for generation."""
+    """Return what stands before the completion, or before the assistant's last turn: the prompt for
+    generation."""
     if example.messages:
         return tokenizer.chat(example.messages[: _last_turn(example)])
     return [*tokenizer.begin, *tokenizer.encode(example.prompt or "", add_special=False)]
@@ -133,8 +167,9 @@ def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
 def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[bool]]:
     """Return the ids of an example up to the last that is learnt, and which of them are.
 
-    Prompt and completion become ids apart, so that what generation gets as its prompt is what stood there in training, to
-    the token. (One text might merge across the border; TRL, which makes one text of them, warns when that happens.)
+    Prompt and completion become ids apart, so that what generation gets as its prompt is what stood there in
+    training, to the token. (One text might merge across the border; TRL, which makes one text of them, warns
+    when that happens.)
 
     >>> from minilora.data.tokenizer import ByteTokenizer
     >>> encode_example(ByteTokenizer(), Example(prompt="a", completion="b"))
@@ -156,22 +191,31 @@ def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], l
         before = tokenizer.render(example.messages[:i], add_generation_prompt=True)
         after = tokenizer.render(example.messages[: i + 1])
         if not before.startswith(done) or not after.startswith(before):
-            raise ConfigError(f"chat template: the text before messages[{i}] changes when it is added, so that it cannot be said "
-                              "which tokens are the assistant's; use prompt and completion as raw text")  # fmt: skip
-        given, said = (tokenizer.encode(text, add_special=False) for text in (before[len(done) :], after[len(before) :]))
+            raise ConfigError(
+                f"chat template: the text before messages[{i}] changes when it is added, so that it cannot be said "
+                "which tokens are the assistant's; use prompt and completion as raw text"
+            )
+        given, said = (
+            tokenizer.encode(text, add_special=False) for text in (before[len(done) :], after[len(before) :])
+        )
         end = max((k + 1 for k, token in enumerate(said) if token in tokenizer.stop_ids), default=len(said))
         ids += [*given, *said]
-        targets += [False] * len(given) + [k < end for k in range(len(said))]  # a line break after <|im_end|> is not learnt
+        targets += [False] * len(given) + [
+            k < end for k in range(len(said))
+        ]  # a line break after <|im_end|> is not learnt
         done = after
     if not any(targets):
-        raise ConfigError("messages: the assistant's turns are empty, and the chat template puts nothing behind them: there is "
-                          "nothing to learn")  # fmt: skip
+        raise ConfigError(
+            "messages: the assistant's turns are empty, and the chat template puts nothing behind them: there is "
+            "nothing to learn"
+        )
     length = len(targets) - targets[::-1].index(True)
     return ids[:length], targets[:length]
 
 
 def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
-    """Return rows of item numbers whose lengths add up to at most `size`: best fit, longest first (TRL's "bfd").
+    """Return rows of item numbers whose lengths add up to at most `size`: best fit, longest first (TRL's
+    "bfd").
 
     >>> pack([3, 5, 2, 6], 8)
     [[3, 2], [1, 0]]
@@ -187,7 +231,9 @@ def pack(lengths: Sequence[int], size: int) -> list[list[int]]:
         require(0 < need <= size, f"lengths[{item}]", need, f"must be 1..{size}")
         fitting = rooms >> need
         if fitting:
-            room = need + (fitting & -fitting).bit_length() - 1  # the lowest bit: the least room that is enough
+            room = (
+                need + (fitting & -fitting).bit_length() - 1
+            )  # the lowest bit: the least room that is enough
             row = open_rows[room].pop()
             if not open_rows[room]:
                 rooms ^= 1 << room
@@ -206,7 +252,12 @@ def split_examples(examples: Sequence[Example], n_eval: int = 256) -> dict[str, 
     Raises:
         ConfigError: fewer than 3 examples.
     """
-    require(len(examples) >= 3, "examples", len(examples), "at least 3 are needed: one each to train, to validate and to test")
+    require(
+        len(examples) >= 3,
+        "examples",
+        len(examples),
+        "at least 3 are needed: one each to train, to validate and to test",
+    )
     n = min(n_eval, max(1, len(examples) // 10))
     order = random.Random("sft split").sample(range(len(examples)), len(examples))  # the same for every seed
     parts = {"validation": order[:n], "test": order[n : 2 * n], "train": order[2 * n :]}
@@ -217,15 +268,13 @@ class SFTTask:
     """Fine-tuning data as a `minilora.data.tasks.Task`.
 
     Args:
-        tokenizer: makes the ids.
-        examples: all examples, which are split (`split_examples`), or the examples of each split by its name, "train" among them.
-        max_length: tokens of an example, of which more are cut off at the end, and places of a packed row.
-        packing: put several examples into a row; they do not see each other (`Batch.segments`).
-        n_eval: examples of each evaluation split, at most.
-        seed: the order of the training examples, and so which of them share a row.
-        name: the task's name.
-        score: measures of the completions of a split; by default `exact`, the share equal to the file's.
-        sha256: the hash of what it is made from; by default that of the examples.
+        tokenizer: makes the ids. examples: all examples, which are split (`split_examples`), or the examples
+        of each split by its name, "train" among them. max_length: tokens of an example, of which more are cut
+        off at the end, and places of a packed row. packing: put several examples into a row; they do not see
+        each other (`Batch.segments`). n_eval: examples of each evaluation split, at most. seed: the order of
+        the training examples, and so which of them share a row. name: the task's name. score: measures of the
+        completions of a split; by default `exact`, the share equal to the file's. sha256: the hash of what it
+        is made from; by default that of the examples.
 
     Attributes:
         n_train: training rows, which are examples unless packed.
@@ -233,12 +282,23 @@ class SFTTask:
         report: what was read, cut and left out, in one line.
 
     Raises:
-        ConfigError: too few examples, no target left after cutting, a max_length below 2, messages without a chat template.
+        ConfigError: too few examples, no target left after cutting, a max_length below 2, messages without a
+        chat template.
     """
 
-    def __init__(self, tokenizer: Tokenizer, examples: Sequence[Example] | Mapping[str, Sequence[Example]], *,
-                 max_length: int = 512, packing: bool = False, n_eval: int = 256, seed: int = 0, name: str = "jsonl",
-                 score: Callable[[str, list[str]], dict[str, float]] | None = None, sha256: str = "") -> None:  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        examples: Sequence[Example] | Mapping[str, Sequence[Example]],
+        *,
+        max_length: int = 512,
+        packing: bool = False,
+        n_eval: int = 256,
+        seed: int = 0,
+        name: str = "jsonl",
+        score: Callable[[str, list[str]], dict[str, float]] | None = None,
+        sha256: str = "",
+    ) -> None:
         require(max_length >= 2, "max_length", max_length, "must be 2 or more")
         require(n_eval >= 1, "n_eval", n_eval, "must be 1 or more")
         parts = examples if isinstance(examples, Mapping) else split_examples(examples, n_eval)
@@ -247,18 +307,31 @@ class SFTTask:
         self.splits = tuple(split for split in parts if split != "train")
         self._tokenizer, self._score = tokenizer, score
         self._examples = {split: list(parts[split]) for split in self.splits}
-        encoded = {split: [encode_example(tokenizer, example) for example in part] for split, part in parts.items()}
-        self.max_new_tokens = max((_last_run(targets) for part, rows in encoded.items()
-                                   for example, (_, targets) in zip(parts[part], rows, strict=True)
-                                   if example.reference is not None), default=0)  # fmt: skip
+        encoded = {
+            split: [encode_example(tokenizer, example) for example in part] for split, part in parts.items()
+        }
+        self.max_new_tokens = max(
+            (
+                _last_run(targets)
+                for part, rows in encoded.items()
+                for example, (_, targets) in zip(parts[part], rows, strict=True)
+                if example.reference is not None
+            ),
+            default=0,
+        )
         self.max_new_tokens = min(self.max_new_tokens, max_length)
         kept = {split: _cut(rows, max_length) for split, rows in encoded.items()}
         n_cut = {split: sum(len(ids) > max_length for ids, _ in rows) for split, rows in encoded.items()}
         for split in ("train", *self.splits):
             rows = kept[split]
-            require(bool(rows), f"{name}, {split}: targets", 0, f"of {len(encoded[split])} examples, {n_cut[split]} were cut at "
-                    f"max_length={max_length} tokens and no token to learn is left; the longest has "
-                    f"{max((len(ids) for ids, _ in encoded[split]), default=0)}: raise max_length, or shorten the prompts")
+            require(
+                bool(rows),
+                f"{name}, {split}: targets",
+                0,
+                f"of {len(encoded[split])} examples, {n_cut[split]} were cut at "
+                f"max_length={max_length} tokens and no token to learn is left; the longest has "
+                f"{max((len(ids) for ids, _ in encoded[split]), default=0)}: raise max_length, or shorten the prompts",
+            )
         self._kept = kept
         train = kept["train"]
         random.Random(f"sft {seed}").shuffle(train)
@@ -269,9 +342,15 @@ class SFTTask:
         self.report = (
             f"{total} examples ({len(train)} to train), {sum(n_cut.values())} cut to {max_length} tokens, "
             f"{total - n_kept} left out because nothing to learn remained; {self.n_train} rows"
-            + (f" of {max_length}, {sum(lengths) / (self.n_train * max_length):.0%} filled" if packing else "")
+            + (
+                f" of {max_length}, {sum(lengths) / (self.n_train * max_length):.0%} filled"
+                if packing
+                else ""
+            )
         )
-        content = (json.dumps(asdict(e), sort_keys=True, default=dict) for part in parts.values() for e in part)
+        content = (
+            json.dumps(asdict(e), sort_keys=True, default=dict) for part in parts.values() for e in part
+        )
         self.sha256 = sha256 or _hash(tokenizer.sha256, max_length, *content)
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -284,7 +363,9 @@ class SFTTask:
         """Return the fixed evaluation examples of a split, one a row."""
         check_split(split, self.splits)
         rows = [[row] for row in self._kept[split]]
-        return [collate(rows[i : i + batch_size], self._tokenizer.pad_id) for i in range(0, len(rows), batch_size)]
+        return [
+            collate(rows[i : i + batch_size], self._tokenizer.pad_id) for i in range(0, len(rows), batch_size)
+        ]
 
     def prompts(self, split: str) -> list[list[int]]:
         """Return the prompts to complete: not those of texts."""
@@ -297,20 +378,33 @@ class SFTTask:
             ConfigError: another number of completions.
         """
         expected = [example.reference or "" for example in self._with_reference(split)]
-        require(len(completions) == len(expected), "completions", len(completions), f"one for each of {len(expected)} prompts")
+        require(
+            len(completions) == len(expected),
+            "completions",
+            len(completions),
+            f"one for each of {len(expected)} prompts",
+        )
         if self._score is not None:
             return self._score(split, completions)
-        right = [text.strip() == reference.strip() for text, reference in zip(completions, expected, strict=True)]
+        right = [
+            text.strip() == reference.strip() for text, reference in zip(completions, expected, strict=True)
+        ]
         return {"exact": sum(right) / len(right)} if right else {}
 
     def _with_reference(self, split: str) -> list[Example]:
-        """Examples whose completion can be judged: none of texts, and none whose prompt alone fills ``max_length``."""
+        """Examples whose completion can be judged: none of texts, and none whose prompt alone fills
+        ``max_length``."""
         check_split(split, self.splits)
-        return [example for example in self._examples[split] if example.reference is not None
-                and len(prompt_ids(self._tokenizer, example)) < self.max_length]  # fmt: skip
+        return [
+            example
+            for example in self._examples[split]
+            if example.reference is not None and len(prompt_ids(self._tokenizer, example)) < self.max_length
+        ]
 
 
-def collate(rows: Sequence[Sequence[tuple[list[int], list[bool]]]], pad_id: int, packed: bool = False) -> Batch:
+def collate(
+    rows: Sequence[Sequence[tuple[list[int], list[bool]]]], pad_id: int, packed: bool = False
+) -> Batch:
     """Return a batch of rows of examples (ids, which of them are learnt), filled on the right.
 
     >>> collate([[([7, 8, 9], [False, True, True]), ([5, 6], [False, True])]], pad_id=0, packed=True).segments.tolist()
@@ -348,11 +442,20 @@ def _hash(*parts: Any) -> str:
     return digest.hexdigest()
 
 
-def products_chat(tokenizer: Tokenizer, n_train: int = 4096, n_eval: int = 256, seed: int = 0, *, max_length: int = 192,
-                  packing: bool = False) -> SFTTask:  # fmt: skip
-    """Return the products task (`minilora.data.tasks.ProductsTask`: same products, splits and scores) for a language model.
+def products_chat(
+    tokenizer: Tokenizer,
+    n_train: int = 4096,
+    n_eval: int = 256,
+    seed: int = 0,
+    *,
+    max_length: int = 192,
+    packing: bool = False,
+) -> SFTTask:
+    """Return the products task (`minilora.data.tasks.ProductsTask`: same products, splits and scores) for a
+    language model.
 
-    The user writes the product's prompt and the assistant its description, by the chat template; without one, both are raw text.
+    The user writes the product's prompt and the assistant its description, by the chat template; without one,
+    both are raw text.
 
     Raises:
         ConfigError: max_length is too small for the prompts.
@@ -369,7 +472,15 @@ def products_chat(tokenizer: Tokenizer, n_train: int = 4096, n_eval: int = 256, 
     for split in products.splits:
         examples[split] = [example(*pair) for pair in zip(*products.evaluation(split), strict=True)]
     sha256 = _hash(products.sha256, tokenizer.sha256, max_length)
-    task = SFTTask(tokenizer, examples, max_length=max_length, packing=packing, seed=seed, name="products",
-                   score=products.score, sha256=sha256)  # fmt: skip
+    task = SFTTask(
+        tokenizer,
+        examples,
+        max_length=max_length,
+        packing=packing,
+        seed=seed,
+        name="products",
+        score=products.score,
+        sha256=sha256,
+    )
     task.max_new_tokens = 1 + longest_description(lambda text: len(tokenizer.encode(text, add_special=False)))
     return task

@@ -32,10 +32,9 @@ class Batch:
     """Sequences padded on the right.
 
     Attributes:
-        ids: (B, T) int64, the input tokens.
-        targets: (B, T) int64; `targets[b, t]` is the token after `ids[b, t]`.
-        mask: (B, T) bool, which targets count in the loss.
-        segments: (B, T) integers or None; examples packed into one row have different numbers and do not see each other.
+        ids: (B, T) int64, the input tokens. targets: (B, T) int64; `targets[b, t]` is the token after `ids[b,
+        t]`. mask: (B, T) bool, which targets count in the loss. segments: (B, T) integers or None; examples
+        packed into one row have different numbers and do not see each other.
     """
 
     ids: np.ndarray
@@ -90,7 +89,8 @@ class Task(Protocol):
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Batch:
-    """Return a batch of whole sequences (prompt, answer, EOS) in which all but the first `n_prompt` tokens are targets.
+    """Return a batch of whole sequences (prompt, answer, EOS) in which all but the first `n_prompt` tokens
+    are targets.
 
     >>> pad_batch([[BOS, 7, 8, EOS], [BOS, 9, EOS]], n_prompt=[2, 2]).mask.tolist()
     [[False, True, True], [False, True, False]]
@@ -110,7 +110,9 @@ def check_indices(indices: Sequence[int] | np.ndarray, n_train: int) -> list[int
     chosen = [int(i) for i in indices]
     bad = next((i for i in chosen if not 0 <= i < n_train), None)
     if not chosen or bad is not None:
-        raise ValueError(f"indices has {'no entry' if bad is None else bad}: give training examples 0..{n_train - 1}")
+        raise ValueError(
+            f"indices has {'no entry' if bad is None else bad}: give training examples 0..{n_train - 1}"
+        )
     return chosen
 
 
@@ -192,8 +194,8 @@ def _product_batch(examples: Sequence[tuple[Product, int]]) -> Batch:
 class WindowTask:
     """Next-byte prediction in windows of a token stream; the loss divided by ln 2 is bits per byte.
 
-    Targets that are no bytes (BOS, EOS) are masked. Training windows lie evenly over the train stream, shifted by
-    the seed; evaluation windows lie evenly over theirs and do not depend on it.
+    Targets that are no bytes (BOS, EOS) are masked. Training windows lie evenly over the train stream,
+    shifted by the seed; evaluation windows lie evenly over theirs and do not depend on it.
 
     Args:
         name: the task's name.
@@ -220,7 +222,9 @@ class WindowTask:
     ) -> None:
         for split in ("train", *self.splits):
             if len(streams[split]) <= window:
-                raise ValueError(f"{name}: the {split} split has {len(streams[split])} tokens, more than {window} are needed")
+                raise ValueError(
+                    f"{name}: the {split} split has {len(streams[split])} tokens, more than {window} are needed"
+                )
         self.name = name
         free = len(streams["train"]) - window  # possible starts
         self.n_train = n_train or max(1, free // window)
@@ -300,11 +304,15 @@ def make_task(
         if value is not None and value < 1:
             raise ValueError(f"{field} is {value}: it must be 1 or more")
     if (name == "text") != (text_path is not None):
-        raise ValueError(f"text_path is {text_path!r}: the task 'text' needs it, the others take none (task is {name!r})")
+        raise ValueError(
+            f"text_path is {text_path!r}: the task 'text' needs it, the others take none (task is {name!r})"
+        )
     if name == "products":
         return ProductsTask(n_train or 4096, n_eval, seed)
     if name == "python":
-        streams = {split: token_stream(python_source(split).values()) for split in ("train", "validation", "test")}
+        streams = {
+            split: token_stream(python_source(split).values()) for split in ("train", "validation", "test")
+        }
         return WindowTask("python", streams, n_train, n_eval, seed, window)
     text = read_text(text_path or "", 10 * (window + 1))
     if tokenizer is None:

@@ -1,4 +1,5 @@
-"""What a tokenizer is, and the tiny base's: a byte is a token, 256 bytes and three specials, nothing is out of vocabulary."""
+"""What a tokenizer is, and the tiny base's: a byte is a token, 256 bytes and three specials, nothing is out
+of vocabulary."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ class Tokenizer(Protocol):
 
 
 class TextStream:
-    """Text of ids that come one by one: what is sure is returned at once, half a character waits for its other half.
+    """Text of ids that come one by one: what is sure is returned at once, half a character waits for its
+    other half.
 
     All that `push` and `flush` return, joined, is `decode` of all ids.
 
@@ -126,7 +128,9 @@ class TextStream:
     (['n', '', 'é'], '')
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], waits: Callable[[int], bool] = lambda _: False) -> None:
+    def __init__(
+        self, decode: Callable[[list[int]], str], waits: Callable[[int], bool] = lambda _: False
+    ) -> None:
         self._decode, self._waits = decode, waits
         self._ids: list[int] = []
         self._sent = 0
@@ -136,7 +140,8 @@ class TextStream:
         self._ids.append(int(token))
         if self._waits(self._ids[-1]):
             return ""
-        # Decoded from the beginning each time: what a token says may depend on those before it. It takes microseconds.
+        # Decoded from the beginning each time: what a token says may depend on those before it. It takes
+        # microseconds.
         text = self._decode(self._ids)
         return self._send(text[: len(text.rstrip("\ufffd"))])  # a broken end may be a character's first bytes
 
@@ -174,8 +179,10 @@ class ByteTokenizer:
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Raise ConfigError: the tiny base has no chat template."""
-        raise ConfigError("chat template: the tiny base has none, it was never taught to talk; give raw text "
-                          "(--prompt, or JSONL with prompt and completion), or use --model smollm2")  # fmt: skip
+        raise ConfigError(
+            "chat template: the tiny base has none, it was never taught to talk; give raw text "
+            "(--prompt, or JSONL with prompt and completion), or use --model smollm2"
+        )
 
     def chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
         """Raise ConfigError: the tiny base has no chat template."""

@@ -1,4 +1,5 @@
-"""One weight as bitsandbytes keeps it in safetensors: NF4 or FP4 codes, absmax and a small JSON text of settings.
+"""One weight as bitsandbytes keeps it in safetensors: NF4 or FP4 codes, absmax and a small JSON text of
+settings.
 
 For a tensor ``X``, with n = out·in weights in blocks of b:
 
@@ -9,9 +10,9 @@ For a tensor ``X``, with n = out·in weights in blocks of b:
     X.nested_quant_map                    float32 (256,)          the 8-bit dynamic map
     X.quant_state.bitsandbytes__nf4       uint8   (bytes,)        JSON; the key ends in fp4 for FP4
 
-Codes and scales have the same layout here, so both directions copy bytes and round nothing. The codebooks travel in each
-file but are constants: one that differs from ours is refused. A model quantized from bfloat16 or float16 says so as
-``dtype``; bitsandbytes rounds decoded weights to it, we decode to float32.
+Codes and scales have the same layout here, so both directions copy bytes and round nothing. The codebooks
+travel in each file but are constants: one that differs from ours is refused. A model quantized from bfloat16
+or float16 says so as ``dtype``; bitsandbytes rounds decoded weights to it, we decode to float32.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", *_STATE_PA
 
 
 def to_arrays(name: str, weight: CodebookWeight) -> dict[str, Array]:
-    """Return the arrays, by name, as which bitsandbytes stores a weight (out, in); ``name`` ends in ``.weight``.
+    """Return the arrays, by name, as which bitsandbytes stores a weight (out, in); ``name`` ends in
+    ``.weight``.
 
     Raises ``ConfigError`` for a codebook or a block size that bitsandbytes does not have.
 
@@ -49,17 +51,32 @@ def to_arrays(name: str, weight: CodebookWeight) -> dict[str, Array]:
     >>> {key: array.shape for key, array in to_arrays("w", weight).items()}
     {'w': (128, 1), 'w.absmax': (4,), 'w.quant_map': (16,), 'w.quant_state.bitsandbytes__nf4': (76,)}
     """
-    require(weight.quant_type in QUANT_TYPES, f"{name}: quant_type", weight.quant_type,
-            "bitsandbytes has nf4 and fp4 only: quantize with one of them, or save the model as minilora's own file")  # fmt: skip
+    require(
+        weight.quant_type in QUANT_TYPES,
+        f"{name}: quant_type",
+        weight.quant_type,
+        "bitsandbytes has nf4 and fp4 only: quantize with one of them, or save the model as minilora's own file",
+    )
     require_in(weight.block_size, BLOCK_SIZES, f"{name}: block_size")
     state: dict[str, Any] = {  # keys in bitsandbytes' order, so that the bytes are equal too
-        "quant_type": weight.quant_type, "blocksize": weight.block_size, "dtype": "float32", "shape": list(weight.shape),
-    }  # fmt: skip
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_size,
+        "dtype": "float32",
+        "shape": list(weight.shape),
+    }
     quant_map = codebooks.code_map(weight.quant_type)
     if isinstance(weight.scales, DoubleQuant):
-        state |= {"nested_blocksize": NESTED_BLOCK_SIZE, "nested_dtype": "float32", "nested_offset": weight.scales.offset.item()}
-        parts = {"absmax": weight.scales.codes, "quant_map": quant_map, "nested_absmax": weight.scales.absmax,
-                 "nested_quant_map": codebooks.dynamic_map()}  # fmt: skip
+        state |= {
+            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_dtype": "float32",
+            "nested_offset": weight.scales.offset.item(),
+        }
+        parts = {
+            "absmax": weight.scales.codes,
+            "quant_map": quant_map,
+            "nested_absmax": weight.scales.absmax,
+            "nested_quant_map": codebooks.dynamic_map(),
+        }
     else:
         parts = {"absmax": weight.scales, "quant_map": quant_map}
     parts[_STATE_KEY + weight.quant_type] = np.frombuffer(json.dumps(state).encode(), np.uint8)
@@ -78,8 +95,9 @@ def is_quantized(arrays: dict[str, Array], name: str) -> bool:
 def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeight:
     """Take the arrays of the tensor ``name`` out of ``arrays`` and return them as a weight, bit by bit.
 
-    ``where`` names the file in messages. Raises ``FileError`` for anything that bitsandbytes would not have written: missing or
-    left over arrays, dtypes, shapes, settings, other codebooks, scales that are negative or not finite.
+    ``where`` names the file in messages. Raises ``FileError`` for anything that bitsandbytes would not have
+    written: missing or left over arrays, dtypes, shapes, settings, other codebooks, scales that are negative
+    or not finite.
 
     >>> weight = CodebookWeight.quantize(np.eye(8, 32, dtype=np.float32), "fp4", 64)
     >>> bool((from_arrays("w", to_arrays("w", weight), "model.safetensors").codes == weight.codes).all())
@@ -95,7 +113,13 @@ def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeig
 
     codes = take(name, np.uint8, (out_features * in_features + 1) // 2, 1)
     absmax = take(f"{name}.absmax", np.uint8 if nested else np.float32, blocks)
-    _check_map(f"{name}.quant_map", take(f"{name}.quant_map", np.float32, 16), codebooks.code_map(quant_type), quant_type, where)
+    _check_map(
+        f"{name}.quant_map",
+        take(f"{name}.quant_map", np.float32, 16),
+        codebooks.code_map(quant_type),
+        quant_type,
+        where,
+    )
     scales: Array | DoubleQuant = absmax
     if nested:
         nested_absmax = take(f"{name}.nested_absmax", np.float32, -(-blocks // NESTED_BLOCK_SIZE))
@@ -107,7 +131,9 @@ def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeig
         _check_scales(f"{name}.absmax", absmax, 0.0, where)
     left = [part for part in _PARTS if f"{name}.{part}" in arrays]
     if left:
-        raise FileError(f"{where}: {name}.{left[0]} does not belong beside {_STATE_KEY}{quant_type} without double quantization")
+        raise FileError(
+            f"{where}: {name}.{left[0]} does not belong beside {_STATE_KEY}{quant_type} without double quantization"
+        )
     return CodebookWeight(codes.reshape(-1), scales, (out_features, in_features), quant_type, block_size)
 
 
@@ -118,25 +144,38 @@ def _take_state(name: str, arrays: dict[str, Array], where: str) -> tuple[str, d
     """Return (quant_type, settings) from the one JSON text beside a tensor, every setting checked."""
     found = [part for part in _STATE_PARTS if f"{name}.{part}" in arrays]
     if len(found) != 1:
-        raise FileError(f"{where}: {name} has {' and '.join(found) or f'no {_STATE_KEY}…'}, needs exactly one of {_STATE_PARTS}")
+        raise FileError(
+            f"{where}: {name} has {' and '.join(found) or f'no {_STATE_KEY}…'}, needs exactly one of {_STATE_PARTS}"
+        )
     key, quant_type = f"{name}.{found[0]}", found[0].removeprefix(_STATE_KEY)
     raw = arrays.pop(key)
     if raw.dtype != np.uint8 or raw.ndim != 1 or not 0 < raw.size <= LONGEST_STATE:
-        raise FileError(f"{where}: {key} is {raw.dtype} {raw.shape}, must be uint8, 1 to {LONGEST_STATE} bytes of JSON")
+        raise FileError(
+            f"{where}: {key} is {raw.dtype} {raw.shape}, must be uint8, 1 to {LONGEST_STATE} bytes of JSON"
+        )
     try:
         state = json.loads(raw.tobytes().decode(), object_pairs_hook=without_repeats)
     except (ValueError, RecursionError) as error:
         raise FileError(f"{where}: {key} is not JSON ({error})") from None
     if not isinstance(state, dict) or set(state) not in (set(_PLAIN_STATE), set(_NESTED_STATE)):
         keys = sorted(state) if isinstance(state, dict) else type(state).__name__
-        raise FileError(f"{where}: {key} holds {keys}, must hold {_PLAIN_STATE} or, for double quantization, {_NESTED_STATE}")
+        raise FileError(
+            f"{where}: {key} holds {keys}, must hold {_PLAIN_STATE} or, for double quantization, {_NESTED_STATE}"
+        )
     allowed: dict[str, tuple[Any, ...]] = {
-        "quant_type": (quant_type,), "blocksize": BLOCK_SIZES, "dtype": DTYPES,
-        "nested_blocksize": (NESTED_BLOCK_SIZE,), "nested_dtype": ("float32",),
-    }  # fmt: skip
+        "quant_type": (quant_type,),
+        "blocksize": BLOCK_SIZES,
+        "dtype": DTYPES,
+        "nested_blocksize": (NESTED_BLOCK_SIZE,),
+        "nested_dtype": ("float32",),
+    }
     for setting, values in allowed.items():
-        if setting in state and not any(type(state[setting]) is type(v) and state[setting] == v for v in values):
-            raise FileError(f"{where}: {key}: {setting}={state[setting]!r}, choose one of {', '.join(map(str, values))}")
+        if setting in state and not any(
+            type(state[setting]) is type(v) and state[setting] == v for v in values
+        ):
+            raise FileError(
+                f"{where}: {key}: {setting}={state[setting]!r}, choose one of {', '.join(map(str, values))}"
+            )
     shape = state["shape"]
     if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int and n > 0 for n in shape)):
         raise FileError(f"{where}: {key}: shape={shape!r}, must be [out, in], both at least 1")
@@ -146,7 +185,8 @@ def _take_state(name: str, arrays: dict[str, Array], where: str) -> tuple[str, d
 
 
 def _is_float32(value: Any) -> bool:
-    """Say whether a JSON value is a finite number in float32's range; whole numbers of any size compare exactly."""
+    """Say whether a JSON value is a finite number in float32's range; whole numbers of any size compare
+    exactly."""
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST
 
 
@@ -169,8 +209,10 @@ def _check_map(key: str, found: Array, ours: Array, kind: str, where: str) -> No
     different = np.flatnonzero(found != ours)
     if different.size:
         i = int(different[0])
-        raise FileError(f"{where}: {key}[{i}]={found[i]}, the {kind} map has {ours[i]} ({different.size} of {ours.size} "
-                        "values differ): another codebook cannot be read")  # fmt: skip
+        raise FileError(
+            f"{where}: {key}[{i}]={found[i]}, the {kind} map has {ours[i]} ({different.size} of {ours.size} "
+            "values differ): another codebook cannot be read"
+        )
 
 
 def _check_scales(key: str, scales: Array, offset: float, where: str) -> None:

@@ -19,8 +19,11 @@ from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
 
-def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, metadata: dict[str, Any] | None = None) -> None:
-    """Save a model without adapters; dense arrays in ``dtype``, quantized weights as they are stored, bit for bit.
+def save_model(
+    model: Transformer, path: str | Path, dtype: Any = np.float32, metadata: dict[str, Any] | None = None
+) -> None:
+    """Save a model without adapters; dense arrays in ``dtype``, quantized weights as they are stored, bit for
+    bit.
 
     Merge adapters first, or save them alone with ``save_adapter``.
     """
@@ -39,22 +42,34 @@ def save_model(model: Transformer, path: str | Path, dtype: Any = np.float32, me
             stored[name] = {"quant_type": weight.quant_type}
             arrays[f"{name}.blocks"] = weight.blocks
         elif isinstance(weight, CodebookWeight):
-            stored[name] = {"quant_type": weight.quant_type, "block_size": weight.block_size, "double_quant": weight.double_quant}
+            stored[name] = {
+                "quant_type": weight.quant_type,
+                "block_size": weight.block_size,
+                "double_quant": weight.double_quant,
+            }
             arrays[f"{name}.codes"] = weight.codes
             if isinstance(weight.scales, DoubleQuant):
-                arrays |= {f"{name}.scale.{part}": getattr(weight.scales, part) for part in ("codes", "absmax", "offset")}
+                arrays |= {
+                    f"{name}.scale.{part}": getattr(weight.scales, part)
+                    for part in ("codes", "absmax", "offset")
+                }
             else:
                 arrays[f"{name}.scale"] = weight.scales
         elif not isinstance(weight, DenseWeight):
-            raise ValueError(f"{name}: has an adapter; merge(model) makes a model without, save_adapter saves the adapter alone")
+            raise ValueError(
+                f"{name}: has an adapter; merge(model) makes a model without, save_adapter saves the adapter alone"
+            )
     config = asdict(replace(model.config, tie_word_embeddings=model.tied))  # a merged head is no longer tied
     if config["rope_factors"] is None:
         del config["rope_factors"]  # as in files from before there was such a field
-    write_tensors(Path(path), arrays, {"minilora_model": config, "minilora_quantized": stored} | (metadata or {}))
+    write_tensors(
+        Path(path), arrays, {"minilora_model": config, "minilora_quantized": stored} | (metadata or {})
+    )
 
 
 def load_model(path: str | Path) -> Transformer:
-    """Load a frozen model, dense arrays as float32; raises FileError for a file that is missing, truncated or not ours."""
+    """Load a frozen model, dense arrays as float32; raises FileError for a file that is missing, truncated or
+    not ours."""
     path = Path(path)
     arrays, metadata = read_tensors(path)
     config, stored = metadata.get("minilora_model"), metadata.get("minilora_quantized", {})
@@ -64,18 +79,24 @@ def load_model(path: str | Path) -> Transformer:
     try:
         model_config = ModelConfig(**config)
         if model_config.num_hidden_layers > len(arrays):  # before a name is made for each array of each layer
-            raise ValueError(f"num_hidden_layers={model_config.num_hidden_layers}, but there are {len(arrays)} arrays in all")
+            raise ValueError(
+                f"num_hidden_layers={model_config.num_hidden_layers}, but there are {len(arrays)} arrays in all"
+            )
         shapes = parameter_shapes(model_config)
         weights = {name: _quantized(name, shapes, how, arrays) for name, how in stored.items()}
         if any(array.dtype.kind != "f" for array in arrays.values()):
             raise ValueError("holds arrays that are not floating point")
         dense = {name: array.astype(np.float32) for name, array in arrays.items()}
-        return build_model(model_config, dense | {f"{name}.weight": weight for name, weight in weights.items()})
+        return build_model(
+            model_config, dense | {f"{name}.weight": weight for name, weight in weights.items()}
+        )
     except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise FileError(f"{path}: {error}") from None
 
 
-def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]) -> Any:
+def _quantized(
+    name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]
+) -> Any:
     """Take one quantized weight's arrays out of ``arrays``; the classes check every size themselves."""
     out_in = shapes.get(f"{name}.weight", ())
     if len(out_in) != 2 or (name == "model.embed_tokens" and how["quant_type"] not in BLOCK_BYTES):
@@ -85,7 +106,9 @@ def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any
     def take(part: str, *kinds: str) -> Any:
         array = arrays.pop(f"{name}.{part}", None)
         if array is None or array.dtype.name not in kinds:
-            raise ValueError(f"{name}.{part}: {'missing' if array is None else array.dtype}, must be {' or '.join(kinds)}")
+            raise ValueError(
+                f"{name}.{part}: {'missing' if array is None else array.dtype}, must be {' or '.join(kinds)}"
+            )
         return array
 
     def whole(setting: str) -> int:
@@ -105,7 +128,11 @@ def _quantized(name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any
             return AffineWeight.from_zeros(codes, scale, offset, shape, bits, whole("group_size"))
         return AffineWeight(codes, scale, offset, shape, bits, whole("group_size"))
     if how["double_quant"] is True:
-        nested = take("scale.codes", "uint8"), take("scale.absmax", "float32"), take("scale.offset", "float32")
+        nested = (
+            take("scale.codes", "uint8"),
+            take("scale.absmax", "float32"),
+            take("scale.offset", "float32"),
+        )
         return CodebookWeight(codes, DoubleQuant(*nested), shape, how["quant_type"], whole("block_size"))
     scales = take("scale", "float32")
     if scales.size and scales.min() < 0:
@@ -128,8 +155,13 @@ def load_base() -> Transformer:
 
 
 def read_info(path: str | Path) -> dict[str, Any]:
-    """How a model file was made, as far as its metadata says: command, corpus hash, Python version, held-out loss."""
-    return {k: v for k, v in read_tensors(Path(path))[1].items() if k not in ("minilora_model", "minilora_quantized")}
+    """How a model file was made, as far as its metadata says: command, corpus hash, Python version, held-out
+    loss."""
+    return {
+        k: v
+        for k, v in read_tensors(Path(path))[1].items()
+        if k not in ("minilora_model", "minilora_quantized")
+    }
 
 
 def sha256(model: Transformer) -> str:
@@ -138,8 +170,11 @@ def sha256(model: Transformer) -> str:
     arrays = [(p.name, p.data) for p in model.parameters()]
     for layer in (model.embedding, *(linear for _, linear in model.linears())):
         if not isinstance(layer.weight, DenseWeight):
-            arrays += [(f"{layer.name}.{kind}", array) for kind in ("codes", "scales", "offsets")
-                       for array in layer.weight.arrays()[kind]]
+            arrays += [
+                (f"{layer.name}.{kind}", array)
+                for kind in ("codes", "scales", "offsets")
+                for array in layer.weight.arrays()[kind]
+            ]
     for name, array in arrays:
         digest.update(f"{name}{array.shape}{array.dtype}".encode())
         digest.update(np.ascontiguousarray(array).data)

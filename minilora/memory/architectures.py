@@ -8,13 +8,23 @@ from typing import Any
 
 from minilora.config import TINY, ConfigError, ModelConfig
 
-_llama = partial(ModelConfig, vocab_size=32000, context_length=2048, rope_theta=10000.0, tie_word_embeddings=False)
-_llama3 = partial(ModelConfig, vocab_size=128256, context_length=8192, rope_theta=500000.0, tie_word_embeddings=False)
+_llama = partial(
+    ModelConfig, vocab_size=32000, context_length=2048, rope_theta=10000.0, tie_word_embeddings=False
+)
+_llama3 = partial(
+    ModelConfig, vocab_size=128256, context_length=8192, rope_theta=500000.0, tie_word_embeddings=False
+)
 _smollm2 = partial(ModelConfig, vocab_size=49152, context_length=8192, rope_theta=100000.0)
 
 
 def _shape(C: int, F: int, L: int, H: int, K: int) -> dict[str, Any]:
-    return {"hidden_size": C, "intermediate_size": F, "num_hidden_layers": L, "num_attention_heads": H, "num_key_value_heads": K}
+    return {
+        "hidden_size": C,
+        "intermediate_size": F,
+        "num_hidden_layers": L,
+        "num_attention_heads": H,
+        "num_key_value_heads": K,
+    }
 
 
 ARCHITECTURES: dict[str, ModelConfig] = {
@@ -29,11 +39,16 @@ ARCHITECTURES: dict[str, ModelConfig] = {
     "llama-65b": _llama(**_shape(8192, 22016, 80, 64, 64)),
     "llama-3-8b": _llama3(**_shape(4096, 14336, 32, 32, 8)),
     "llama-3-70b": _llama3(**_shape(8192, 28672, 80, 64, 8)),
-    "gpt3-175b": ModelConfig(vocab_size=50257, context_length=2048, hidden_act="gelu_pytorch_tanh",
-                             **_shape(12288, 49152, 96, 96, 96)),
-}  # fmt: skip
-"""Name → shape. GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the same matrices, but
-no biases, no table of positions (with all of it 38 million numbers, 0.02 %), and one vector for each norm instead of two."""
+    "gpt3-175b": ModelConfig(
+        vocab_size=50257,
+        context_length=2048,
+        hidden_act="gelu_pytorch_tanh",
+        **_shape(12288, 49152, 96, 96, 96),
+    ),
+}
+"""Name → shape. GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the
+same matrices, but no biases, no table of positions (with all of it 38 million numbers, 0.02 %), and one
+vector for each norm instead of two."""
 
 
 def architecture(name: str) -> ModelConfig:
@@ -46,6 +61,8 @@ def architecture(name: str) -> ModelConfig:
     if found is None:
         near = get_close_matches(name.lower(), ARCHITECTURES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed package), "
-                          "a .gguf file, a Hugging Face folder, or its config.json")
+        raise ConfigError(
+            f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed package), "
+            "a .gguf file, a Hugging Face folder, or its config.json"
+        )
     return found

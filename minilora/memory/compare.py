@@ -1,4 +1,5 @@
-"""Ledgers of several methods side by side, from one configuration; and which settings belong to which method."""
+"""Ledgers of several methods side by side, from one configuration; and which settings belong to which
+method."""
 
 from __future__ import annotations
 
@@ -7,16 +8,32 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minilora.config import ADAPTERS, AFFINE_TYPES, CODEBOOK_TYPES, TRAINED, ConfigError, PlanConfig, require, require_in
+from minilora.config import (
+    ADAPTERS,
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    TRAINED,
+    ConfigError,
+    PlanConfig,
+    require,
+    require_in,
+)
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import HELD, PASSING, Ledger, html_table, text_table
 from minilora.memory.planner import plan
 
 TAKEN_BY = {
-    "r": ADAPTERS, "target_modules": ADAPTERS, "lora_dropout": ADAPTERS, "use_dora": ("lora", "qlora"),
-    "bits": ("qlora", "qalora"), "quant_type": ("qlora", "qalora"), "block_size": ("qlora",), "double_quant": ("qlora",),
-    "group_size": ("qalora",), "subset_modules": ("subset",),
-}  # fmt: skip
+    "r": ADAPTERS,
+    "target_modules": ADAPTERS,
+    "lora_dropout": ADAPTERS,
+    "use_dora": ("lora", "qlora"),
+    "bits": ("qlora", "qalora"),
+    "quant_type": ("qlora", "qalora"),
+    "block_size": ("qlora",),
+    "double_quant": ("qlora",),
+    "group_size": ("qalora",),
+    "subset_modules": ("subset",),
+}
 """Settings that not every method has."""
 WIDTH = 110
 """Characters of a line, up to which a table shows bytes in full."""
@@ -29,11 +46,15 @@ class Comparison:
     ledgers: Mapping[str, Ledger]
 
     def table(self, full: bool = True) -> tuple[list[str], list[list[str]]]:
-        """(heads, rows): the classes, the peak, and what belongs beside it; bytes in ``full``, or for a human."""
+        """(heads, rows): the classes, the peak, and what belongs beside it; bytes in ``full``, or for a
+        human."""
         ledgers, show = list(self.ledgers.values()), (lambda n: f"{n:,}") if full else format_bytes
         kinds = [x.by_kind() for x in ledgers]
-        rows = [[kind, *(show(k[kind]) if kind in k else "" for k in kinds)]
-                for kind in (*HELD, *PASSING) if any(kind in k for k in kinds)]
+        rows = [
+            [kind, *(show(k[kind]) if kind in k else "" for k in kinds)]
+            for kind in (*HELD, *PASSING)
+            if any(kind in k for k in kinds)
+        ]
         rows.append(["peak, one worker", *(show(x.peak) for x in ledgers)])
         if shards := max(x.shards for x in ledgers):
             rows += [[f"{shards} workers, at most", *(show(x.bound(shards)) for x in ledgers)]] * (shards > 1)
@@ -78,7 +99,12 @@ def compare(model: str = "tiny", methods: Sequence[str] = ("full", *ADAPTERS), *
     [159907840, 89309184]
     """
     check_methods(methods, "compare")
-    require("method" not in settings, "method", settings.get("method"), "the methods to compare say it; leave it out")
+    require(
+        "method" not in settings,
+        "method",
+        settings.get("method"),
+        "the methods to compare say it; leave it out",
+    )
     check_taken(settings, methods)
     return Comparison({m: plan(PlanConfig(model, m, **settings_of(m, settings))) for m in methods})
 
@@ -88,25 +114,30 @@ def check_methods(methods: Sequence[str], field: str) -> None:
     require(len(methods) > 0, field, methods, "name at least one of " + ", ".join(TRAINED))
     for method in methods:
         require_in(method, TRAINED, field)
-    require(len(set(methods)) == len(methods), field, " ".join(methods), "names a method twice; once is enough")
+    require(
+        len(set(methods)) == len(methods), field, " ".join(methods), "names a method twice; once is enough"
+    )
 
 
 def check_taken(settings: Iterable[str], methods: Collection[str]) -> None:
     """Raise ConfigError for a setting that none of the methods takes.
 
     >>> check_taken(["r", "bits"], ["full", "lora"])
-    Traceback (most recent call last):
-    minilora.config.ConfigError: bits: is for method qlora or qalora, not for full, lora; leave it out, or choose such a method
+    Traceback (most recent call last): minilora.config.ConfigError: bits: is for method qlora or qalora, not
+    for full, lora; leave it out, or choose such a method
     """
     for name in settings:
         takers = TAKEN_BY.get(name, TRAINED)
         if not set(takers) & set(methods):
-            raise ConfigError(f"{name}: is for method {' or '.join(takers)}, not for {', '.join(methods)}; leave it out, or "
-                              "choose such a method")
+            raise ConfigError(
+                f"{name}: is for method {' or '.join(takers)}, not for {', '.join(methods)}; leave it out, or "
+                "choose such a method"
+            )
 
 
 def asked(c: PlanConfig, named: Collection[str]) -> dict[str, Any]:
-    """The settings among the ``named`` options of a command line, ``no_`` before a switch that is off; not model and method.
+    """The settings among the ``named`` options of a command line, ``no_`` before a switch that is off; not
+    model and method.
 
     >>> asked(PlanConfig(r=4, double_quant=False), {"r", "no_double_quant", "json", "model"})
     {'r': 4, 'double_quant': False}

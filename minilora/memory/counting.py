@@ -1,6 +1,7 @@
 """The ledger: where the bytes of a fine-tuning run are, by class, counted from the arrays themselves.
 
-Arrays are counted once, by the identity of the buffer behind them: q, k and v share one input, and views cost nothing.
+Arrays are counted once, by the identity of the buffer behind them: q, k and v share one input, and views cost
+nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from minilora.transformer import Transformer
 
 Array = np.ndarray
 
-QUANT_CLASSES = {"codes": "weights", "scales": "scales_offsets", "offsets": "scales_offsets", "code_maps": "code_maps"}
+QUANT_CLASSES = {
+    "codes": "weights",
+    "scales": "scales_offsets",
+    "offsets": "scales_offsets",
+    "code_maps": "code_maps",
+}
 
 
 def unique_bytes(arrays: Iterable[Array]) -> int:
@@ -53,9 +59,12 @@ def arrays_in(value: Any) -> Iterator[Any]:
 
 
 def packed_weights(model: Transformer) -> list[Any]:
-    """Every weight of a model, adapted or not, that is stored in few bits; one that embedding and head share, once."""
+    """Every weight of a model, adapted or not, that is stored in few bits; one that embedding and head share,
+    once."""
     weights = [model.embedding.weight]
-    weights += [(linear.base if isinstance(linear, LoraLinear) else linear).weight for _, linear in model.linears()]
+    weights += [
+        (linear.base if isinstance(linear, LoraLinear) else linear).weight for _, linear in model.linears()
+    ]
     return list({id(weight): weight for weight in weights if not isinstance(weight, DenseWeight)}.values())
 
 
@@ -72,24 +81,29 @@ def model_bytes(model: Transformer) -> dict[str, int]:
 
 
 def effective_bits(model: Transformer) -> float:
-    """Bits a weight of the block projections, with scales and offsets; code maps are shared constants and not counted."""
+    """Bits a weight of the block projections, with scales and offsets; code maps are shared constants and not
+    counted."""
     stored, weights = projection_bytes(model)
     return 8 * stored / weights
 
 
 def projection_bytes(model: Transformer) -> tuple[int, int]:
-    """(bytes as stored, number of weights) of the block projections; without adapters and shared code maps."""
+    """(bytes as stored, number of weights) of the block projections; without adapters and shared code
+    maps."""
     stored = weights = 0
     for block in model.blocks:
         for _, _, linear in block.linears():
             weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
-            stored += sum(a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays)
+            stored += sum(
+                a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays
+            )
             weights += weight.shape[0] * weight.shape[1]
     return stored, weights
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
-    """(trainable, all) parameters. A quantized weight counts out·in whatever its packing, unlike counts from array sizes."""
+    """(trainable, all) parameters. A quantized weight counts out·in whatever its packing, unlike counts from
+    array sizes."""
     trainable = sum(p.data.size for p in model.trainable())
     total = sum(p.data.size for p in model.parameters())
     total += sum(weight.shape[0] * weight.shape[1] for weight in packed_weights(model))
@@ -103,7 +117,8 @@ def trainable_line(model: Transformer) -> str:
 
 
 def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, key: Key = None) -> int:
-    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters themselves.
+    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters
+    themselves.
 
     With a ``key``, as in training, dropout is on and keeps its masks and masked inputs.
     """
@@ -113,7 +128,8 @@ def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, k
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Largest memory that ``work()`` held at once beyond what was there before, as Python's tracemalloc measures it."""
+    """Largest memory that ``work()`` held at once beyond what was there before, as Python's tracemalloc
+    measures it."""
     running, collecting = tracemalloc.is_tracing(), gc.isenabled()
     gc.disable()  # what earlier work left is not torn down meanwhile: its finalizers take memory, too
     if not running:
@@ -144,7 +160,8 @@ def format_bytes(n: float) -> str:
 
 
 def available_bytes() -> int | None:
-    """Memory that a process can still get, as far as the system tells: free memory, or what is left of a container's limit."""
+    """Memory that a process can still get, as far as the system tells: free memory, or what is left of a
+    container's limit."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()

@@ -1,6 +1,8 @@
-"""The ledger: every byte of a model in training by class, by layer and by reason, as it stands at the peak of a step.
+"""The ledger: every byte of a model in training by class, by layer and by reason, as it stands at the peak of
+a step.
 
-The same table comes from a real model (``measure``) and from a configuration alone (``plan``); see their modules.
+The same table comes from a real model (``measure``) and from a configuration alone (``plan``); see their
+modules.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ PASSING = {
 }
 """Classes that come and go within a step."""
 
-COLUMNS = {"scales …": ("scales", "offsets", "absmax", "nested", "code maps"), "scratch": ("tiles", "temporaries", "objects")}
+COLUMNS = {
+    "scales …": ("scales", "offsets", "absmax", "nested", "code maps"),
+    "scratch": ("tiles", "temporaries", "objects"),
+}
 COLUMN = {kind: column for column, kinds in COLUMNS.items() for kind in kinds}
 """Classes that share a column of the table by layer."""
 WIDTH = 120
@@ -62,12 +67,13 @@ class Entry:
 
 @dataclass(frozen=True, repr=False)
 class Ledger:
-    """Bytes of a training step; ``peak`` is the sum of the ``entries``: what outlasts a step, and what else lives at the peak.
+    """Bytes of a training step; ``peak`` is the sum of the ``entries``: what outlasts a step, and what else
+    lives at the peak.
 
-    ``kept``: all that the forward pass of the largest shard keeps, by reason · ``shard``: the most that this shard adds to what
-    outlasts a step, its gradients included · ``gradients``: of one shard · ``accumulated``: the sum of earlier batches' ·
-    ``measured``: the peak as tracemalloc saw it, if it did · ``resident`` and ``resident_peak``: the whole process's memory as
-    the system counts it.
+    ``kept``: all that the forward pass of the largest shard keeps, by reason · ``shard``: the most that this
+    shard adds to what outlasts a step, its gradients included · ``gradients``: of one shard ·
+    ``accumulated``: the sum of earlier batches' · ``measured``: the peak as tracemalloc saw it, if it did ·
+    ``resident`` and ``resident_peak``: the whole process's memory as the system counts it.
     """
 
     title: str
@@ -102,10 +108,12 @@ class Ledger:
         return self.held + self.rise
 
     def bound(self, workers: int) -> int:
-        """At most so much with several workers: each in the worst moment of the largest shard at once, and a tile for each.
+        """At most so much with several workers: each in the worst moment of the largest shard at once, and a
+        tile for each.
 
-        A shard that is done, or waits, has its gradients at most; gradient accumulation has a sum of earlier ones. Beside what is
-        in the entries each worker may have 2 %, or 64 KiB, of Python's own objects and of buffers inside NumPy.
+        A shard that is done, or waits, has its gradients at most; gradient accumulation has a sum of earlier
+        ones. Beside what is in the entries each worker may have 2 %, or 64 KiB, of Python's own objects and
+        of buffers inside NumPy.
         """
         at_once = min(workers, self.shards)
         tiles = sum(e.nbytes for e in self.entries if e.kind == "tiles")
@@ -128,54 +136,93 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        first = {"title": self.title, "peak": self.peak, "bound": self.bound(self.shards), "held": self.held,
-                 "by_kind": self.by_kind()}  # fmt: skip
+        first = {
+            "title": self.title,
+            "peak": self.peak,
+            "bound": self.bound(self.shards),
+            "held": self.held,
+            "by_kind": self.by_kind(),
+        }
         return first | asdict(self) | {"by_layer": self.by_layer()}
 
     # ---- tables
 
     def tables(self, full: bool = True) -> list[tuple[str, list[str], list[list[str]]]]:
-        """(caption, heads, rows) of the three tables; by layer in bytes, or, not ``full``, in units that take less room."""
+        """(caption, heads, rows) of the three tables; by layer in bytes, or, not ``full``, in units that take
+        less room."""
         kinds = self.by_kind()
-        rows = [[kind, f"{n:,}", format_bytes(n), f"{100 * n / self.peak:.1f} %", (HELD | PASSING)[kind]]
-                for kind, n in kinds.items()]
-        rows.append(["peak", f"{self.peak:,}", format_bytes(self.peak), "100.0 %", f"one worker; {self.moment}"])
+        rows = [
+            [kind, f"{n:,}", format_bytes(n), f"{100 * n / self.peak:.1f} %", (HELD | PASSING)[kind]]
+            for kind, n in kinds.items()
+        ]
+        rows.append(
+            ["peak", f"{self.peak:,}", format_bytes(self.peak), "100.0 %", f"one worker; {self.moment}"]
+        )
         if self.shards > 1:
             bound = self.bound(self.shards)
-            rows.append([f"{self.shards} workers", f"{bound:,}", format_bytes(bound), f"{100 * bound / self.peak:.1f} %",
-                         "at most, a shard each at its worst moment"])
+            rows.append(
+                [
+                    f"{self.shards} workers",
+                    f"{bound:,}",
+                    format_bytes(bound),
+                    f"{100 * bound / self.peak:.1f} %",
+                    "at most, a shard each at its worst moment",
+                ]
+            )
         if self.measured is not None:
             off, share = self.measured - self.peak, 100 * self.measured / self.peak
-            rows.append(["measured", f"{self.measured:,}", format_bytes(self.measured), f"{share:.1f} %",
-                         f"by tracemalloc; {off:+,} are Python's own objects and buffers inside NumPy"])
+            rows.append(
+                [
+                    "measured",
+                    f"{self.measured:,}",
+                    format_bytes(self.measured),
+                    f"{share:.1f} %",
+                    f"by tracemalloc; {off:+,} are Python's own objects and buffers inside NumPy",
+                ]
+            )
         by_class = ("By class", ["class", "bytes", "", "share", "what"], rows)
         columns = list(dict.fromkeys(COLUMN.get(kind, kind) for kind in kinds))
         layers = []
         for name, row in _alike(self.by_layer()):
-            sums = [sum(n for kind, n in row.items() if COLUMN.get(kind, kind) == column) for column in columns]
+            sums = [
+                sum(n for kind, n in row.items() if COLUMN.get(kind, kind) == column) for column in columns
+            ]
             layers.append([name, *((f"{n:,}" if full else format_bytes(n)) if n else "" for n in sums)])
         by_layer = ("By layer", ["layer", *columns], layers)
-        reasons = [[what, f"{n:,}", str(times), f"{n * times:,}"] for what, n, times in _same_in_all_blocks(self.kept)]
+        reasons = [
+            [what, f"{n:,}", str(times), f"{n * times:,}"]
+            for what, n, times in _same_in_all_blocks(self.kept)
+        ]
         reasons.append(["all", "", "", f"{sum(e.nbytes for e in self.kept):,}"])
         shard = f"What the forward pass of {'the batch' if self.shards == 1 else f'one shard of {self.shards}'} keeps, and why"
         return [by_class, by_layer, (shard, ["array", "bytes", "×", "together"], reasons)]
 
     def notes(self) -> list[str]:
         """What belongs beside the tables."""
-        lines = [f"trainable params: {self.trainable:,d} || all params: {self.parameters:,d} || "
-                 f"trainable%: {100 * self.trainable / self.parameters:.4f}",
-                 f"effective bits of a block's weight: {self.effective_bits:.3f}"]  # fmt: skip
+        lines = [
+            f"trainable params: {self.trainable:,d} || all params: {self.parameters:,d} || "
+            f"trainable%: {100 * self.trainable / self.parameters:.4f}",
+            f"effective bits of a block's weight: {self.effective_bits:.3f}",
+        ]
         if self.on_disk:
-            lines.append(f"on disk: {self.on_disk:,} of optimizer state, paged ({format_bytes(self.on_disk)})")
+            lines.append(
+                f"on disk: {self.on_disk:,} of optimizer state, paged ({format_bytes(self.on_disk)})"
+            )
         if self.resident is not None:
-            high = "" if self.resident_peak is None else f", at most {format_bytes(self.resident_peak)} so far"
-            lines.append(f"this process as the system sees it, Python and its libraries included: "
-                         f"{format_bytes(self.resident)}{high}")
+            high = (
+                "" if self.resident_peak is None else f", at most {format_bytes(self.resident_peak)} so far"
+            )
+            lines.append(
+                f"this process as the system sees it, Python and its libraries included: "
+                f"{format_bytes(self.resident)}{high}"
+            )
         return lines
 
     def short(self) -> str:
         """One line."""
-        parts = " · ".join(f"{kind} {format_bytes(n)}" for kind, n in self.by_kind().items() if n >= self.peak / 1000)
+        parts = " · ".join(
+            f"{kind} {format_bytes(n)}" for kind, n in self.by_kind().items() if n >= self.peak / 1000
+        )
         total = f"peak of one worker {format_bytes(self.peak)}"
         if self.measured is not None:
             total = f"peak of one worker {format_bytes(self.measured)}, {format_bytes(self.peak)} explained"
@@ -186,7 +233,9 @@ class Ledger:
         return f"{parts} · {total}"
 
     def __str__(self) -> str:
-        by_class, by_layer, kept = (f"{caption}\n{text_table(heads, rows)}" for caption, heads, rows in self.tables())
+        by_class, by_layer, kept = (
+            f"{caption}\n{text_table(heads, rows)}" for caption, heads, rows in self.tables()
+        )
         if max(map(len, by_layer.splitlines())) > WIDTH:
             caption, heads, rows = self.tables(full=False)[1]
             by_layer = f"{caption}\n{text_table(heads, rows)}"
@@ -207,8 +256,11 @@ def _and_unseen(nbytes: int) -> int:
 # ---- entries
 
 
-def held_entries(model: Transformer, states: dict[str, Any] | None = None, maps: Sequence[Any] = ()) -> list[Entry]:
-    """What a model, real or without data, and its optimizer's ``states`` and code ``maps`` hold: each buffer once."""
+def held_entries(
+    model: Transformer, states: dict[str, Any] | None = None, maps: Sequence[Any] = ()
+) -> list[Entry]:
+    """What a model, real or without data, and its optimizer's ``states`` and code ``maps`` hold: each buffer
+    once."""
     seen: set[int] = set()
     entries: list[Entry] = []
 
@@ -229,7 +281,9 @@ def held_entries(model: Transformer, states: dict[str, Any] | None = None, maps:
                 name = "nested" if any(array is a for a in nested) else kind.replace("_", " ")
                 if name == "scales" and (nested or array.dtype.itemsize != 2):
                     name = "absmax"
-                add(name, "shared" if kind == "code_maps" else layer, getattr(weight, "quant_type", ""), array)
+                add(
+                    name, "shared" if kind == "code_maps" else layer, getattr(weight, "quant_type", ""), array
+                )
     for p in model.parameters():
         layer = p.name.removesuffix(".weight")
         if ".lora_" in p.name:
@@ -249,11 +303,14 @@ def held_entries(model: Transformer, states: dict[str, Any] | None = None, maps:
 
 def passing_entries(buffers: Iterable[Buffer]) -> list[Entry]:
     """Entries of what lived at a moment of a step."""
-    return [Entry(b.kind or "temporaries", b.owner, b.reason or _source(b), b.nbytes) for b in buffers if b.nbytes]
+    return [
+        Entry(b.kind or "temporaries", b.owner, b.reason or _source(b), b.nbytes) for b in buffers if b.nbytes
+    ]
 
 
 def name_gradients(log: Sequence[Buffer], trainable: Sequence[Parameter]) -> None:
-    """Say of each gradient whose it is: they are made in the order of the parameters, for one shard after another."""
+    """Say of each gradient whose it is: they are made in the order of the parameters, for one shard after
+    another."""
     made = [b for b in log if b.site.startswith("layers.Gradients.__init__")]
     for i, buffer in enumerate(made):
         name = trainable[i % len(trainable)].name
@@ -262,7 +319,8 @@ def name_gradients(log: Sequence[Buffer], trainable: Sequence[Parameter]) -> Non
 
 
 def kept_entries(kept: Iterable[tuple[Any, str, str]], skip: set[int]) -> list[Entry]:
-    """One entry for each buffer that a cache keeps, those of ``skip`` (the parameters') left out; who shares it is said."""
+    """One entry for each buffer that a cache keeps, those of ``skip`` (the parameters') left out; who shares
+    it is said."""
     found: dict[int, tuple[str, str, int, list[str]]] = {}
     for array, layer, reason in kept:
         buffer = buffer_of(array)
@@ -283,12 +341,17 @@ def kept_entries(kept: Iterable[tuple[Any, str, str]], skip: set[int]) -> list[E
 def _source(buffer: Buffer) -> str:
     """The line of source that made a temporary."""
     module, _, function = buffer.site.partition(".")
-    while f"minilora.{module}" not in sys.modules or f"minilora.{module}.{function.split('.')[0]}" in sys.modules:
+    while (
+        f"minilora.{module}" not in sys.modules
+        or f"minilora.{module}.{function.split('.')[0]}" in sys.modules
+    ):
         part, _, function = function.partition(".")
         if not function:
             return buffer.site
         module = f"{module}.{part}"
-    line = linecache.getline(sys.modules[f"minilora.{module}"].__file__ or "", buffer.line).split("#")[0].strip()
+    line = (
+        linecache.getline(sys.modules[f"minilora.{module}"].__file__ or "", buffer.line).split("#")[0].strip()
+    )
     return f"{function}: {line}" if line else function
 
 
@@ -308,7 +371,8 @@ def _block(layer: str) -> str:
 
 
 def deepen(entries: Iterable[Entry], depth: int, to: int) -> list[Entry]:
-    """Entries of a model of ``depth`` like blocks as those of one with ``to``: the second block stands for all in the middle."""
+    """Entries of a model of ``depth`` like blocks as those of one with ``to``: the second block stands for
+    all in the middle."""
     found = []
     for e in entries:
         number = re.match(r"layers\.(\d+)", e.layer)
@@ -330,18 +394,28 @@ def _alike(rows: dict[str, dict[str, int]]) -> list[tuple[str, dict[str, int]]]:
     """Neighbouring blocks of the same bytes as one row: layers 0-30 each."""
     found: list[tuple[list[str], dict[str, int]]] = []
     for name, row in rows.items():
-        if found and found[-1][1] == row and name.startswith("layers.") and found[-1][0][0].startswith("layers."):
+        if (
+            found
+            and found[-1][1] == row
+            and name.startswith("layers.")
+            and found[-1][0][0].startswith("layers.")
+        ):
             found[-1][0].append(name)
         else:
             found.append(([name], row))
-    return [(names[0] if len(names) == 1 else f"{names[0]} to {names[-1].split('.')[1]}, each", row) for names, row in found]
+    return [
+        (names[0] if len(names) == 1 else f"{names[0]} to {names[-1].split('.')[1]}, each", row)
+        for names, row in found
+    ]
 
 
 def _same_in_all_blocks(entries: Iterable[Entry]) -> list[tuple[str, int, int]]:
     """(array and reason, bytes, how often), the number of the block left out."""
     counts: dict[tuple[str, int], int] = {}
     for e in entries:
-        layer = re.sub(r"^layers\.\d+\.?", "", e.layer).removeprefix("self_attn.").removeprefix("mlp.") or "block"
+        layer = (
+            re.sub(r"^layers\.\d+\.?", "", e.layer).removeprefix("self_attn.").removeprefix("mlp.") or "block"
+        )
         what = re.sub(r"layers\.\d+\.?", "next block's ", e.what)
         key = f"{layer}: {what}", e.nbytes
         counts[key] = counts.get(key, 0) + 1
@@ -355,13 +429,20 @@ def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns; numbers flush right."""
     widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
     number = re.compile(r"[\d,.\s×%+-]*( [KMG]iB| B)?")
-    flush = [str.rjust if all(number.fullmatch(row[i]) for row in rows) else str.ljust for i in range(len(heads))]
-    text = ["  ".join(f(cell, w) for f, cell, w in zip(flush, row, widths, strict=True)).rstrip() for row in [heads, *rows]]
+    flush = [
+        str.rjust if all(number.fullmatch(row[i]) for row in rows) else str.ljust for i in range(len(heads))
+    ]
+    text = [
+        "  ".join(f(cell, w) for f, cell, w in zip(flush, row, widths, strict=True)).rstrip()
+        for row in [heads, *rows]
+    ]
     return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
 
 
 def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """The same for a notebook."""
     head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
+    )
     return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

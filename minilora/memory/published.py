@@ -1,4 +1,5 @@
-"""Figures that papers print, beside what the planner says of the same setting, each with the assumption that it needs.
+"""Figures that papers print, beside what the planner says of the same setting, each with the assumption that
+it needs.
 
 Of a paper only its own number stands here; ours all come from ``plan``, and none is tuned to come nearer.
 """
@@ -22,7 +23,8 @@ GPT3_PARAMETERS = 175_255_800_000
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what, by whom, as printed there, ours (a number and how it is printed), and what ours assumes."""
+    """One figure: what, by whom, as printed there, ours (a number and how it is printed), and what ours
+    assumes."""
 
     what: str
     paper: str
@@ -48,14 +50,21 @@ class Published:
         return asdict(self)
 
     def __str__(self) -> str:
-        below = [textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    ") for i, row in enumerate(self.rows, 1)]
+        below = [
+            textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    ")
+            for i, row in enumerate(self.rows, 1)
+        ]
         return "\n".join([text_table(*self.table()), "", *below])
 
     __repr__ = __str__  # a prompt shows the table
 
     def _repr_html_(self) -> str:
         heads = ["figure", "whose (arXiv)", "published", "ours", "assumption"]
-        table = html_table("Published figures", heads, [[r.what, r.paper, r.published, r.ours, r.assumption] for r in self.rows])
+        table = html_table(
+            "Published figures",
+            heads,
+            [[r.what, r.paper, r.published, r.ours, r.assumption] for r in self.rows],
+        )
         return f"{table}<p>{html.escape('GB are 10⁹ bytes, GiB 2³⁰.')}</p>"
 
 
@@ -73,10 +82,23 @@ def _counts() -> list[Row]:
     lora, qa = plan("llama-7b", method="lora", r=64), plan("llama-7b", method="qalora", r=64)
     same = "r = 64 on all linear layers of the blocks, no biases"
     return [
-        Row("LLaMA-7B, LoRA: trainable parameters", QALORA + ", table 2", "160 M", f"{lora.trainable:,}", lora.trainable, same),
-        Row("LLaMA-7B, QA-LoRA: trainable parameters", QALORA + ", table 2", "89 M", f"{qa.trainable:,}", qa.trainable,
-            same + "; groups of 32: A has in/32 columns"),
-    ]  # fmt: skip
+        Row(
+            "LLaMA-7B, LoRA: trainable parameters",
+            QALORA + ", table 2",
+            "160 M",
+            f"{lora.trainable:,}",
+            lora.trainable,
+            same,
+        ),
+        Row(
+            "LLaMA-7B, QA-LoRA: trainable parameters",
+            QALORA + ", table 2",
+            "89 M",
+            f"{qa.trainable:,}",
+            qa.trainable,
+            same + "; groups of 32: A has in/32 columns",
+        ),
+    ]
 
 
 def _bits() -> list[Row]:
@@ -84,70 +106,176 @@ def _bits() -> list[Row]:
     single = plan("llama-65b", method="qlora", r=64, double_quant=False)
     saved, bits = single.held - double.held, single.effective_bits - double.effective_bits
     return [
-        Row("NF4, double quantization: bits a weight", QLORA + ", section 3", "4 + 0.127", f"{double.effective_bits:.4f}",
-            double.effective_bits, "LLaMA-65B's block projections, blocks of 64, 256 of them under one float32; ours counts the "
-            "mean of each matrix too, but not the table of 16 values, which all share"),
-        Row("what double quantization saves: bits a weight", QLORA + ", section 3", "0.373", f"{bits:.4f}", bits, "as above"),
-        Row("what it saves at 65B", QLORA + ", section 1", "about 3 GB", _gb(saved), saved,
-            "LLaMA-65B's block projections; embedding and head are not quantized"),
-    ]  # fmt: skip
+        Row(
+            "NF4, double quantization: bits a weight",
+            QLORA + ", section 3",
+            "4 + 0.127",
+            f"{double.effective_bits:.4f}",
+            double.effective_bits,
+            "LLaMA-65B's block projections, blocks of 64, 256 of them under one float32; ours counts the "
+            "mean of each matrix too, but not the table of 16 values, which all share",
+        ),
+        Row(
+            "what double quantization saves: bits a weight",
+            QLORA + ", section 3",
+            "0.373",
+            f"{bits:.4f}",
+            bits,
+            "as above",
+        ),
+        Row(
+            "what it saves at 65B",
+            QLORA + ", section 1",
+            "about 3 GB",
+            _gb(saved),
+            saved,
+            "LLaMA-65B's block projections; embedding and head are not quantized",
+        ),
+    ]
 
 
 def _gpt3() -> list[Row]:
     small: dict[str, Any] = {"target_modules": "q_proj,v_proj", "dtype": "float16"}
-    full, r4 = plan("gpt3-175b", method="full", dtype="float16"), plan("gpt3-175b", method="lora", r=4, **small)
+    full, r4 = (
+        plan("gpt3-175b", method="full", dtype="float16"),
+        plan("gpt3-175b", method="lora", r=4, **small),
+    )
     r1 = plan("gpt3-175b", method="lora", r=1, **small)
     kinds = full.by_kind()
     states = kinds["weights"] + kinds["optimizer"]
     all_of_it = states + kinds["gradients"]
     frozen = r4.held
     adapter = r4.by_kind()["adapters"]
-    stand_in = ("GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, and does not "
-                "say of what)")
+    stand_in = (
+        "GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, and does not "
+        "say of what)"
+    )
     return [
-        Row("GPT-3 175B: trainable parameters", LORA + ", section 7.1", "18 M", f"{r4.trainable:,}", r4.trainable,
-            "r = 4 on q and v; 2·r·12288 for each of 2·96 matrices"),
-        Row("GPT-3 175B: all / trainable parameters, r = 4", LORA + ", abstract", "10,000",
-            f"{full.parameters / r4.trainable:,.1f}", full.parameters / r4.trainable,
-            f"{stand_in}; with the paper's own 175,255.8 M it is {GPT3_PARAMETERS / r4.trainable:,.1f}"),
-        Row("the same at the paper's smallest, r = 1", LORA + ", abstract", "10,000", f"{full.parameters / r1.trainable:,.1f}",
-            full.parameters / r1.trainable, f"{stand_in}; r = 1 on q and v, {r1.trainable:,} trainable; with 175,255.8 M it is "
-            f"{GPT3_PARAMETERS / r1.trainable:,.1f}: the printed 10,000 is a round number for r = 4"),
-        Row("GPT-3 175B, full fine-tuning with Adam", LORA + ", section 4.2", "1.2 TB",
-            f"{_tb(states)} to {_tb(all_of_it)}", states, "float16 throughout, no activations: the lower number is weights and "
-            "Adam's two means, the higher one has the gradients too; the paper does not say, and its number lies between"),
-        Row("GPT-3 175B, LoRA", LORA + ", section 4.2", "350 GB", _gb(frozen), frozen,
-            "float16 weights, r = 4 on q and v with its states; no activations"),
-        Row("full / LoRA", LORA + ", abstract and section 4.2", "3 (by up to 2/3), 3.4",
-            f"{states / frozen:.2f} to {all_of_it / frozen:.2f}", states / frozen,
-            "the two rows above: three numbers a parameter give a third, with gradients a quarter"),
-        Row("GPT-3 175B: checkpoint of all weights", LORA + ", section 4.2", "350 GB", _gb(kinds["weights"]), kinds["weights"],
-            "float16; " + stand_in),
-        Row("GPT-3 175B: checkpoint of the adapter", LORA + ", section 4.2", "35 MB", f"{adapter / 1e6:.1f} MB", adapter,
-            f"float16, r = 4 on q and v; {adapter / 2**20:.1f} MiB"),
-    ]  # fmt: skip
+        Row(
+            "GPT-3 175B: trainable parameters",
+            LORA + ", section 7.1",
+            "18 M",
+            f"{r4.trainable:,}",
+            r4.trainable,
+            "r = 4 on q and v; 2·r·12288 for each of 2·96 matrices",
+        ),
+        Row(
+            "GPT-3 175B: all / trainable parameters, r = 4",
+            LORA + ", abstract",
+            "10,000",
+            f"{full.parameters / r4.trainable:,.1f}",
+            full.parameters / r4.trainable,
+            f"{stand_in}; with the paper's own 175,255.8 M it is {GPT3_PARAMETERS / r4.trainable:,.1f}",
+        ),
+        Row(
+            "the same at the paper's smallest, r = 1",
+            LORA + ", abstract",
+            "10,000",
+            f"{full.parameters / r1.trainable:,.1f}",
+            full.parameters / r1.trainable,
+            f"{stand_in}; r = 1 on q and v, {r1.trainable:,} trainable; with 175,255.8 M it is "
+            f"{GPT3_PARAMETERS / r1.trainable:,.1f}: the printed 10,000 is a round number for r = 4",
+        ),
+        Row(
+            "GPT-3 175B, full fine-tuning with Adam",
+            LORA + ", section 4.2",
+            "1.2 TB",
+            f"{_tb(states)} to {_tb(all_of_it)}",
+            states,
+            "float16 throughout, no activations: the lower number is weights and "
+            "Adam's two means, the higher one has the gradients too; the paper does not say, and its number lies between",
+        ),
+        Row(
+            "GPT-3 175B, LoRA",
+            LORA + ", section 4.2",
+            "350 GB",
+            _gb(frozen),
+            frozen,
+            "float16 weights, r = 4 on q and v with its states; no activations",
+        ),
+        Row(
+            "full / LoRA",
+            LORA + ", abstract and section 4.2",
+            "3 (by up to 2/3), 3.4",
+            f"{states / frozen:.2f} to {all_of_it / frozen:.2f}",
+            states / frozen,
+            "the two rows above: three numbers a parameter give a third, with gradients a quarter",
+        ),
+        Row(
+            "GPT-3 175B: checkpoint of all weights",
+            LORA + ", section 4.2",
+            "350 GB",
+            _gb(kinds["weights"]),
+            kinds["weights"],
+            "float16; " + stand_in,
+        ),
+        Row(
+            "GPT-3 175B: checkpoint of the adapter",
+            LORA + ", section 4.2",
+            "35 MB",
+            f"{adapter / 1e6:.1f} MB",
+            adapter,
+            f"float16, r = 4 on q and v; {adapter / 2**20:.1f} MiB",
+        ),
+    ]
 
 
 def _llama65() -> list[Row]:
-    half, single = (plan("llama-65b", method="full", dtype=dtype).by_kind() for dtype in ("float16", "float32"))
+    half, single = (
+        plan("llama-65b", method="full", dtype=dtype).by_kind() for dtype in ("float16", "float32")
+    )
     mixed = half["weights"] + half["gradients"] + single["optimizer"]
     all_float32 = single["weights"] + single["gradients"] + single["optimizer"]
-    rows = [Row("LLaMA-65B, full fine-tuning", QLORA + ", abstract", "more than 780 GB", _gb(mixed), mixed,
-                "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes a parameter, no activations; ours in "
-                f"float32 takes 16, {_gb(all_float32)}")]  # fmt: skip
+    rows = [
+        Row(
+            "LLaMA-65B, full fine-tuning",
+            QLORA + ", abstract",
+            "more than 780 GB",
+            _gb(mixed),
+            mixed,
+            "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes a parameter, no activations; ours in "
+            f"float32 takes 16, {_gb(all_float32)}",
+        )
+    ]
     for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
-        ledger = plan("llama-65b", method="qlora", r=64, gradient_checkpointing=True, logits_chunk=128, optimizer=optimizer)
+        ledger = plan(
+            "llama-65b",
+            method="qlora",
+            r=64,
+            gradient_checkpointing=True,
+            logits_chunk=128,
+            optimizer=optimizer,
+        )
         need = ledger.peak
         paged = f"; {_gb(ledger.on_disk)} of states on disk" if ledger.on_disk else ""
-        rows.append(Row(
-            f"LLaMA-65B, QLoRA, {optimizer}: peak", QLORA + ", abstract", "less than 48 GB", _gb(need), need,
-            "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks checkpointed, logits by 128 rows, "
-            f"all that is dense in float32{paged}; a GPU of 48 GB has 2³⁰ bytes in each: {_fits(need)}"))  # fmt: skip
+        rows.append(
+            Row(
+                f"LLaMA-65B, QLoRA, {optimizer}: peak",
+                QLORA + ", abstract",
+                "less than 48 GB",
+                _gb(need),
+                need,
+                "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks checkpointed, logits by 128 rows, "
+                f"all that is dense in float32{paged}; a GPU of 48 GB has 2³⁰ bytes in each: {_fits(need)}",
+            )
+        )
         if optimizer == "paged_adamw":
-            dense = need - sum(n for kind, n in ledger.by_kind().items() if kind in ("codes", "absmax", "nested", "code maps"))
-            rows.append(Row("the same, dense arrays in 16 bits", QLORA + ", abstract", "less than 48 GB", _gb(need - dense / 2),
-                            need - dense / 2, "as above, with half the bytes for weights that are not quantized, adapters, "
-                            f"gradients and activations, as bfloat16 on a GPU has them: {_fits(need - dense / 2)}"))  # fmt: skip
+            dense = need - sum(
+                n
+                for kind, n in ledger.by_kind().items()
+                if kind in ("codes", "absmax", "nested", "code maps")
+            )
+            rows.append(
+                Row(
+                    "the same, dense arrays in 16 bits",
+                    QLORA + ", abstract",
+                    "less than 48 GB",
+                    _gb(need - dense / 2),
+                    need - dense / 2,
+                    "as above, with half the bytes for weights that are not quantized, adapters, "
+                    f"gradients and activations, as bfloat16 on a GPU has them: {_fits(need - dense / 2)}",
+                )
+            )
     return rows
 
 
@@ -159,16 +287,34 @@ def _llama7() -> list[Row]:
     kinds = plain.by_kind()
     base = kinds["weights"] // 2 + sum(kinds[kind] for kind in ("codes", "absmax", "nested", "code maps"))
     return [
-        Row("LLaMA-7B, LoRA's input gradients", QLORA + ", section 2", "567 MB", f"{inputs / 1e6:,.0f} MB", inputs,
+        Row(
+            "LLaMA-7B, LoRA's input gradients",
+            QLORA + ", section 2",
+            "567 MB",
+            f"{inputs / 1e6:,.0f} MB",
+            inputs,
             "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, at 2 bytes a number; "
-            "the paper does not say which arrays it counts, and the number is not tuned"),
-        Row("the same with checkpointing, a sequence", QLORA + ", section 2", "18 MB", f"{left / 1e6:,.0f} MB", left,
+            "the paper does not say which arrays it counts, and the number is not tuned",
+        ),
+        Row(
+            "the same with checkpointing, a sequence",
+            QLORA + ", section 2",
+            "18 MB",
+            f"{left / 1e6:,.0f} MB",
+            left,
             "all that ours keeps between the passes, at 2 bytes a number: of each block its two inputs and q, k, v, so that no "
-            f"product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB a block, the paper counts otherwise"),
-        Row("LLaMA-7B, base in 4 bits", QLORA + ", section 2", "5,048 MB", f"{base / 1e6:,.0f} MB", base,
+            f"product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB a block, the paper counts otherwise",
+        ),
+        Row(
+            "LLaMA-7B, base in 4 bits",
+            QLORA + ", section 2",
+            "5,048 MB",
+            f"{base / 1e6:,.0f} MB",
+            base,
             "NF4 with double quantization, embedding, head and norms in 16 bits: nothing else is in our base, what else is in "
-            "the paper's it does not say"),
-    ]  # fmt: skip
+            "the paper's it does not say",
+        ),
+    ]
 
 
 def _fits(n: float) -> str:

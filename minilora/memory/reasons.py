@@ -1,4 +1,5 @@
-"""Why a forward pass keeps what it keeps: each array of a cache, the layer that holds it, and the gradient that needs it."""
+"""Why a forward pass keeps what it keeps: each array of a cache, the layer that holds it, and the gradient
+that needs it."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ Kept = tuple[Any, str, str]
 
 
 def kept_by_model(model: Transformer, cache: Cache) -> Iterator[Kept]:
-    """Everything in the cache of ``Transformer.forward``, from the bottom up; an array may come several times."""
+    """Everything in the cache of ``Transformer.forward``, from the bottom up; an array may come several
+    times."""
     cache_embedding, rope, _, checkpoint, caches, (x, rstd), _ = cache
     for ids in cache_embedding:
         yield ids, "embed_tokens", "token ids kept for dW"
@@ -33,7 +35,11 @@ def kept_by_checkpoint(block: Block, cache: Cache, name: str) -> Iterator[Kept]:
     yield x, name, "input of the block kept to compute the norm again"
     yield mixed, name, "input of its MLP half kept to compute that again"
     for array, letter in zip(qkv, "qkv", strict=True):
-        yield array, f"{name}.self_attn", f"{letter} kept, which would cost a product with the base to compute again"
+        yield (
+            array,
+            f"{name}.self_attn",
+            f"{letter} kept, which would cost a product with the base to compute again",
+        )
 
 
 def kept_by_block(block: Block, cache: Cache, name: str) -> Iterator[Kept]:

@@ -1,8 +1,10 @@
-"""Arrays without data: a shape, a dtype and strides, which the model's own code computes with as if they were NumPy arrays.
+"""Arrays without data: a shape, a dtype and strides, which the model's own code computes with as if they were
+NumPy arrays.
 
-No number is ever computed, so a step of a 175-billion-parameter model takes a second and no memory; but each result "allocates"
-what NumPy would, and frees it when Python does, and a ``Meter`` writes down every birth and death. What is predicted is then what
-the code does, not what a formula beside it claims. (PyTorch calls this fake or meta tensors.)
+No number is ever computed, so a step of a 175-billion-parameter model takes a second and no memory; but each
+result "allocates" what NumPy would, and frees it when Python does, and a ``Meter`` writes down every birth
+and death. What is predicted is then what the code does, not what a formula beside it claims. (PyTorch calls
+this fake or meta tensors.)
 """
 
 from __future__ import annotations
@@ -30,18 +32,25 @@ class Buffer:
 
     def __init__(self, nbytes: int, born: int):
         self.nbytes, self.born, self.died = nbytes, born, float("inf")
-        self.site, self.line, self.owner = "", 0, ""  # function and line that made it, and the layer it ran for
+        self.site, self.line, self.owner = (
+            "",
+            0,
+            "",
+        )  # function and line that made it, and the layer it ran for
         self.kind, self.reason = "", ""  # filled in by the ledger
 
 
 class Meter:
-    """Counts live bytes; with ``names`` (id of a layer → its name) it also notes where each buffer was born."""
+    """Counts live bytes; with ``names`` (id of a layer → its name) it also notes where each buffer was
+    born."""
 
     def __init__(self, names: dict[int, str] | None = None):
         self.names, self.clock, self.live, self.peak = names, 0, 0, 0
         self.log: list[Buffer] = []
         self.marks: list[tuple[int, str]] = []
-        self.headers: list[tuple[int, int, int, Buffer]] = []  # born, died, bytes of the array objects themselves, and their data
+        self.headers: list[
+            tuple[int, int, int, Buffer]
+        ] = []  # born, died, bytes of the array objects themselves, and their data
 
     def allocate(self, nbytes: int) -> Buffer:
         """Count a new buffer."""
@@ -86,18 +95,24 @@ class Meter:
         return found
 
     def _note(self, buffer: Buffer) -> None:
-        """The innermost function of the package that is not a mere wrapper, and the innermost layer around it."""
+        """The innermost function of the package that is not a mere wrapper, and the innermost layer around
+        it."""
         frame: Any = sys._getframe(2)
         while frame is not None:
             module = frame.f_globals.get("__name__", "")
             if module.startswith("minilora.") and not module.startswith("minilora.memory."):
                 code = frame.f_code
                 if not buffer.site:
-                    buffer.site, buffer.line = f"{module.removeprefix('minilora.')}.{code.co_qualname}", frame.f_lineno
+                    buffer.site, buffer.line = (
+                        f"{module.removeprefix('minilora.')}.{code.co_qualname}",
+                        frame.f_lineno,
+                    )
                 if code.co_varnames[:1] == ("self",):
                     found = frame.f_locals
                     name = self.names.get(id(found["self"])) if self.names else None
-                    if isinstance(found, dict):  # up to Python 3.12 a copy that stays with the frame: its arrays would live on
+                    if isinstance(
+                        found, dict
+                    ):  # up to Python 3.12 a copy that stays with the frame: its arrays would live on
                         found.clear()
                     if name is not None:
                         buffer.owner = name
@@ -155,7 +170,8 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     @classmethod
     def new(cls, shape: tuple[int, ...], dtype: Any, like: tuple[Ghost, ...] = ()) -> ShapeArray:
-        """A fresh array, C-contiguous or with its axes in memory as NumPy's order "K" takes them over from ``like``."""
+        """A fresh array, C-contiguous or with its axes in memory as NumPy's order "K" takes them over from
+        ``like``."""
         dtype = np.dtype(dtype)
         ghost = _ghost(shape, dtype, _order(shape, like))
         return cls(ghost, _Memory(dtype.itemsize * prod(shape)))
@@ -181,7 +197,9 @@ class ShapeArray(NDArrayOperatorsMixin):
         return 0.0  # a loss or a norm: nothing depends on it
 
     def __bool__(self) -> bool:
-        raise TypeError("an array without data is neither true nor false: code that asks would take one course for all")
+        raise TypeError(
+            "an array without data is neither true nor false: code that asks would take one course for all"
+        )
 
     def __repr__(self) -> str:
         return f"ShapeArray({self.shape}, {self.dtype})"
@@ -248,7 +266,9 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     # ---- functions
 
-    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any) -> Any:
+    def __array_ufunc__(
+        self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **kwargs: Any
+    ) -> Any:
         if method == "at":
             return None
         if method != "__call__":
@@ -260,14 +280,20 @@ class ShapeArray(NDArrayOperatorsMixin):
         product = ufunc is np.matmul
         if product:
             a, b = arrays
-            shape: tuple[int, ...] = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+            shape: tuple[int, ...] = (
+                *np.broadcast_shapes(a.shape[:-2], b.shape[:-2]),
+                a.shape[-2],
+                b.shape[-1],
+            )
         else:
             shape = np.broadcast_shapes(*(g.shape for g in arrays))
         result = out[0] if out else ShapeArray.new(shape, loop[-1], () if product else arrays)
         # what has another type is converted on the way: for a product as a whole, else a buffer at a time
-        sizes = [to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to))
-                 for g, to in zip((*ghosts, result.ghost), loop, strict=True)
-                 if isinstance(g, np.ndarray) and (g.dtype != to or not product)]  # fmt: skip
+        sizes = [
+            to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to))
+            for g, to in zip((*ghosts, result.ghost), loop, strict=True)
+            if isinstance(g, np.ndarray) and (g.dtype != to or not product)
+        ]
         scratch = [_Memory(size) for size in sizes if size]
         del scratch
         return result
@@ -278,7 +304,8 @@ class ShapeArray(NDArrayOperatorsMixin):
 
 
 def _ghost(shape: tuple[int, ...], dtype: np.dtype[Any], order: list[int]) -> Ghost:
-    """A NumPy array of this shape over one element: NumPy's own rules of views apply to it, and nothing may read it."""
+    """A NumPy array of this shape over one element: NumPy's own rules of views apply to it, and nothing may
+    read it."""
     strides, step = [0] * len(shape), dtype.itemsize
     for axis in reversed(order):
         strides[axis] = step
@@ -287,12 +314,16 @@ def _ghost(shape: tuple[int, ...], dtype: np.dtype[Any], order: list[int]) -> Gh
 
 
 def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
-    """Axes from the slowest to the fastest, as NumPy's iterator chooses them: C, unless all operands agree on something else."""
+    """Axes from the slowest to the fastest, as NumPy's iterator chooses them: C, unless all operands agree on
+    something else."""
     axes = list(range(len(shape)))
     if all(g.flags.c_contiguous for g in like):
         return axes
-    strides = [(0,) * (len(shape) - g.ndim) + tuple(0 if n == 1 else s for n, s in zip(g.shape, g.strides, strict=True))
-               for g in like]  # fmt: skip
+    strides = [
+        (0,) * (len(shape) - g.ndim)
+        + tuple(0 if n == 1 else s for n, s in zip(g.shape, g.strides, strict=True))
+        for g in like
+    ]
 
     def slower(a: int, b: int) -> bool | None:
         """Whether axis a should come before b; None if no operand tells."""
@@ -313,18 +344,27 @@ def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
 
 
 def _buffered(x: Ghost, shape: tuple[int, ...], converted: bool) -> int:
-    """Elements of the buffer through which NumPy's iterator takes an operand: if its type is converted, or if it is repeated
-    along some axes and the stretch from the last axis on that can be read in one go is shorter than a buffer."""
+    """Elements of the buffer through which NumPy's iterator takes an operand: if its type is converted, or if
+    it is repeated along some axes and the stretch from the last axis on that can be read in one go is shorter
+    than a buffer."""
     size = min(prod(shape), BUFFER)
     if x.shape == shape and not converted:
         return 0
-    axes = [(n, m == 1) for n, m in zip(shape[::-1], (*x.shape[::-1], *(1,) * (len(shape) - x.ndim)), strict=True) if n > 1]
+    axes = [
+        (n, m == 1)
+        for n, m in zip(shape[::-1], (*x.shape[::-1], *(1,) * (len(shape) - x.ndim)), strict=True)
+        if n > 1
+    ]
     stretch = prod(n for n, _ in takewhile(lambda axis: axis[1] == axes[0][1], axes))
     return size if converted or stretch < size else 0
 
 
 def _reduced(x: ShapeArray, axis: Any, keepdims: bool) -> ShapeArray:
-    axes = range(x.ndim) if axis is None else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+    axes = (
+        range(x.ndim)
+        if axis is None
+        else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
+    )
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
     return ShapeArray.new(shape, x.dtype)
 
@@ -366,11 +406,17 @@ def _repeat(x: ShapeArray, repeats: int, axis: int) -> ShapeArray:
 
 
 FUNCTIONS: dict[Any, Any] = {
-    np.empty_like: _like, np.zeros_like: _like, np.empty: _empty, np.zeros: _empty, np.einsum: _einsum, np.where: _where,
-    np.concatenate: _concatenate, np.repeat: _repeat,
+    np.empty_like: _like,
+    np.zeros_like: _like,
+    np.empty: _empty,
+    np.zeros: _empty,
+    np.einsum: _einsum,
+    np.where: _where,
+    np.concatenate: _concatenate,
+    np.repeat: _repeat,
     np.arange: lambda stop: ShapeArray.new((stop,), np.int64),
     np.vdot: lambda a, b: 0.0,
     np.packbits: lambda x: ShapeArray.new((-(-x.size // 8),), np.uint8),
     np.unpackbits: lambda x, count: ShapeArray.new((count,), np.uint8),
-}  # fmt: skip
+}
 """The NumPy functions that a step calls; any other is a TypeError, which a test of the planner would show."""

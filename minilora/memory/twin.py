@@ -1,4 +1,5 @@
-"""A model's twin without data: built from a configuration or from a real model, and run by the same code as the real one.
+"""A model's twin without data: built from a configuration or from a real model, and run by the same code as
+the real one.
 
     base_twin(config, quant=…)   the base of a model that need not exist
     twin_of(model)               the shapes of one that does
@@ -17,10 +18,11 @@ import numpy as np
 
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
+from minilora.kernels import block_vectors as blocks_simd
+from minilora.kernels import codes as kernels
 from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
-from minilora.quant import blocks_simd, kernels
 from minilora.quant.packed import PackedWeight, in_vectors
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
@@ -33,30 +35,52 @@ BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
 class ShapeWeight(PackedWeight):
     """A packed weight without data: its products take tiles, scales and results as the real one's do."""
 
-    def __init__(self, shape: tuple[int, int], arrays: dict[str, list[Any]], *, offset_group: int = 0, block_size: int = 32,
-                 decoded: int = 0, few: int = 1, bits: int = 4, quant_type: str = ""):  # fmt: skip
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        arrays: dict[str, list[Any]],
+        *,
+        offset_group: int = 0,
+        block_size: int = 32,
+        decoded: int = 0,
+        few: int = 1,
+        bits: int = 4,
+        quant_type: str = "",
+    ):
         super().__init__(shape)
         self._arrays, self.offset_group, self.block_size, self.bits = arrays, offset_group, block_size, bits
-        self.decoded, self._rows_of_kernel = decoded, few  # float32 arrays, one number a block, made for a tile
+        self.decoded, self._rows_of_kernel = (
+            decoded,
+            few,
+        )  # float32 arrays, one number a block, made for a tile
         self.quant_type, self.largest_tile = quant_type, 0  # in numbers
 
     @classmethod
     def of(cls, weight: PackedWeight) -> ShapeWeight:
         """The shape of a real weight."""
-        arrays = {kind: [ShapeArray.new(a.shape, a.dtype) for a in group] for kind, group in weight.arrays().items()}
+        arrays = {
+            kind: [ShapeArray.new(a.shape, a.dtype) for a in group] for kind, group in weight.arrays().items()
+        }
         block_size = getattr(weight, "block_size", 32)
-        return cls(weight.shape, arrays, offset_group=getattr(weight, "offset_group", 0), few=weight._few, bits=weight.bits,
-                   block_size=block_size, decoded=_decoded(weight.arrays(), weight.bits, weight.shape[1], block_size),
-                   quant_type=getattr(weight, "quant_type", ""))
+        return cls(
+            weight.shape,
+            arrays,
+            offset_group=getattr(weight, "offset_group", 0),
+            few=weight._few,
+            bits=weight.bits,
+            block_size=block_size,
+            decoded=_decoded(weight.arrays(), weight.bits, weight.shape[1], block_size),
+            quant_type=getattr(weight, "quant_type", ""),
+        )
 
     @classmethod
     def quantized(cls, shape: tuple[int, int], config: QuantConfig) -> ShapeWeight:
         """What ``quantize_weight`` would store.
 
-            codes        ⌈out·in·bits / 8⌉ bytes (3 bits: 3 bytes for 8 codes)
-            int2 … int8  scale and offset, float16 each (or another ``offset_dtype``), for each group of inputs
-            nf2 … fp4    absmax, float32, for each block; with double_quant one byte for each block, and for all blocks one mean
-                         and for each 256 of them one float32
+        codes        ⌈out·in·bits / 8⌉ bytes (3 bits: 3 bytes for 8 codes)
+        int2 … int8  scale and offset, float16 each (or another ``offset_dtype``), for each group of inputs
+        nf2 … fp4    absmax, float32, for each block; with double_quant one byte for each block, and for all blocks one mean
+                     and for each 256 of them one float32
         """
         out, in_ = shape
         size, zero = out * in_, config.offset_dtype == "zero"
@@ -64,19 +88,37 @@ class ShapeWeight(PackedWeight):
         if config.affine:
             require(in_ % config.group_size == 0, "group_size", config.group_size, f"must divide in={in_}")
             groups = (out, in_ // config.group_size)
-            offset = ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8) if zero \
+            offset = (
+                ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8)
+                if zero
                 else ShapeArray.new(groups, config.offset_dtype)
-            arrays: dict[str, list[Any]] = {"codes": codes, "scales": [ShapeArray.new(groups, np.float16)],
-                                            "offsets": [offset], "code_maps": []}
+            )
+            arrays: dict[str, list[Any]] = {
+                "codes": codes,
+                "scales": [ShapeArray.new(groups, np.float16)],
+                "offsets": [offset],
+                "code_maps": [],
+            }
             block = config.group_size
         else:
             block, blocks = config.block_size, -(-size // config.block_size)
             nested = [((blocks,), np.uint8), ((-(-blocks // 256),), np.float32), ((1,), np.float32)]
             names = [config.quant_type, "dynamic"] if config.double_quant else [config.quant_type]
-            scales = [ShapeArray.new(*n) for n in nested] if config.double_quant else [ShapeArray.new((blocks,), np.float32)]
+            scales = (
+                [ShapeArray.new(*n) for n in nested]
+                if config.double_quant
+                else [ShapeArray.new((blocks,), np.float32)]
+            )
             arrays = {"codes": codes, "scales": scales, "offsets": [], "code_maps": code_maps(*names)}
-        return cls(shape, arrays, offset_group=block if config.affine else 0, block_size=block,
-                   decoded=_decoded(arrays, config.bits, in_, block), bits=config.bits, quant_type=config.quant_type)
+        return cls(
+            shape,
+            arrays,
+            offset_group=block if config.affine else 0,
+            block_size=block,
+            decoded=_decoded(arrays, config.bits, in_, block),
+            bits=config.bits,
+            quant_type=config.quant_type,
+        )
 
     @classmethod
     def stored(cls, shape: tuple[int, int], quant_type: str) -> ShapeWeight:
@@ -84,10 +126,20 @@ class ShapeWeight(PackedWeight):
         rows = (shape[0], shape[1] // 32)
         codes, minima = BLOCK_FORMATS[quant_type]
         few = 16 if blocks_simd.available() else 1  # as BlockWeight has it
-        arrays: dict[str, list[Any]] = {"codes": [ShapeArray.new((*rows, codes), np.uint8)],
-                                        "scales": [ShapeArray.new(rows, np.float16)],
-                                        "offsets": [ShapeArray.new(rows, np.float16)] if minima else [], "code_maps": []}
-        return cls(shape, arrays, offset_group=32 if minima else 0, few=few, bits=int(quant_type[1]), quant_type=quant_type)
+        arrays: dict[str, list[Any]] = {
+            "codes": [ShapeArray.new((*rows, codes), np.uint8)],
+            "scales": [ShapeArray.new(rows, np.float16)],
+            "offsets": [ShapeArray.new(rows, np.float16)] if minima else [],
+            "code_maps": [],
+        }
+        return cls(
+            shape,
+            arrays,
+            offset_group=32 if minima else 0,
+            few=few,
+            bits=int(quant_type[1]),
+            quant_type=quant_type,
+        )
 
     def arrays(self) -> dict[str, list[Any]]:
         """By class, as the real weight's."""
@@ -98,7 +150,8 @@ class ShapeWeight(PackedWeight):
         return ShapeArray.new(self.shape, np.float32)
 
     def rows(self, ids: Array) -> Any:
-        """Each distinct row decoded, and then taken; how many are distinct depends on the text: here all that can be."""
+        """Each distinct row decoded, and then taken; how many are distinct depends on the text: here all that
+        can be."""
         table = ShapeArray.new((min(ids.size, self.shape[0]), self.shape[1]), np.float32)
         return table[ids]
 
@@ -111,13 +164,17 @@ class ShapeWeight(PackedWeight):
         self.largest_tile = max(self.largest_tile, size)
         blocks = -(-size // self.block_size)
         scales = [ShapeArray.new((blocks,), np.float32) for _ in range(self.decoded)]
-        del scales  # they end with the decoding; the tile lies in the worker's scratch, which outlasts the step
+        del (
+            scales
+        )  # they end with the decoding; the tile lies in the worker's scratch, which outlasts the step
         with metered(Meter()):
             return ShapeArray.new((last - first, self.shape[1]), np.float32)
 
     def _tiles(self, size: int) -> list[tuple[int, int]]:
         tiles = super()._tiles(size)
-        return [*tiles[:2], tiles[-1]] if len(tiles) > 3 else tiles  # the second adds to the first; the others are alike
+        return (
+            [*tiles[:2], tiles[-1]] if len(tiles) > 3 else tiles
+        )  # the second adds to the first; the others are alike
 
     def _decode_into(self, start: int, out: Array) -> None:
         return
@@ -127,7 +184,8 @@ class ShapeWeight(PackedWeight):
 
 
 def _decoded(arrays: dict[str, list[Any]], bits: int, width: int, block_size: int) -> int:
-    """How many arrays decoding makes anew: float16 and nested scales and offsets become float32, plain float32 ones are views.
+    """How many arrays decoding makes anew: float16 and nested scales and offsets become float32, plain
+    float32 ones are views.
 
     Vectors read a scale and an offset in float16 where they lie, as blocks do.
     """
@@ -145,7 +203,9 @@ def code_maps(*names: str) -> list[Any]:
     """Tables by name (nf4, …, dynamic), shared by all that decode with them, and so the same objects."""
     for name in names:
         if name not in _maps:
-            _maps[name] = ShapeArray.new((256 if name.startswith("dynamic") else 2 ** int(name[-1]),), np.float32)
+            _maps[name] = ShapeArray.new(
+                (256 if name.startswith("dynamic") else 2 ** int(name[-1]),), np.float32
+            )
     return [_maps[name] for name in names]
 
 
@@ -160,9 +220,14 @@ class Draws:
 # ---- twins
 
 
-def base_twin(config: ModelConfig, dtype: Any = np.float32, quant: QuantConfig | None = None,
-              stored: Callable[[str, tuple[int, int]], ShapeWeight | None] = lambda name, shape: None) -> Transformer:
-    """A frozen base of this shape; its block projections as ``quant`` says, matrices of a file as ``stored(name, shape)``."""
+def base_twin(
+    config: ModelConfig,
+    dtype: Any = np.float32,
+    quant: QuantConfig | None = None,
+    stored: Callable[[str, tuple[int, int]], ShapeWeight | None] = lambda name, shape: None,
+) -> Transformer:
+    """A frozen base of this shape; its block projections as ``quant`` says, matrices of a file as
+    ``stored(name, shape)``."""
     arrays: dict[str, Any] = {}
     for name, shape in parameter_shapes(config).items():
         found = stored(name, (shape[0], shape[1])) if len(shape) == 2 else None
@@ -173,7 +238,8 @@ def base_twin(config: ModelConfig, dtype: Any = np.float32, quant: QuantConfig |
 
 
 def twin_of(model: Transformer) -> Transformer:
-    """The shapes of a real model, adapters and what trains included; arrays that it shares, the twin shares."""
+    """The shapes of a real model, adapters and what trains included; arrays that it shares, the twin
+    shares."""
     parameters: dict[int, Parameter] = {}
     weights: dict[int, Any] = {}
 
@@ -184,7 +250,9 @@ def twin_of(model: Transformer) -> Transformer:
 
     def weight(w: Any) -> Any:
         if id(w) not in weights:
-            weights[id(w)] = DenseWeight(parameter(w.param)) if isinstance(w, DenseWeight) else ShapeWeight.of(w)
+            weights[id(w)] = (
+                DenseWeight(parameter(w.param)) if isinstance(w, DenseWeight) else ShapeWeight.of(w)
+            )
         return weights[id(w)]
 
     def linear(old: Any) -> Any:
@@ -218,16 +286,30 @@ def layer_names(model: Transformer) -> dict[int, str]:
     """id of a layer → its name, for everything that computes."""
     names: dict[int, str] = {id(model): "model", id(model.embedding): "embed_tokens", id(model.norm): "norm"}
     for i, block in enumerate(model.blocks):
-        parts = {"": block, ".self_attn": block.attention, ".mlp": block.mlp, ".input_layernorm": block.input_norm,
-                 ".post_attention_layernorm": block.post_norm}  # fmt: skip
+        parts = {
+            "": block,
+            ".self_attn": block.attention,
+            ".mlp": block.mlp,
+            ".input_layernorm": block.input_norm,
+            ".post_attention_layernorm": block.post_norm,
+        }
         names |= {id(part): f"layers.{i}{name}" for name, part in parts.items()}
     names |= {id(linear): linear.name.removeprefix("model.") for _, linear in model.linears()}
     return names
 
 
-def run_step(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: int = 1, checkpoint: bool = False,
-             logits_chunk: int = 0, watch: Callable[[str, Any], None] | None = None) -> Meter:  # fmt: skip
-    """Forward and backward pass in one worker, by the code that trains; ``watch`` sees caches and logits, to name what they keep.
+def run_step(
+    twin: Transformer,
+    batch: Batch,
+    *,
+    shards: int = 2,
+    accumulation: int = 1,
+    checkpoint: bool = False,
+    logits_chunk: int = 0,
+    watch: Callable[[str, Any], None] | None = None,
+) -> Meter:
+    """Forward and backward pass in one worker, by the code that trains; ``watch`` sees caches and logits, to
+    name what they keep.
 
     The meter's ``marks`` say when each block, and the head, began.
     """
@@ -240,8 +322,15 @@ def run_step(twin: Transformer, batch: Batch, *, shards: int = 2, accumulation: 
             linear.dropout_mask = MethodType(_dropout_mask, linear)  # type: ignore[method-assign]
     _observe(model, meter, watch or (lambda what, value: None))
     with metered(meter), Workers(1) as one:
-        loss_and_grads(model, [batch] * accumulation, one, shards=shards, stream=(0, 0), checkpoint=checkpoint,
-                       logits_chunk=logits_chunk)
+        loss_and_grads(
+            model,
+            [batch] * accumulation,
+            one,
+            shards=shards,
+            stream=(0, 0),
+            checkpoint=checkpoint,
+            logits_chunk=logits_chunk,
+        )
     return meter
 
 
@@ -255,7 +344,8 @@ def _dropout_mask(self: LoraLinear, p: Any, key: Any) -> Any:
 
 
 def _observe(model: Transformer, meter: Meter, watch: Callable[[str, Any], None]) -> None:
-    """Mark in the meter what begins, and show ``watch`` the whole cache, each restored one, and the logits, as they come."""
+    """Mark in the meter what begins, and show ``watch`` the whole cache, each restored one, and the logits,
+    as they come."""
 
     def before(owner: Any, method: str, mark: str, show: str = "") -> None:
         original = getattr(owner, method)

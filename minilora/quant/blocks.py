@@ -6,22 +6,20 @@ A block is one scale d, for Q4_1 also one minimum m, both little-endian float16,
     Q4_1   d, m, 16 bytes        w = d·q + m       5.0                  and q of weight j + 16 in its high half
     Q8_0   d, 32 signed bytes    w = d·q           8.5
 
-d has 11 significant bits and q at most 8, so d·q is exact in float32 and each weight is rounded once at most: a fused
-multiply-add, NumPy, the gguf package and the kernels below all give the same bits.
+d has 11 significant bits and q at most 8, so d·q is exact in float32 and each weight is rounded once at most:
+a fused multiply-add, NumPy, the gguf package and the kernels below all give the same bits.
 """
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from minilora.config import require, require_in
-from minilora.quant import blocks_simd
+from minilora.kernels import block_codes, block_vectors
 from minilora.quant.affine import AffineWeight
-from minilora.quant.kernels import kernel
 from minilora.quant.packed import Array, PackedWeight, checked, packed
 
 BLOCK = 32
@@ -38,10 +36,11 @@ PIECE = 256 * 1024
 
 
 class BlockWeight(PackedWeight):
-    """W (out, in) as the bytes of GGUF's blocks, uint8 (out, in/32·bytes of a block), which are viewed and never copied.
+    """W (out, in) as the bytes of GGUF's blocks, uint8 (out, in/32·bytes of a block), which are viewed and
+    never copied.
 
-    ``blocks`` must be C-contiguous; a read-only memory map will do. Raises ``ValueError`` for another dtype, layout or size
-    and for a scale or minimum that is not finite.
+    ``blocks`` must be C-contiguous; a read-only memory map will do. Raises ``ValueError`` for another dtype,
+    layout or size and for a scale or minimum that is not finite.
 
     >>> q = BlockWeight.quantize(np.arange(32, dtype=np.float32)[None] - 16, "Q4_0")
     >>> q.scales.tolist(), q.dense()[0, [0, 1, 15, 16, 17, 31]].tolist(), q.bits_per_weight
@@ -52,13 +51,33 @@ class BlockWeight(PackedWeight):
         require_in(quant_type, BLOCK_BYTES, "quant_type")
         super().__init__(shape)
         size = BLOCK_BYTES[quant_type]
-        require(self.shape[1] % BLOCK == 0, "shape", self.shape, f"in must be a multiple of {BLOCK}: a block lies in one row")
+        require(
+            self.shape[1] % BLOCK == 0,
+            "shape",
+            self.shape,
+            f"in must be a multiple of {BLOCK}: a block lies in one row",
+        )
         per_row = self.shape[1] // BLOCK
         blocks = np.asarray(blocks)
-        require(blocks.dtype == np.uint8, "blocks.dtype", str(blocks.dtype), "must be uint8, the bytes of the file")
+        require(
+            blocks.dtype == np.uint8,
+            "blocks.dtype",
+            str(blocks.dtype),
+            "must be uint8, the bytes of the file",
+        )
         expected = (self.shape[0], per_row * size)
-        require(blocks.shape == expected, "blocks.shape", blocks.shape, f"{quant_type} {self.shape} takes {expected} bytes")
-        require(blocks.flags.c_contiguous, "blocks.strides", blocks.strides, "must be C-contiguous; np.ascontiguousarray copies")
+        require(
+            blocks.shape == expected,
+            "blocks.shape",
+            blocks.shape,
+            f"{quant_type} {self.shape} takes {expected} bytes",
+        )
+        require(
+            blocks.flags.c_contiguous,
+            "blocks.strides",
+            blocks.strides,
+            "must be C-contiguous; np.ascontiguousarray copies",
+        )
         self.quant_type, self.bits, self.block_size = quant_type, int(quant_type[1]), BLOCK
         self.blocks = blocks.view()
         self.blocks.flags.writeable = False
@@ -74,7 +93,8 @@ class BlockWeight(PackedWeight):
     def _part(self, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """Return a view of what begins at byte ``at`` of each block.
 
-        Not a slice, because a ledger that counts bytes by the array behind a view would count all blocks for each part.
+        Not a slice, because a ledger that counts bytes by the array behind a view would count all blocks for
+        each part.
         """
         size = BLOCK_BYTES[self.quant_type]
         first = self._flat_blocks[at : at + dtype.itemsize].view(dtype)
@@ -82,27 +102,33 @@ class BlockWeight(PackedWeight):
 
     @classmethod
     def quantize(cls, w: Array, quant_type: str) -> BlockWeight:
-        """Quantize w (out, in), in a multiple of 32, as ggml's ``quantize_row_*_ref`` do, to the very bytes of the gguf package.
+        """Quantize w (out, in), in a multiple of 32, as ggml's ``quantize_row_*_ref`` do, to the very bytes
+        of the gguf package.
 
-        Q4_0: d = the weight of largest magnitude / -8, q = min(15, ⌊w/d + 8.5⌋). Q4_1: m = min, d = (max - min)/15,
-        q = min(15, ⌊(w - m)/d + 0.5⌋). Q8_0: d = max|w|/127, q = w/d, ties away from zero. The codes are fitted to d before it
-        is rounded to float16, and w/d is w·(1/d). Raises ``ValueError`` for weights that are not finite or too large for float16.
+        Q4_0: d = the weight of largest magnitude / -8, q = min(15, ⌊w/d + 8.5⌋). Q4_1: m = min, d = (max -
+        min)/15, q = min(15, ⌊(w - m)/d + 0.5⌋). Q8_0: d = max|w|/127, q = w/d, ties away from zero. The codes
+        are fitted to d before it is rounded to float16, and w/d is w·(1/d). Raises ``ValueError`` for weights
+        that are not finite or too large for float16.
         """
         require_in(quant_type, BLOCK_BYTES, "quant_type")
         w = checked(w)
         require(w.shape[1] % BLOCK == 0, "w.shape", w.shape, f"in must be a multiple of {BLOCK}")
         blocks = np.empty((w.size // BLOCK, BLOCK_BYTES[quant_type]), np.uint8)
-        for first in range(0, len(blocks), PIECE // BLOCK):  # a tile at a time, so that temporaries stay small
+        for first in range(
+            0, len(blocks), PIECE // BLOCK
+        ):  # a tile at a time, so that temporaries stay small
             part = slice(first, first + PIECE // BLOCK)
             _quantize(w.reshape(-1, BLOCK)[part], quant_type, blocks[part])
         return cls(blocks.reshape(w.shape[0], -1), quant_type, (w.shape[0], w.shape[1]))
 
     @classmethod
     def from_affine(cls, weight: AffineWeight) -> tuple[BlockWeight, float]:
-        """Return int4 groups of 32 as Q4_1, codes untouched, and the largest change of an offset that float16 caused.
+        """Return int4 groups of 32 as Q4_1, codes untouched, and the largest change of an offset that float16
+        caused.
 
-        The change is 0 for a float16 offset; after a QA-LoRA merge it is at most 2^-11 of the largest offset (2^-25 for
-        offsets below 2^-14). Raises ``ValueError`` for other bits or group sizes and for an offset beyond float16.
+        The change is 0 for a float16 offset; after a QA-LoRA merge it is at most 2^-11 of the largest offset
+        (2^-25 for offsets below 2^-14). Raises ``ValueError`` for other bits or group sizes and for an offset
+        beyond float16.
         """
         require(weight.bits == 4, "bits", weight.bits, "Q4_1 holds 4-bit codes: quantize with bits=4")
         require(weight.group_size == BLOCK, "group_size", weight.group_size, f"Q4_1 has groups of {BLOCK}")
@@ -116,11 +142,19 @@ class BlockWeight(PackedWeight):
         return result, float(np.abs(offset.astype(np.float64) - weight.offset).max())
 
     def affine(self) -> AffineWeight:
-        """Return a Q4_1 weight as int4 groups of 32 with the same numbers, bit by bit: what QA-LoRA can merge into."""
+        """Return a Q4_1 weight as int4 groups of 32 with the same numbers, bit by bit: what QA-LoRA can merge
+        into."""
         if self.quant_type != "Q4_1" or self.offsets is None:
-            require(False, "quant_type", self.quant_type, "only Q4_1 has an offset for each group; quantize the weight to int4")
+            require(
+                False,
+                "quant_type",
+                self.quant_type,
+                "only Q4_1 has an offset for each group; quantize the weight to int4",
+            )
         codes = np.concatenate([self.codes & 15, self.codes >> 4], axis=-1)
-        return AffineWeight(packed(codes.reshape(-1), 4), self.scales, np.asarray(self.offsets), self.shape, 4, BLOCK)
+        return AffineWeight(
+            packed(codes.reshape(-1), 4), self.scales, np.asarray(self.offsets), self.shape, 4, BLOCK
+        )
 
     def arrays(self) -> dict[str, list[Array]]:
         """Return views of the stored bytes by class; together they are all bytes of the blocks."""
@@ -134,29 +168,35 @@ class BlockWeight(PackedWeight):
 
     @property
     def _kernels(self) -> Any:
-        """The module whose kernels decode and multiply: the vectors', where the processor has them, or this one."""
-        return blocks_simd if blocks_simd.available() else sys.modules[__name__]
+        """The module whose kernels decode and multiply: the vectors', where the processor has them, or this
+        one."""
+        return block_vectors if block_vectors.available() else block_codes
 
     def _decode_into(self, start: int, out: Array) -> None:
         self._kernels.dequantize_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], start // BLOCK, out)
 
     @property
     def _few(self) -> int:
-        return 16 if self._kernels is blocks_simd else 1
+        return 16 if self._kernels is block_vectors else 1
 
     def _multiply_few(self, x: Array, out: Array) -> None:
-        self._kernels.multiply_blocks(self._flat_blocks, BLOCK_BYTES[self.quant_type], x, 0, self.shape[0], out)
+        self._kernels.multiply_blocks(
+            self._flat_blocks, BLOCK_BYTES[self.quant_type], x, 0, self.shape[0], out
+        )
 
 
 def _check_finite(values: Array, what: str) -> None:
-    """Refuse float16 infinity and NaN by row and block; a megabyte at a time, so that a memory map is never all in memory."""
+    """Refuse float16 infinity and NaN by row and block; a megabyte at a time, so that a memory map is never
+    all in memory."""
     step = max(1, PIECE // values.shape[1])
     for first in range(0, len(values), step):
         bad = ~np.isfinite(values[first : first + step])
         if bad.any():
             row, block = np.argwhere(bad)[0].tolist()
             value = values[first + row, block]
-            raise ValueError(f"{what} [{first + row}, {block}]={value}: must be finite (float16 ends at 65504)")
+            raise ValueError(
+                f"{what} [{first + row}, {block}]={value}: must be finite (float16 ends at 65504)"
+            )
 
 
 def _quantize(x: Array, quant_type: str, out: Array) -> None:
@@ -174,100 +214,21 @@ def _quantize(x: Array, quant_type: str, out: Array) -> None:
         header = d.astype(HALF) if low is None else np.concatenate([d, low], axis=1).astype(HALF)
     if not np.isfinite(header).all():
         block = int(np.argwhere(~np.isfinite(header))[0, 0])
-        raise ValueError(f"{quant_type}: scale or minimum of block {block} exceeds float16's 65504: scale the weights down first")
+        raise ValueError(
+            f"{quant_type}: scale or minimum of block {block} exceeds float16's 65504: scale the weights down first"
+        )
     inverse[np.isinf(inverse)] = 0
     if quant_type == "Q8_0":
         scaled = x * inverse
         whole = np.trunc(scaled)
-        # not rint, which takes ties to even, and not ⌊|x| + 0.5⌋, which takes 0.49999997 to 1: x - trunc(x) is exact
+        # not rint, which takes ties to even, and not ⌊|x| + 0.5⌋, which takes 0.49999997 to 1: x - trunc(x)
+        # is exact
         codes = (whole + np.trunc(2 * (scaled - whole))).astype(np.int8).view(np.uint8)
     else:
         shifted = x * inverse + np.float32(8.5) if low is None else (x - low) * inverse + np.float32(0.5)
         codes = np.minimum(np.trunc(shifted), 15).astype(np.uint8)
-    # d so small that 1/d = ∞: the gguf package multiplies by it, and what comes out converts to 0, on x86 at least. The
-    # scale, a float16, is 0 anyway.
+    # d so small that 1/d = ∞: the gguf package multiplies by it, and what comes out converts to 0, on x86 at
+    # least. The scale, a float16, is 0 anyway.
     codes[((inverse == 0) & (d != 0))[:, 0]] = 0
     out[:, : 2 * header.shape[1]] = header.view(np.uint8)
     out[:, 2 * header.shape[1] :] = codes if quant_type == "Q8_0" else codes[:, :16] | codes[:, 16:] << 4
-
-
-# ---- kernels: they take the raw bytes of all blocks, (blocks·size,) uint8, of which one has ``size``
-
-
-@kernel
-def _half(low: int, high: int) -> Any:
-    """Return a finite float16, given as its two bytes, as float32: ``kernels.half_to_float`` for one number."""
-    h = np.uint32(low) | np.uint32(high) << np.uint32(8)
-    moved = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
-    return np.uint32(moved).view(np.float32) * np.float32(2.0**112)
-
-
-@kernel
-def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
-    """Write the weights of blocks first, first + 1, … into ``out`` (32·n,) float32."""
-    at = first * size
-    if size == 18:  # Q4_0
-        for i in range(0, out.size, 32):
-            q, w = blocks[at + 2 : at + 18], out[i : i + 32]
-            d = _half(blocks[at], blocks[at + 1])
-            for j in range(16):
-                w[j] = d * np.float32(np.int32(q[j] & np.uint8(15)) - np.int32(8))
-                w[16 + j] = d * np.float32(np.int32(q[j] >> np.uint8(4)) - np.int32(8))
-            at += size
-    elif size == 20:  # Q4_1
-        for i in range(0, out.size, 32):
-            q, w = blocks[at + 4 : at + 20], out[i : i + 32]
-            d, m = _half(blocks[at], blocks[at + 1]), _half(blocks[at + 2], blocks[at + 3])
-            for j in range(16):
-                w[j] = d * np.float32(q[j] & np.uint8(15)) + m
-                w[16 + j] = d * np.float32(q[j] >> np.uint8(4)) + m
-            at += size
-    else:  # Q8_0
-        signed = blocks.view(np.int8)
-        for i in range(0, out.size, 32):
-            s, w = signed[at + 2 : at + 34], out[i : i + 32]
-            d = _half(blocks[at], blocks[at + 1])
-            for j in range(32):
-                w[j] = d * np.float32(s[j])
-            at += size
-
-
-def dequantize_blocks_numpy(blocks: Array, size: int, first: int, out: Array) -> None:
-    """Do what ``dequantize_blocks`` does."""
-    b = blocks.reshape(-1, size)[first : first + out.size // 32]
-    d = b[:, :2].view(HALF).astype(np.float32)
-    if size == 34:
-        w = d * b[:, 2:].view(np.int8)
-    elif size == 18:
-        w = d * (np.concatenate([b[:, 2:] & 15, b[:, 2:] >> 4], axis=1).astype(np.float32) - 8)
-    else:
-        w = d * np.concatenate([b[:, 4:] & 15, b[:, 4:] >> 4], axis=1) + b[:, 2:4].view(HALF).astype(np.float32)
-    out[:] = w.reshape(-1)
-
-
-@kernel
-def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
-    """Write out[i, r] = Σ_c W[r, c]·x[i, c] for rows r = first … last - 1 of W; x (B, in), ``out`` (B, out), float32.
-
-    A few rows at a time are decoded into the first-level cache, as by ``kernels.matvec``.
-    """
-    width = x.shape[1]
-    at_once = max(1, 2048 // width)  # several short rows: a store is slow to be read back at once
-    w = np.empty(at_once * width, np.float32)
-    for top in range(first, last, at_once):
-        end = min(top + at_once, last)
-        dequantize_blocks(blocks, size, top * (width // 32), w[: (end - top) * width])
-        for r in range(top, end):
-            row = w[(r - top) * width : (r - top + 1) * width]
-            for i in range(len(x)):
-                dot = np.float32(0)
-                for c in range(width):
-                    dot += row[c] * x[i, c]
-                out[i, r] = dot
-
-
-def multiply_blocks_numpy(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
-    """Do what ``multiply_blocks`` does, up to float32 rounding (sums in another order)."""
-    w = np.empty((last - first, x.shape[1]), np.float32)
-    dequantize_blocks_numpy(blocks, size, first * x.shape[1] // BLOCK, w.reshape(-1))
-    out[:, first:last] = x @ w.T

@@ -1,13 +1,16 @@
 """Codebooks: which 2^k values a k-bit code stands for. Derived step by step, then frozen.
 
-A code map is a float32 array of 2^k values in [-1, 1], indexed by the code. Three kinds, each derived by a function below:
+A code map is a float32 array of 2^k values in [-1, 1], indexed by the code. Three kinds, each derived by a
+function below:
 
-- NormalFloat (NF-k): quantiles of the normal distribution (``normal_float_quantiles``) over the largest (``normal_float``);
+- NormalFloat (NF-k): quantiles of the normal distribution (``normal_float_quantiles``) over the largest
+  (``normal_float``);
 - FP4: sign, exponent and mantissa of the code itself (``fp4_value``);
-- dynamic 8 bits: more and more values a decade, the larger the decade (``dynamic_map``); it stores block scales.
+- dynamic 8 bits: more and more values a decade, the larger the decade (``dynamic_map``); it stores block
+  scales.
 
-``thresholds`` then turns a code map into the comparisons that quantize. NF4 and FP4 are also written out as bitsandbytes' tables;
-the tests hold that the derivations end in the same bits.
+``thresholds`` then turns a code map into the comparisons that quantize. NF4 and FP4 are also written out as
+bitsandbytes' tables; the tests hold that the derivations end in the same bits.
 """
 
 from __future__ import annotations
@@ -23,21 +26,35 @@ from minilora.config import require
 
 Float32 = NDArray[np.float32]
 
-# QLoRA (arXiv 2305.14314), appendix E. Bit by bit normal_float(4, LOFTQ_OFFSET, np.float32); the exact normal_float(4) is up to
-# 1.8e-7 away, because bitsandbytes rounds the probabilities to float32.
+# QLoRA (arXiv 2305.14314), appendix E. Bit by bit normal_float(4, LOFTQ_OFFSET, np.float32); the exact
+# normal_float(4) is up to 1.8e-7 away, because bitsandbytes rounds the probabilities to float32.
 NF4 = (
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
-    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
-    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-)  # fmt: skip
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
-# fp4_value(0), …, fp4_value(15). The largest is 12, by which the code map divides. Code 8 is +0, as in bitsandbytes' table.
+# fp4_value(0), …, fp4_value(15). The largest is 12, by which the code map divides. Code 8 is +0, as in
+# bitsandbytes' table.
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
 
 LOFTQ_OFFSET = 0.9677083
-"""offset_4, rounded: the constant of bitsandbytes' ``create_normal_map``. LoftQ (arXiv 2310.08659) keeps it for 2 and 3 bits too,
-where offset_k is .854167 and .933036: its NF2 is -1 0 .3379 1, the formula's -1 0 .4358 1."""
+"""offset_4, rounded: the constant of bitsandbytes' ``create_normal_map``. LoftQ (arXiv 2310.08659) keeps it
+for 2 and 3 bits too, where offset_k is .854167 and .933036: its NF2 is -1 0 .3379 1, the formula's -1 0 .4358
+1."""
 
 
 # ---- NormalFloat
@@ -46,7 +63,8 @@ where offset_k is .854167 and .933036: its NF2 is -1 0 .3379 1, the formula's -1
 def normal_float_offset(bits: int) -> float:
     """Return the largest probability whose normal quantile NF-k uses, before the scaling to 1.
 
-    offset_k = 1 - 1/2 (1/(2·2^k) + 1/(2·(2^k - 1))): the mean of half a bin's probability with 2^k and with 2^k - 1 bins.
+    offset_k = 1 - 1/2 (1/(2·2^k) + 1/(2·(2^k - 1))): the mean of half a bin's probability with 2^k and with
+    2^k - 1 bins.
 
     >>> [round(normal_float_offset(bits), 6) for bits in (2, 3, 4)]
     [0.854167, 0.933036, 0.967708]
@@ -61,10 +79,11 @@ def normal_float_quantiles(
 ) -> tuple[list[float], list[float]]:
     """Return NF-k's (negative, positive) values in ascending order, in units of the standard deviation.
 
-    2^(k-1) positive values are quantiles at evenly spaced probabilities from ``offset`` (None: offset_k) down to 1/2, where 1/2
-    itself (the value 0) is left out; 2^(k-1) - 1 negative values are made alike. With one exact zero that is 2^k values:
-    asymmetric, so that zero, the commonest weight, has no error (arXiv 2305.14314, section 3). ``dtype`` is that of the
-    probabilities: float32 for bitsandbytes' and LoftQ's bits, float64 for the formula.
+    2^(k-1) positive values are quantiles at evenly spaced probabilities from ``offset`` (None: offset_k) down
+    to 1/2, where 1/2 itself (the value 0) is left out; 2^(k-1) - 1 negative values are made alike. With one
+    exact zero that is 2^k values: asymmetric, so that zero, the commonest weight, has no error (arXiv
+    2305.14314, section 3). ``dtype`` is that of the probabilities: float32 for bitsandbytes' and LoftQ's
+    bits, float64 for the formula.
 
     >>> negative, positive = normal_float_quantiles(2)
     >>> [round(q, 3) for q in negative + positive]
@@ -102,10 +121,12 @@ def normal_float(bits: int, offset: float | None = None, dtype: DTypeLike = np.f
 
 
 def fp4_value(code: int, bias: int = 3) -> float:
-    """Return the number that an FP4 code stands for, from its bits: sign s, two exponent bits e, one mantissa bit m.
+    """Return the number that an FP4 code stands for, from its bits: sign s, two exponent bits e, one mantissa
+    bit m.
 
-    e = 0 (subnormal): ±m/2·2^-bias; else ±(1 + m/2)·2^(bias + 1 - e): a larger e is a smaller number, contrary to IEEE 754.
-    ``bias`` 3 is bitsandbytes' table; its ``create_fp8_map`` has 2, whose smallest value is 1/48 of the largest instead of 1/192.
+    e = 0 (subnormal): ±m/2·2^-bias; else ±(1 + m/2)·2^(bias + 1 - e): a larger e is a smaller number,
+    contrary to IEEE 754. ``bias`` 3 is bitsandbytes' table; its ``create_fp8_map`` has 2, whose smallest
+    value is 1/48 of the largest instead of 1/192.
 
     >>> [fp4_value(code) for code in (0b0000, 0b0001, 0b0010, 0b0011, 0b0110, 0b1011)]
     [0.0, 0.0625, 8.0, 12.0, 2.0, -12.0]
@@ -140,11 +161,12 @@ def code_map(quant_type: str) -> Float32:
 
 
 def dynamic_map(signed: bool = True) -> Float32:
-    """Return the 8-bit dynamic map, 256 ascending values: signed for block scales around their mean, unsigned for Adam's v.
+    """Return the 8-bit dynamic map, 256 ascending values: signed for block scales around their mean, unsigned
+    for Adam's v.
 
-    Decade 10^(i-6), for i = 0..6, holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1) with both signs; 0 and +1 complete it
-    (arXiv 1511.04561; bitsandbytes' ``create_dynamic_map``, bit by bit). It is asymmetric: the smallest value is -0.993.
-    Unsigned, the sign's bit goes to the fraction: 2^(i+1) midpoints a decade.
+    Decade 10^(i-6), for i = 0..6, holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1) with both signs; 0 and
+    +1 complete it (arXiv 1511.04561; bitsandbytes' ``create_dynamic_map``, bit by bit). It is asymmetric: the
+    smallest value is -0.993. Unsigned, the sign's bit goes to the fraction: 2^(i+1) midpoints a decade.
 
     >>> print(dynamic_map()[[0, 127, -1]].round(3), dynamic_map(signed=False)[[0, 1, -2]])
     [-0.993  0.     1.   ] [0.0000000e+00 3.2500003e-07 9.9648440e-01]
@@ -168,8 +190,9 @@ def _dynamic_map(signed: bool) -> Float32:  # one array, however it is asked for
 def thresholds(values: Float32) -> tuple[Float32, NDArray[np.uint8]]:
     """Return the (2^k - 1,) midpoints between neighbouring values and the code of each of the 2^k ranks.
 
-    A number x has as many thresholds t with x > t below it as its rank says; ``order[rank]`` is its code. A tie takes the lower
-    rank. ``order`` is the identity except for FP4, whose codes are not in the order of their values.
+    A number x has as many thresholds t with x > t below it as its rank says; ``order[rank]`` is its code. A
+    tie takes the lower rank. ``order`` is the identity except for FP4, whose codes are not in the order of
+    their values.
 
     >>> midpoints, order = thresholds(np.array([0, 1, -1, -0.5], np.float32))
     >>> midpoints.tolist(), order.tolist()
@@ -181,9 +204,12 @@ def thresholds(values: Float32) -> tuple[Float32, NDArray[np.uint8]]:
 
 
 def _linspace_float32(low: float, high: float, count: int) -> Float32:
-    """Return evenly spaced float32 values, each half stepped from its own end with one rounding, as ``torch.linspace`` does."""
+    """Return evenly spaced float32 values, each half stepped from its own end with one rounding, as
+    ``torch.linspace`` does."""
     a, b = np.float32(low), np.float32(high)
-    step = np.float64((b - a) / np.float32(count - 1))  # the step is rounded to float32; the product below is then exact
+    step = np.float64(
+        (b - a) / np.float32(count - 1)
+    )  # the step is rounded to float32; the product below is then exact
     i = np.arange(count)
     return np.where(i < count // 2, a + step * i, b - step * (count - 1 - i)).astype(np.float32)
 

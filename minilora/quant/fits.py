@@ -2,8 +2,9 @@
 
     w = scale·q + offset,    q = clip(rint((w − offset)/scale), 0, 2^k − 1)
 
-Arrays are (groups, g) weights and (groups,) parameters. ``scale`` is float16 always. The offset is stored as ``float16``, as
-``float32``, or as ``zero``: a whole number z of k bits, w = scale·(q − z), which is what GPTQ files hold.
+Arrays are (groups, g) weights and (groups,) parameters. ``scale`` is float16 always. The offset is stored as
+``float16``, as ``float32``, or as ``zero``: a whole number z of k bits, w = scale·(q − z), which is what GPTQ
+files hold.
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.config import FITS, OFFSET_STORES, require_in
-from minilora.quant import kernels
+from minilora.kernels import codes as kernels
 from minilora.quant.packed import frozen
 
 Array = NDArray[Any]
 
-MSE_GRID, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4  # GPTQ's Quantizer.configure (arXiv 2210.17323, the authors' code)
+MSE_GRID, MSE_SHRINK, MSE_NORM = (
+    100,
+    0.8,
+    2.4,
+)  # GPTQ's Quantizer.configure (arXiv 2210.17323, the authors' code)
 HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 20  # hqq's optimize_weights_proximal
 
 
 def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16") -> tuple[Array, Array]:
     """Return (scale float16 (groups,), offset as it is stored (groups,)) of float32 weights w (groups, g).
 
-    ``minmax``: offset = min, scale = (max − min)/(2^k − 1) · ``symmetric``: zero point 2^(k−1) · ``mse``: the min/max range,
-    shrunk by the factor that makes Σ|error|^2.4 least · ``hqq``: the min/max scale with the offset that half-quadratic splitting
-    finds. An offset that is a zero point needs a range that holds 0, so ``zero`` widens the range to it.
-    Raises ``ValueError`` for a scale or offset beyond float16.
+    ``minmax``: offset = min, scale = (max − min)/(2^k − 1) · ``symmetric``: zero point 2^(k−1) · ``mse``: the
+    min/max range, shrunk by the factor that makes Σ|error|^2.4 least · ``hqq``: the min/max scale with the
+    offset that half-quadratic splitting finds. An offset that is a zero point needs a range that holds 0, so
+    ``zero`` widens the range to it. Raises ``ValueError`` for a scale or offset beyond float16.
 
     >>> scale, offset = fit_groups(np.array([[-1.0, 0.0, 2.0, 5.0]], np.float32), 2)
     >>> scale.tolist(), offset.tolist()
@@ -44,7 +49,9 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
     if how == "symmetric":
         high = np.maximum(np.abs(low), np.abs(high))
         scale = stored_scale(high * np.float32(2), bits)
-        return scale, stored_offset(-np.float32(2 ** (bits - 1)) * scale.astype(np.float32), scale, bits, store)
+        return scale, stored_offset(
+            -np.float32(2 ** (bits - 1)) * scale.astype(np.float32), scale, bits, store
+        )
     if store == "zero":
         low, high = np.minimum(low, 0), np.maximum(high, 0)
     if how == "mse":
@@ -55,7 +62,8 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
 
 
 def stored_scale(width: Array, bits: int) -> Array:
-    """Return width/(2^k − 1) as float16; 1 where it rounds to 0: the weights are equal as far as float16 tells."""
+    """Return width/(2^k − 1) as float16; 1 where it rounds to 0: the weights are equal as far as float16
+    tells."""
     with np.errstate(over="ignore"):  # too large becomes inf, which the check names
         scale = (width / np.float32(2**bits - 1)).astype(np.float16)
     _refuse_infinite(scale, "scale")
@@ -64,9 +72,12 @@ def stored_scale(width: Array, bits: int) -> Array:
 
 
 def stored_offset(offset: Array, scale: Array, bits: int, store: str) -> Array:
-    """Return float32 offsets as they are stored: float16, float32, or zero points rint(−offset/scale), clipped to k bits."""
+    """Return float32 offsets as they are stored: float16, float32, or zero points rint(−offset/scale),
+    clipped to k bits."""
     if store == "zero":
-        steps = -offset / np.where(scale == 0, 1, scale).astype(np.float32)  # a file may hold scale 0, which no zero point moves
+        steps = -offset / np.where(scale == 0, 1, scale).astype(
+            np.float32
+        )  # a file may hold scale 0, which no zero point moves
         return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.uint8)
     with np.errstate(over="ignore"):
         stored = offset.astype(store)
@@ -75,20 +86,23 @@ def stored_offset(offset: Array, scale: Array, bits: int, store: str) -> Array:
 
 
 def offset_of(stored: Array, scale: Array) -> Array:
-    """Return the float32 offset that a stored one stands for: itself, or −scale·z, which float32 holds exactly."""
+    """Return the float32 offset that a stored one stands for: itself, or −scale·z, which float32 holds
+    exactly."""
     if stored.dtype == np.uint8:
         return -scale.astype(np.float32) * stored
     return stored.astype(np.float32)
 
 
 def decoded(w: Array, scale: Array, offset: Array, bits: int) -> Array:
-    """Return scale·q + offset for the nearest codes q: what is left of w (groups, g); float32 parameters (groups,)."""
+    """Return scale·q + offset for the nearest codes q: what is left of w (groups, g); float32 parameters
+    (groups,)."""
     codes = np.clip(np.rint((w - offset[:, None]) / scale[:, None]), 0, 2**bits - 1)
     return codes * scale[:, None] + offset[:, None]
 
 
 def _fit_mse(w: Array, low: Array, high: Array, bits: int, store: str) -> tuple[Array, Array]:
-    """Try the range times 1, 0.99, …, 0.21 and keep, for each group, the one with the least Σ|error|^2.4; ties keep the wider."""
+    """Try the range times 1, 0.99, …, 0.21 and keep, for each group, the one with the least Σ|error|^2.4;
+    ties keep the wider."""
     best = np.full(len(w), np.inf)
     scale, offset = np.ones(len(w), np.float16), np.zeros(len(w), np.uint8 if store == "zero" else store)
     for i in range(int(MSE_SHRINK * MSE_GRID)):
@@ -105,9 +119,9 @@ def _fit_mse(w: Array, low: Array, high: Array, bits: int, store: str) -> tuple[
 def _fit_hqq(w: Array, scale: Array, low: Array, bits: int) -> Array:
     """Return HQQ's offset: alternate a sparse error e ≈ w − ŵ with the offset that is best for w − e.
 
-    min over offset and e of ‖e‖_p^p + β/2·‖w − e − ŵ(offset)‖²: the e-step shrinks towards 0, e = sign(d)·max(|d| − |d|^(p−1)/β,
-    0), and the offset-step is a mean over the group (half-quadratic splitting; HQQ, Badri and Shaji 2023). Stops when the mean
-    error of the whole matrix rises.
+    min over offset and e of ‖e‖_p^p + β/2·‖w − e − ŵ(offset)‖²: the e-step shrinks towards 0, e =
+    sign(d)·max(|d| − |d|^(p−1)/β, 0), and the offset-step is a mean over the group (half-quadratic splitting;
+    HQQ, Badri and Shaji 2023). Stops when the mean error of the whole matrix rises.
     """
     offset, best, least, beta = low, low, np.inf, HQQ_BETA
     for _ in range(HQQ_STEPS):
@@ -129,4 +143,6 @@ def _refuse_infinite(values: Array, name: str) -> None:
     if not np.isfinite(values).all():
         group = int(np.flatnonzero(~np.isfinite(values))[0])
         largest = f"{values.dtype}'s {np.finfo(values.dtype).max:g}"
-        raise ValueError(f"{name} of group {group} (row by row) exceeds {largest}: scale the weights down first")
+        raise ValueError(
+            f"{name} of group {group} (row by row) exceeds {largest}: scale the weights down first"
+        )

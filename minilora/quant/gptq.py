@@ -1,15 +1,17 @@
-"""GPTQ: round one column after another, and let the columns still to come make up for each error (arXiv 2210.17323).
+"""GPTQ: round one column after another, and let the columns still to come make up for each error (arXiv
+2210.17323).
 
-The layer's inputs X (n, in) say what matters: rounding changes the output by ‖X(W − Ŵ)ᵀ‖², whose Hessian for every row of W is
-H = 2·XᵀX/n. With U the upper Cholesky factor of H⁻¹, column i leaves the error e = (w − ŵ)/U[i, i], and the columns j > i move by
-−e·U[i, j] (the paper's Algorithm 1, on the authors' dense groups).
+The layer's inputs X (n, in) say what matters: rounding changes the output by ‖X(W − Ŵ)ᵀ‖², whose Hessian for
+every row of W is H = 2·XᵀX/n. With U the upper Cholesky factor of H⁻¹, column i leaves the error e = (w −
+ŵ)/U[i, i], and the columns j > i move by −e·U[i, j] (the paper's Algorithm 1, on the authors' dense groups).
 
     for each group of columns:  fit scale and offset to the *updated* weights (or, ``static_groups``, to the first ones)
         for each column i:      ŵ = round(w);  e = (w − ŵ)/U[i, i];  w[i+1:] −= e·U[i, i+1:]
 
-Where the authors' code fits a group from weights that the current block of 128 columns has not updated yet, a block here is one
-group, so the fit sees all updates. All is float64, so that an independent oracle finds the same codes; only the rounding itself
-takes the float32 steps that round-to-nearest takes: with H diagonal the two agree bit by bit.
+Where the authors' code fits a group from weights that the current block of 128 columns has not updated yet, a
+block here is one group, so the fit sees all updates. All is float64, so that an independent oracle finds the
+same codes; only the rounding itself takes the float32 steps that round-to-nearest takes: with H diagonal the
+two agree bit by bit.
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.config import ConfigError, QuantConfig, require
+from minilora.kernels.gptq_columns import round_columns
 from minilora.quant import codebooks, fits
 from minilora.quant.affine import AffineWeight
-from minilora.quant.kernels import SMALLEST_ABSMAX, kernel
 from minilora.quant.packed import checked, frozen, packed
 from minilora.quant.weights import CodebookWeight, DoubleQuant
 
@@ -56,23 +58,33 @@ class Hessian:
 
 
 def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight | AffineWeight, float]:
-    """Quantize w (out, in) with the Hessian (in, in) of its inputs; returns the weight and Σ e²/2, GPTQ's own loss.
+    """Quantize w (out, in) with the Hessian (in, in) of its inputs; returns the weight and Σ e²/2, GPTQ's own
+    loss.
 
-    Damping adds ``damp_percent`` of the mean diagonal; an input that is always 0 gets the value nearest to 0. ``desc_act`` takes
-    the columns with the largest diagonal first; it needs ``static_groups``. Double-quantized scales are static too, since all of
-    them must be known before the first is stored. Codebook blocks must lie within rows.
+    Damping adds ``damp_percent`` of the mean diagonal; an input that is always 0 gets the value nearest to 0.
+    ``desc_act`` takes the columns with the largest diagonal first; it needs ``static_groups``.
+    Double-quantized scales are static too, since all of them must be known before the first is stored.
+    Codebook blocks must lie within rows.
     """
     w = checked(w)
     out, in_ = w.shape
     group = config.group_size if config.affine else config.block_size
-    require(in_ % group == 0, "group_size" if config.affine else "block_size", group,
-            f"must divide in={in_}: GPTQ rounds column by column, and a scale must belong to one row")
+    require(
+        in_ % group == 0,
+        "group_size" if config.affine else "block_size",
+        group,
+        f"must divide in={in_}: GPTQ rounds column by column, and a scale must belong to one row",
+    )
     require(hessian.shape == (in_, in_), "hessian.shape", hessian.shape, f"must be ({in_}, {in_})")
-    require(bool(np.isfinite(hessian).all()), "hessian", "NaN or infinity", "the layer's inputs must be finite")
+    require(
+        bool(np.isfinite(hessian).all()), "hessian", "NaN or infinity", "the layer's inputs must be finite"
+    )
     grid = _Grid(config, out, in_ // group)
     h, work = hessian.astype(np.float64), w.astype(np.float64)
     dead = np.diag(h) == 0
-    h[dead, dead] = h[~dead, ~dead].mean() if not dead.all() else 1.0  # as large as the others: the damping is their mean
+    h[dead, dead] = (
+        h[~dead, ~dead].mean() if not dead.all() else 1.0
+    )  # as large as the others: the damping is their mean
     work[:, dead] = 0
     static = config.static_groups or grid.double_quant
     if static:
@@ -84,12 +96,25 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
     step = BLOCK if static else group
     for first in range(0, in_, step):
         last = min(first + step, in_)
-        block, block_codes = np.ascontiguousarray(work[:, first:last]), np.empty((out, last - first), np.uint8)
+        block, block_codes = (
+            np.ascontiguousarray(work[:, first:last]),
+            np.empty((out, last - first), np.uint8),
+        )
         if not static:
             grid.fit(block.astype(np.float32)[:, None], slice(first // group, first // group + 1))
         errors = np.empty_like(block)
-        round_columns(block, np.ascontiguousarray(upper[first:last, first:last]), groups[first:last], grid.scale, grid.offset,
-                      grid.midpoints, grid.levels, grid.top, block_codes, errors)  # fmt: skip
+        round_columns(
+            block,
+            np.ascontiguousarray(upper[first:last, first:last]),
+            groups[first:last],
+            grid.scale,
+            grid.offset,
+            grid.midpoints,
+            grid.levels,
+            grid.top,
+            block_codes,
+            errors,
+        )
         codes[:, order[first:last]] = block_codes
         work[:, last:] -= errors @ upper[first:last, last:]
         loss += float((errors**2).sum()) / 2
@@ -107,61 +132,15 @@ def inverse_factor(hessian: Array, damp_percent: float) -> Array:
         inverse = np.linalg.inv(damped)
         return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
     except np.linalg.LinAlgError:
-        raise ConfigError(f"damp_percent={damp_percent}: leaves a Hessian of {len(hessian)} inputs without an inverse; raise it "
-                          "or calibrate on more tokens") from None
-
-
-@kernel
-def round_columns(
-    w: Array, upper: Array, groups: Array, scale: Array, offset: Array, midpoints: Array, levels: Array,
-    top: int, codes: Array, errors: Array,
-) -> None:  # fmt: skip
-    """Round w (out, n) float64 column by column, spreading each error over the columns to its right; w is used up.
-
-    ``upper`` (n, n) float64 · ``groups`` (n,) int64, each column's · ``scale`` and ``offset`` (out, groups) float32 · ``levels``
-    (2^k,) ascending float32 with their ``midpoints``, both empty for affine codes, 0 to ``top`` · ``codes`` (out, n) uint8 ranks
-    and ``errors`` (out, n) float64 are written.
-    """
-    for r in range(w.shape[0]):  # a row's errors move nothing but the row
-        for i in range(w.shape[1]):
-            s, o = scale[r, groups[i]], offset[r, groups[i]]
-            value = np.float32(w[r, i])
-            if levels.size == 0:
-                code = min(max(np.rint((value - o) / s), np.float32(0)), np.float32(top))
-                rounded = code * s + o
-                codes[r, i] = np.uint8(code)
-            else:
-                value *= np.float32(1) / max(s, SMALLEST_ABSMAX)
-                rank = 0
-                while rank < midpoints.size and value > midpoints[rank]:
-                    rank += 1
-                rounded = levels[rank] * s
-                codes[r, i] = np.uint8(rank)
-            e = (w[r, i] - np.float64(rounded)) / upper[i, i]
-            errors[r, i] = e
-            for j in range(i + 1, w.shape[1]):
-                w[r, j] -= e * upper[i, j]
-
-
-def round_columns_numpy(
-    w: Array, upper: Array, groups: Array, scale: Array, offset: Array, midpoints: Array, levels: Array,
-    top: int, codes: Array, errors: Array,
-) -> None:  # fmt: skip
-    """Do what ``round_columns`` does, a whole column at a time."""
-    for i in range(w.shape[1]):
-        s, o, value = scale[:, groups[i]], offset[:, groups[i]], w[:, i].astype(np.float32)
-        if levels.size == 0:
-            codes[:, i] = np.clip(np.rint((value - o) / s), 0, top)
-            rounded = codes[:, i] * s + o
-        else:
-            codes[:, i] = np.searchsorted(midpoints, value * (np.float32(1) / np.maximum(s, SMALLEST_ABSMAX)), side="left")
-            rounded = levels[codes[:, i]] * s
-        errors[:, i] = (w[:, i] - rounded) / upper[i, i]
-        w[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]
+        raise ConfigError(
+            f"damp_percent={damp_percent}: leaves a Hessian of {len(hessian)} inputs without an inverse; raise it "
+            "or calibrate on more tokens"
+        ) from None
 
 
 class _Grid:
-    """The values that codes stand for: affine or codebook, a scale (and offset) a group, fitted group by group or all at once."""
+    """The values that codes stand for: affine or codebook, a scale (and offset) a group, fitted group by
+    group or all at once."""
 
     def __init__(self, config: QuantConfig, out: int, groups: int):
         self.config = config
@@ -171,7 +150,9 @@ class _Grid:
         if config.affine:
             self.levels = self.midpoints = np.empty(0, np.float32)
             self.stored_scale = np.empty((out, groups), np.float16)
-            self.stored_offset = np.empty((out, groups), np.uint8 if config.offset_dtype == "zero" else config.offset_dtype)
+            self.stored_offset = np.empty(
+                (out, groups), np.uint8 if config.offset_dtype == "zero" else config.offset_dtype
+            )
         else:
             values = codebooks.code_map(config.quant_type)
             self.midpoints, self.order = codebooks.thresholds(values)
@@ -182,7 +163,9 @@ class _Grid:
         """Fit the groups ``where`` to w (out, groups, g) float32."""
         out, groups, g = w.shape
         if self.config.affine:
-            scale, offset = fits.fit_groups(w.reshape(-1, g), self.config.bits, self.config.fit, self.config.offset_dtype)
+            scale, offset = fits.fit_groups(
+                w.reshape(-1, g), self.config.bits, self.config.fit, self.config.offset_dtype
+            )
             self.stored_scale[:, where] = self.scale[:, where] = scale.reshape(out, groups)
             self.stored_offset[:, where] = offset.reshape(out, groups)
             self.offset[:, where] = fits.offset_of(offset, scale).reshape(out, groups)
@@ -197,7 +180,9 @@ class _Grid:
         config = self.config
         if config.affine:
             flat = packed(codes.reshape(-1), config.bits)
-            return AffineWeight.from_stored(flat, self.stored_scale, self.stored_offset, shape, config.bits, config.group_size)
+            return AffineWeight.from_stored(
+                flat, self.stored_scale, self.stored_offset, shape, config.bits, config.group_size
+            )
         scales = self.absmax if isinstance(self.absmax, DoubleQuant) else self.scale.reshape(-1)
         flat = packed(self.order[codes].reshape(-1), config.bits)
         return CodebookWeight(flat, scales, shape, config.quant_type, config.block_size)

@@ -1,6 +1,8 @@
-"""What all packed weights share: products that decode one tile of rows at a time, and never keep the dense matrix.
+"""What all packed weights share: products that decode one tile of rows at a time, and never keep the dense
+matrix.
 
-Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a scratch of its thread, and is multiplied there.
+Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a scratch of its thread, and is
+multiplied there.
 """
 
 from __future__ import annotations
@@ -14,18 +16,21 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
-from minilora.fused.products import FEW, LowRank, product, product_t
-from minilora.quant import codebooks, kernels, simd
+from minilora.kernels import codes as kernels
+from minilora.kernels import codes_vectors as simd
+from minilora.kernels.gemm import FEW, LowRank, product, product_t
+from minilora.quant import codebooks
 
 Array = NDArray[Any]
 
 TILE = 1024 * 1024
-"""Weights decoded at once, 4 MiB of float32 a thread. With 1 MiB SmolLM2's step takes 9 % longer: threads that call more often
-wait for each other more often."""
+"""Weights decoded at once, 4 MiB of float32 a thread. With 1 MiB SmolLM2's step takes 9 % longer: threads
+that call more often wait for each other more often."""
 
 
 def frozen(array: ArrayLike, dtype: Any) -> Array:
-    """Return the array as contiguous, read-only ``dtype``: the same object if it is that already, else a copy.
+    """Return the array as contiguous, read-only ``dtype``: the same object if it is that already, else a
+    copy.
 
     >>> a = frozen([1, 2], np.uint8)
     >>> a.flags.writeable, frozen(a, np.uint8) is a
@@ -61,7 +66,11 @@ def reserve_tile(size: int) -> None:
 def table_of(quant_type: str) -> Array:
     """Return the kernels' lookup table of a codebook or integer type, made once."""
     bits = int(quant_type[-1])
-    levels = np.arange(2**bits, dtype=np.float32) if quant_type.startswith("int") else codebooks.code_map(quant_type)
+    levels = (
+        np.arange(2**bits, dtype=np.float32)
+        if quant_type.startswith("int")
+        else codebooks.code_map(quant_type)
+    )
     return kernels.lookup_table(levels, bits)
 
 
@@ -71,9 +80,11 @@ def in_vectors(bits: int, width: int, block_size: int) -> bool:
 
 
 class PackedWeight(ABC):
-    """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64 input).
+    """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64
+    input).
 
-    A subclass says how weights are decoded (``_decode_into``) and multiplied by a few rows while they are (``_multiply_few``).
+    A subclass says how weights are decoded (``_decode_into``) and multiplied by a few rows while they are
+    (``_multiply_few``).
     """
 
     dtype = np.dtype(np.float32)
@@ -88,7 +99,8 @@ class PackedWeight(ABC):
     # ---- products
 
     def matmul(self, x: Array, path: LowRank | None = None) -> Array:
-        """Return x Wᵀ, with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: x (…, in), h (…, r), b (out, r) -> (…, out).
+        """Return x Wᵀ, with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: x (…, in), h (…, r), b (out, r) -> (…,
+        out).
 
         A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
         """
@@ -98,7 +110,9 @@ class PackedWeight(ABC):
             path = path[0].reshape(len(x2), -1), *path[1:]
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
-            self._multiply_few(np.array(x2, order="C"), y)  # contiguous and writable: the one signature of the kernel
+            self._multiply_few(
+                np.array(x2, order="C"), y
+            )  # contiguous and writable: the one signature of the kernel
             if path:
                 y += (path[2] * path[0]) @ path[1].T
         else:
@@ -108,7 +122,8 @@ class PackedWeight(ABC):
         return y.reshape(*x.shape[:-1], out_features)
 
     def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in). Added to ``onto``."""
+        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in).
+        Added to ``onto``."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
         if path:
@@ -119,7 +134,8 @@ class PackedWeight(ABC):
         return dx.reshape(*dy.shape[:-1], in_features)
 
     def rows(self, ids: Array) -> Array:
-        """Return rows of W as float32: ids (…) whole numbers -> (…, in). Each distinct row is decoded once."""
+        """Return rows of W as float32: ids (…) whole numbers -> (…, in). Each distinct row is decoded
+        once."""
         ids = np.asarray(ids)
         unique, inverse = np.unique(ids, return_inverse=True)
         if unique.size and not 0 <= unique[0] <= unique[-1] < self.shape[0]:
@@ -143,7 +159,8 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, list[Array]]:
-        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that all weights share)."""
+        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that all weights
+        share)."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -160,7 +177,8 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def _decode_into(self, start: int, out: Array) -> None:
-        """Write the weights start, start + 1, … of the flattened tensor, which begin or end rows, into ``out`` float32."""
+        """Write the weights start, start + 1, … of the flattened tensor, which begin or end rows, into
+        ``out`` float32."""
 
     @property
     def _few(self) -> int:
@@ -178,7 +196,8 @@ class PackedWeight(ABC):
         return tile.reshape(last - first, self.shape[1])
 
     def _tiles(self, size: int) -> list[tuple[int, int]]:
-        """Cut the rows into tiles of about ``size`` weights; multiples of 8 rows, so that each begins with a whole byte."""
+        """Cut the rows into tiles of about ``size`` weights; multiples of 8 rows, so that each begins with a
+        whole byte."""
         step = max(8, size // self.shape[1] // 8 * 8)
         return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
 
@@ -202,8 +221,12 @@ class CodedWeight(PackedWeight):
         self.quant_type = quant_type
         self.codes = frozen(codes, np.uint8)
         expected = (kernels.packed_size(self.shape[0] * self.shape[1], self.bits),)
-        require(self.codes.shape == expected, "codes.shape", self.codes.shape,
-                f"{self.shape[0]}·{self.shape[1]} codes of {self.bits} bits need {expected}")  # fmt: skip
+        require(
+            self.codes.shape == expected,
+            "codes.shape",
+            self.codes.shape,
+            f"{self.shape[0]}·{self.shape[1]} codes of {self.bits} bits need {expected}",
+        )
         self._table = table_of(quant_type)
 
     def unpacked(self) -> NDArray[np.uint8]:
@@ -214,7 +237,8 @@ class CodedWeight(PackedWeight):
 
     @abstractmethod
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return read-only (scales, offsets) of blocks first … last - 1: float32, or float16's bits for vectors; empty: 0."""
+        """Return read-only (scales, offsets) of blocks first … last - 1: float32, or float16's bits for
+        vectors; empty: 0."""
 
     def _window(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
@@ -232,7 +256,9 @@ class CodedWeight(PackedWeight):
 
     def _decode_into(self, start: int, out: Array) -> None:
         scales, offsets = self._window(start, start + out.size)
-        self._kernels.dequantize(self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out)
+        self._kernels.dequantize(
+            self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out
+        )
 
     @property
     def _few(self) -> int:
@@ -243,7 +269,17 @@ class CodedWeight(PackedWeight):
         for first, last in self._tiles(TILE if self._decodes_scales else self.shape[0] * width):
             scales, offsets = self._window(first * width, last * width)
             for row, y in zip(x, out[:, first:last], strict=True):
-                self._kernels.matvec(self.codes, self.bits, self._table, scales, offsets, self.block_size, first * width, row, y)
+                self._kernels.matvec(
+                    self.codes,
+                    self.bits,
+                    self._table,
+                    scales,
+                    offsets,
+                    self.block_size,
+                    first * width,
+                    row,
+                    y,
+                )
 
 
 def checked(w: Array) -> Array:
@@ -263,11 +299,14 @@ def as_matrix(w: Array) -> Array:
 
 
 def require_finite(w: Array) -> None:
-    """Raise ``ValueError`` that names the first element of w (out, in) that is not finite, if there is one."""
+    """Raise ``ValueError`` that names the first element of w (out, in) that is not finite, if there is
+    one."""
     finite = np.isfinite(w)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
-        raise ValueError(f"w[{row}, {column}]={w[row, column]}: weights must be finite float32 before they are quantized")
+        raise ValueError(
+            f"w[{row}, {column}]={w[row, column]}: weights must be finite float32 before they are quantized"
+        )
 
 
 def packed(codes: Array, bits: int) -> Array:
@@ -279,13 +318,16 @@ def packed(codes: Array, bits: int) -> Array:
 
 
 def unpacked(codes: Array, count: int, bits: int) -> Array:
-    """Return the first ``count`` codes of packed ones, a byte each; raises ``ValueError`` if the packed ones have another length.
+    """Return the first ``count`` codes of packed ones, a byte each; raises ``ValueError`` if the packed ones
+    have another length.
 
     >>> unpacked(packed(np.array([1, 2, 3], np.uint8), 3), 3, 3).tolist()
     [1, 2, 3]
     """
     size = kernels.packed_size(count, bits)
-    require(codes.shape == (size,), "codes.shape", codes.shape, f"{count} codes of {bits} bits take ({size},)")
+    require(
+        codes.shape == (size,), "codes.shape", codes.shape, f"{count} codes of {bits} bits take ({size},)"
+    )
     out = np.empty(count, np.uint8)
     kernels.unpack(frozen(codes, np.uint8), bits, out)
     return out

@@ -1,11 +1,13 @@
-"""Codebook weights, with double-quantized scales, and ``quantize_weight``, which makes these or the affine module's.
+"""Codebook weights, with double-quantized scales, and ``quantize_weight``, which makes these or the affine
+module's.
 
 Both kinds store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
 
     w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
 
-A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine weight's levels are
-0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the flattened tensor too.
+A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine
+weight's levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the
+flattened tensor too.
 """
 
 from __future__ import annotations
@@ -18,14 +20,16 @@ from typing import Any
 import numpy as np
 
 from minilora.config import ConfigError, QuantConfig, require
-from minilora.quant import codebooks, kernels, simd
+from minilora.kernels import codes as kernels
+from minilora.kernels import codes_vectors as simd
+from minilora.quant import codebooks
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.packed import NO_OFFSETS, Array, CodedWeight, as_matrix, frozen, packed, require_finite
 
 DYNAMIC_BLOCK_SIZE = NESTED_BLOCK_SIZE = 256
-"""Block size of what the 8-bit dynamic map stores: the scales of double quantization (QLoRA, arXiv 2305.14314, section 3) and
-Adam's moments (``minilora.training.states``)."""
+"""Block size of what the 8-bit dynamic map stores: the scales of double quantization (QLoRA, arXiv
+2305.14314, section 3) and Adam's moments (``minilora.training.states``)."""
 
 
 @cache
@@ -35,10 +39,13 @@ def _dynamic_table(signed: bool = True) -> Array:
 
 @cache
 def thresholds(quant_type: str) -> tuple[Array, Array]:
-    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, or of ``"dynamic"``, made once."""
+    """Return (midpoints, padded to the length that the kernel knows; order) of a codebook, or of
+    ``"dynamic"``, made once."""
     values = codebooks.dynamic_map() if quant_type == "dynamic" else codebooks.code_map(quant_type)
     midpoints, order = codebooks.thresholds(values)
-    padded = np.full(15 if midpoints.size <= 15 else 255, np.inf, np.float32)  # the sizes that the kernel knows
+    padded = np.full(
+        15 if midpoints.size <= 15 else 255, np.inf, np.float32
+    )  # the sizes that the kernel knows
     padded[: midpoints.size] = midpoints
     return frozen(padded, np.float32), frozen(order, np.uint8)
 
@@ -53,10 +60,12 @@ def _moment_thresholds(signed: bool) -> tuple[Array, Array]:
 
 
 def dynamic_encode(values: Array, codes: Array, absmax: Array, signed: bool = True) -> None:
-    """Quantize float32 values (n,), block by block of 256, to the nearest value of the dynamic map times max|x| of the block.
+    """Quantize float32 values (n,), block by block of 256, to the nearest value of the dynamic map times
+    max|x| of the block.
 
-    Written to ``codes`` (n,) uint8 and ``absmax`` (⌈n/256⌉,) float32; a tie takes the lower code. ``signed=False`` is for values
-    from 0 on, of which one above 0 gets a code above 0, even where 0 is nearest: Adam divides by their root.
+    Written to ``codes`` (n,) uint8 and ``absmax`` (⌈n/256⌉,) float32; a tie takes the lower code.
+    ``signed=False`` is for values from 0 on, of which one above 0 gets a code above 0, even where 0 is
+    nearest: Adam divides by their root.
 
     >>> codes, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
     >>> dynamic_encode(np.array([0, 1, -4], np.float32), codes, absmax)
@@ -81,7 +90,8 @@ def dynamic_decode(codes: Array, absmax: Array, signed: bool = True) -> Array:
 class DoubleQuant:
     """Block scales that are quantized themselves: absmax = dynamic_map[codes]·absmax2[block // 256] + offset.
 
-    ``codes`` (blocks,) uint8 · ``absmax`` (⌈blocks/256⌉,) float32 · ``offset`` (1,) float32, the mean of the scales.
+    ``codes`` (blocks,) uint8 · ``absmax`` (⌈blocks/256⌉,) float32 · ``offset`` (1,) float32, the mean of the
+    scales.
     """
 
     codes: Array
@@ -92,7 +102,12 @@ class DoubleQuant:
         for name, dtype in (("codes", np.uint8), ("absmax", np.float32), ("offset", np.float32)):
             object.__setattr__(self, name, frozen(np.reshape(getattr(self, name), -1), dtype))
         expected = -(-self.codes.size // NESTED_BLOCK_SIZE)
-        require(self.absmax.size == expected, "absmax.size", self.absmax.size, f"{self.codes.size} blocks need {expected}")
+        require(
+            self.absmax.size == expected,
+            "absmax.size",
+            self.absmax.size,
+            f"{self.codes.size} blocks need {expected}",
+        )
         require(self.offset.size == 1, "offset.size", self.offset.size, "one number for the whole weight")
 
     @classmethod
@@ -105,18 +120,28 @@ class DoubleQuant:
     def decode(self, first: int, last: int) -> Array:
         """Return the scales of blocks first … last - 1, read-only float32."""
         scales = np.empty(last - first, np.float32)
-        kernels.dequantize(self.codes, 8, _dynamic_table(), self.absmax[first // NESTED_BLOCK_SIZE :], NO_OFFSETS,
-                           NESTED_BLOCK_SIZE, first, scales)  # fmt: skip
+        kernels.dequantize(
+            self.codes,
+            8,
+            _dynamic_table(),
+            self.absmax[first // NESTED_BLOCK_SIZE :],
+            NO_OFFSETS,
+            NESTED_BLOCK_SIZE,
+            first,
+            scales,
+        )
         scales += self.offset
         scales.flags.writeable = False
         return scales
 
 
 class CodebookWeight(CodedWeight):
-    """W (out, in) as codes of a NormalFloat or FP4 codebook times max|w| of each block of the flattened tensor.
+    """W (out, in) as codes of a NormalFloat or FP4 codebook times max|w| of each block of the flattened
+    tensor.
 
-    w = code_map[code]·absmax[block] (QLoRA, arXiv 2305.14314, section 3). NF4 and FP4 codes, packing and decoding are
-    bitsandbytes', bit by bit; the last block may be short. ``scales`` is float32 absmax (blocks,) or a ``DoubleQuant``.
+    w = code_map[code]·absmax[block] (QLoRA, arXiv 2305.14314, section 3). NF4 and FP4 codes, packing and
+    decoding are bitsandbytes', bit by bit; the last block may be short. ``scales`` is float32 absmax
+    (blocks,) or a ``DoubleQuant``.
 
     >>> w = np.array([[0.5, -1.0, 0.25, 0.0], [2.0, 1.0, 0.0, -2.0]], np.float32)
     >>> q = CodebookWeight.quantize(w, "nf4", block_size=4, double_quant=False)
@@ -126,7 +151,12 @@ class CodebookWeight(CodedWeight):
     """
 
     def __init__(
-        self, codes: Array, scales: Array | DoubleQuant, shape: tuple[int, int], quant_type: str = "nf4", block_size: int = 64
+        self,
+        codes: Array,
+        scales: Array | DoubleQuant,
+        shape: tuple[int, int],
+        quant_type: str = "nf4",
+        block_size: int = 64,
     ):
         self.code_map = codebooks.code_map(quant_type)
         require(block_size >= 1, "block_size", block_size, "must be at least 1")
@@ -134,11 +164,19 @@ class CodebookWeight(CodedWeight):
         self.scales = scales if isinstance(scales, DoubleQuant) else frozen(scales, np.float32)
         stored = (self.scales.codes if isinstance(self.scales, DoubleQuant) else self.scales).shape
         expected = (-(-self.shape[0] * self.shape[1] // self.block_size),)
-        require(stored == expected, "scales.shape", stored, f"one scale for each block of {block_size}: {expected}")
+        require(
+            stored == expected,
+            "scales.shape",
+            stored,
+            f"one scale for each block of {block_size}: {expected}",
+        )
 
     @classmethod
-    def quantize(cls, w: Array, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True) -> CodebookWeight:
-        """Quantize w (out, in), block by block: the code of the nearest value to w/absmax; a tie takes the lower value.
+    def quantize(
+        cls, w: Array, quant_type: str = "nf4", block_size: int = 64, double_quant: bool = True
+    ) -> CodebookWeight:
+        """Quantize w (out, in), block by block: the code of the nearest value to w/absmax; a tie takes the
+        lower value.
 
         Raises ``ValueError`` if a weight is not finite, or for an unknown ``quant_type``.
         """
@@ -177,20 +215,24 @@ class CodebookWeight(CodedWeight):
 
 
 def quantize_weight(w: Array, config: QuantConfig) -> CodebookWeight | AffineWeight:
-    """Quantize w (out, in) as the configuration says, each weight by itself: ``rtn`` or ``hqq``; ``gptq`` needs data.
+    """Quantize w (out, in) as the configuration says, each weight by itself: ``rtn`` or ``hqq``; ``gptq``
+    needs data.
 
     >>> quantize_weight(np.eye(64, dtype=np.float32), QuantConfig("int8", group_size=64)).bits_per_weight
     8.5
     """
     if config.quantizer == "gptq":
-        raise ConfigError("quantizer='gptq': needs calibration data; quantize_model(model, config, calibration) takes them")
+        raise ConfigError(
+            "quantizer='gptq': needs calibration data; quantize_model(model, config, calibration) takes them"
+        )
     if config.affine:
         return AffineWeight.quantize(w, config.bits, config.group_size, config.fit, config.offset_dtype)
     return CodebookWeight.quantize(w, config.quant_type, config.block_size, config.double_quant)
 
 
 def warm_up() -> float:
-    """Compile every kernel that Numba's cache on disk does not hold yet, and return the seconds it took (cached: about 0.2).
+    """Compile every kernel that Numba's cache on disk does not hold yet, and return the seconds it took
+    (cached: about 0.2).
 
     Call it before worker processes start: otherwise each of them compiles the same kernels.
     """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora.config import OPTIMIZERS, TrainConfig, require
-from minilora.jit import kernel
+from minilora.kernels.adamw import adamw
 from minilora.layers import Array, Gradients, Parameter
 from minilora.quant.codebooks import dynamic_map
 from minilora.threads import Workers
@@ -37,32 +37,41 @@ class AdamW:
 
     m ← β₁m + (1−β₁)g;  v ← β₂v + (1−β₂)g²;  p ← p − lr·(m̂ / (√v̂ + eps) + λp),  m̂ = m/(1−β₁ᵗ), v̂ = v/(1−β₂ᵗ)
 
-    State: two arrays for each trainable parameter, none for a frozen one. ``config.optimizer`` says how they are kept: in 8 bits,
-    rounded after each step (p moves by what they were before); paged, in a file in ``folder``. The step is the same.
+    State: two arrays for each trainable parameter, none for a frozen one. ``config.optimizer`` says how they
+    are kept: in 8 bits, rounded after each step (p moves by what they were before); paged, in a file in
+    ``folder``. The step is the same.
     """
 
     def __init__(self, parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None):
         self.parameters, self.config, self.t = list(parameters), config, 0
         layout = state_layout(self.parameters, config.optimizer)
-        self._arrays = zeros_in_file(layout, folder) if config.optimizer.startswith("paged") else zeros_in_memory(layout)
+        self._arrays = (
+            zeros_in_file(layout, folder) if config.optimizer.startswith("paged") else zeros_in_memory(layout)
+        )
         self._cuts = [pieces(p.data.size) for p in self.parameters]
         self._m, self._v = ([self._moment(kind, p) for p in self.parameters] for kind in ("m", "v"))
 
     def _moment(self, kind: str, p: Parameter) -> Moment:
         values, absmax = self._arrays[f"{kind}.{p.name}"], self._arrays.get(f"{kind}_absmax.{p.name}")
-        return FloatMoment(values) if absmax is None else BlockwiseMoment(values, absmax, kind == "m", p.data.dtype)
+        return (
+            FloatMoment(values)
+            if absmax is None
+            else BlockwiseMoment(values, absmax, kind == "m", p.data.dtype)
+        )
 
     def state(self) -> dict[str, Array]:
         """Named state arrays, the live ones."""
         return dict(self._arrays)
 
     def code_maps(self) -> list[Array]:
-        """The maps that 8-bit states are decoded with, if any are: shared by all, and the first by double quantization, too."""
+        """The maps that 8-bit states are decoded with, if any are: shared by all, and the first by double
+        quantization, too."""
         quantized = any(a.dtype == np.uint8 for a in self._arrays.values())
         return [dynamic_map(signed) for signed in (True, False)] if quantized else []
 
     def step(self, grads: Gradients, lr: float, workers: Workers | None = None) -> None:
-        """Update every parameter in place; states that are decoded by one thread, since each would need memory for it."""
+        """Update every parameter in place; states that are decoded by one thread, since each would need
+        memory for it."""
         self.t += 1
         numbers: dict[Any, _Numbers] = {}  # once a step for each type and rate, not once a parameter
         for p in self.parameters:
@@ -95,30 +104,26 @@ class _Numbers(NamedTuple):
     @classmethod
     def at(cls, t: int, c: TrainConfig, dtype: Any, lr: float) -> _Numbers:
         one, rate = dtype.type, dtype.type(lr)
-        return cls(one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2), one(1 - c.beta2**t), one(c.eps),
-                   rate / one(1 - c.beta1**t), rate * one(c.weight_decay))
+        return cls(
+            one(c.beta1),
+            one(1 - c.beta1),
+            one(c.beta2),
+            one(1 - c.beta2),
+            one(1 - c.beta2**t),
+            one(c.eps),
+            rate / one(1 - c.beta1**t),
+            rate * one(c.weight_decay),
+        )
 
 
 def _step_piece(where: slice, data: Array, grad: Array, m: Moment, v: Moment, n: _Numbers) -> None:
     """Decode, update, encode; what it decoded is gone before the next piece."""
     p, m_piece, v_piece = piece(data, where), m.read(where), v.read(where)
-    _adamw(piece(grad, where), *n, p, m_piece, v_piece)
+    adamw(piece(grad, where), *n, p, m_piece, v_piece)
     m.write(where, m_piece)
     v.write(where, v_piece)
     if p.base is None:  # a copy
         data.flat[where] = p
-
-
-@kernel
-def _adamw(
-    g: Array, beta1: Any, rest1: Any, beta2: Any, rest2: Any, correct_v: Any, eps: Any, rate: Any, decay: Any, p: Array, m: Array,
-    v: Array,
-) -> None:  # fmt: skip
-    """Move p, m and v, all (n,), in one pass over memory; the numbers are those of ``_Numbers``."""
-    for i in range(p.size):
-        m[i] = beta1 * m[i] + rest1 * g[i]
-        v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
-        p[i] -= m[i] / (np.sqrt(v[i] / correct_v) + eps) * rate + decay * p[i]
 
 
 class SGD:
@@ -161,8 +166,11 @@ class SGD:
 Optimizer = AdamW | SGD
 
 
-def make_optimizer(parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None) -> Optimizer:
-    """The optimizer that the configuration names; a paged one keeps its file in ``folder``, or among the temporary files."""
+def make_optimizer(
+    parameters: Sequence[Parameter], config: TrainConfig, folder: Path | None = None
+) -> Optimizer:
+    """The optimizer that the configuration names; a paged one keeps its file in ``folder``, or among the
+    temporary files."""
     return SGD(parameters, config) if config.optimizer == "sgd" else AdamW(parameters, config, folder)
 
 
@@ -178,12 +186,15 @@ def state_layout(parameters: Sequence[Parameter], optimizer: str, momentum: bool
     return layout
 
 
-def state_bytes(optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentum: bool = False) -> dict[str, int]:
+def state_bytes(
+    optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentum: bool = False
+) -> dict[str, int]:
     """What an optimizer holds for parameters of these numbers of elements, in bytes, without making it.
 
-    AdamW has m and v for every element: 2·itemsize bytes, or in 8 bits 2, and 2·4 for each block of 256: 2.03 instead of 8.
-    ``states`` and ``absmax`` lie in memory, or else ``on_disk``; ``maps`` are the two code maps of 256 float32; ``scratch`` is
-    the most that a step needs besides, for the one piece that it works on. ``momentum`` gives SGD one array.
+    AdamW has m and v for every element: 2·itemsize bytes, or in 8 bits 2, and 2·4 for each block of 256: 2.03
+    instead of 8. ``states`` and ``absmax`` lie in memory, or else ``on_disk``; ``maps`` are the two code maps
+    of 256 float32; ``scratch`` is the most that a step needs besides, for the one piece that it works on.
+    ``momentum`` gives SGD one array.
 
     >>> state_bytes("adamw", [4096])
     {'states': 32768, 'absmax': 0, 'maps': 0, 'scratch': 0, 'on_disk': 0}
@@ -237,7 +248,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def clip_(grads: Gradients, max_norm: float, workers: Workers | None = None) -> float:
-    """Scale all gradients so that their joint norm is at most ``max_norm`` (arXiv 1211.5063); return the norm before."""
+    """Scale all gradients so that their joint norm is at most ``max_norm`` (arXiv 1211.5063); return the norm
+    before."""
     several, arrays = workers or Workers(1), list(grads.values())
     sizes = [g.size for g in arrays]
     norm = math.sqrt(sum(several.map_arrays(lambda g: float(np.vdot(g, g)), arrays, sizes)))

@@ -22,14 +22,20 @@ from minilora.transformer import init_model
 
 
 class RowsTask:
-    """Rows of tokens of one length, in their order of creation; every target counts. The last 2 % are held out."""
+    """Rows of tokens of one length, in their order of creation; every target counts. The last 2 % are held
+    out."""
 
     name, splits, max_new_tokens = "pretrain", ("validation",), 0
 
     def __init__(self, tokens: np.ndarray, window: int):
         rows = tokens[: len(tokens) // window * window].reshape(-1, window)
         held_out = max(1, len(rows) // 50)
-        require(len(rows) > held_out, "text", f"{len(tokens)} tokens", f"too short: at least {2 * window} are needed")
+        require(
+            len(rows) > held_out,
+            "text",
+            f"{len(tokens)} tokens",
+            f"too short: at least {2 * window} are needed",
+        )
         self.rows, self.held_out, self.n_train = rows[:-held_out], rows[-held_out:], len(rows) - held_out
         self.sha256 = hashlib.sha256(np.ascontiguousarray(tokens, "<u2").tobytes()).hexdigest()
 
@@ -43,7 +49,10 @@ class RowsTask:
 
     def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
         """At most 512 rows of the held-out part."""
-        return [self._batch(self.held_out[i : i + batch_size]) for i in range(0, min(len(self.held_out), 512), batch_size)]
+        return [
+            self._batch(self.held_out[i : i + batch_size])
+            for i in range(0, min(len(self.held_out), 512), batch_size)
+        ]
 
     def prompts(self, split: str) -> list[list[int]]:
         """None: it is judged by its loss."""
@@ -55,12 +64,15 @@ class RowsTask:
 
 
 def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
-    """Train a fresh base and write ``base.safetensors`` (float16) with its history in the metadata; returns its path."""
+    """Train a fresh base and write ``base.safetensors`` (float16) with its history in the metadata; returns
+    its path."""
     out = Path(config.out)
     window = config.tokens + 1
     n_tokens = int(config.steps * config.batch_size / 0.98 + 1) * window  # each row is seen once
     share = 0.7 if config.text is None else 0.0
-    tokens = pretraining_tokens(config.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text)
+    tokens = pretraining_tokens(
+        config.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text
+    )
     task = RowsTask(tokens, window)
     rng = np.random.default_rng([config.seed, 0])
     model = init_model(ModelConfig(), rng)
@@ -72,8 +84,19 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
     with Workers(config.threads or available_threads()) as workers:
         held_out = evaluate(model, task.eval_batches("validation"), workers)
     path = out / "base.safetensors"
-    save_model(model, path, np.float16, {"made_by": {
-        "command": config.command(), "corpus_sha256": corpus_sha256(config.text),
-        "tokens_seen": config.steps * config.batch_size * config.tokens, "python_version": platform.python_version(),
-        "minilora_version": minilora.__version__, "held_out_bits_per_byte": round(held_out["bpb"], 4)}})
+    save_model(
+        model,
+        path,
+        np.float16,
+        {
+            "made_by": {
+                "command": config.command(),
+                "corpus_sha256": corpus_sha256(config.text),
+                "tokens_seen": config.steps * config.batch_size * config.tokens,
+                "python_version": platform.python_version(),
+                "minilora_version": minilora.__version__,
+                "held_out_bits_per_byte": round(held_out["bpb"], 4),
+            }
+        },
+    )
     return path

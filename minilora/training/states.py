@@ -1,8 +1,9 @@
-"""How an optimizer keeps its running means: in the parameter's own type or in 8 bits, in memory or in a mapped file.
+"""How an optimizer keeps its running means: in the parameter's own type or in 8 bits, in memory or in a
+mapped file.
 
-A moment is one running mean (Adam's m or v) of one parameter. ``read`` gives a piece of it as numbers, ``write`` takes them back;
-AdamW updates a piece in between and knows nothing of what is below. A piece has at most ``CHUNK`` elements, so that working space
-does not grow with the parameter.
+A moment is one running mean (Adam's m or v) of one parameter. ``read`` gives a piece of it as numbers,
+``write`` takes them back; AdamW updates a piece in between and knows nothing of what is below. A piece has at
+most ``CHUNK`` elements, so that working space does not grow with the parameter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ CHUNK = 65536
 """Elements that are updated at a time: whole blocks of 256, and in float32 256 KiB an array."""
 
 MIN_8BIT_SIZE = 4096
-"""bitsandbytes' ``min_8bit_size``: a parameter with fewer elements keeps its moments unquantized, for there is little to save."""
+"""bitsandbytes' ``min_8bit_size``: a parameter with fewer elements keeps its moments unquantized, for there
+is little to save."""
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 
@@ -41,7 +43,8 @@ def pieces(size: int) -> list[slice]:
 
 
 def piece(array: Array, where: slice) -> Array:
-    """Return a piece of the flattened row-major array: a view, or a copy where the elements do not lie in a row."""
+    """Return a piece of the flattened row-major array: a view, or a copy where the elements do not lie in a
+    row."""
     return array.reshape(-1)[where] if array.flags.c_contiguous else array.flat[where]
 
 
@@ -49,7 +52,8 @@ def piece(array: Array, where: slice) -> Array:
 
 
 class FloatMoment:
-    """A moment in the parameter's own type: ``read`` gives the live numbers, so what is done to them is already written."""
+    """A moment in the parameter's own type: ``read`` gives the live numbers, so what is done to them is
+    already written."""
 
     def __init__(self, values: Array):
         self.flat, self.mapped = values.reshape(-1), _file_of(values) is not None
@@ -65,14 +69,16 @@ class FloatMoment:
 
 
 class BlockwiseMoment:
-    """A moment in 8 bits (arXiv 2110.02861): each block of 256 elements divided by its max|x|, in the codes of the dynamic map.
+    """A moment in 8 bits (arXiv 2110.02861): each block of 256 elements divided by its max|x|, in the codes
+    of the dynamic map.
 
-    ``codes`` has the parameter's shape, uint8 · ``absmax`` (⌈size/256⌉,) float32 · ``signed``: True for m, False for v, which is
-    never negative and spends the sign's bit on precision. ``read`` decodes a piece, ``write`` rounds it again.
+    ``codes`` has the parameter's shape, uint8 · ``absmax`` (⌈size/256⌉,) float32 · ``signed``: True for m,
+    False for v, which is never negative and spends the sign's bit on precision. ``read`` decodes a piece,
+    ``write`` rounds it again.
 
-    A v above 0 keeps a code above 0. Rounded to 0, as a v below 1.6e-7 of its block's largest would be, its next step would be
-    m/eps, hundreds of times too long. (The table in which bitsandbytes' CPU code looks codes up gives
-    such a v code 7.)
+    A v above 0 keeps a code above 0. Rounded to 0, as a v below 1.6e-7 of its block's largest would be, its
+    next step would be m/eps, hundreds of times too long. (The table in which bitsandbytes' CPU code looks
+    codes up gives such a v code 7.)
     """
 
     def __init__(self, codes: Array, absmax: Array, signed: bool, dtype: Any):
@@ -112,16 +118,22 @@ def zeros_in_memory(layout: Layout) -> dict[str, Array]:
 
 
 def zeros_in_file(layout: Layout, folder: Path | None) -> dict[str, Array]:
-    """Return the same arrays as one mapped temporary file without gaps, in ``folder`` or the system's folder for such files.
+    """Return the same arrays as one mapped temporary file without gaps, in ``folder`` or the system's folder
+    for such files.
 
-    The file has no name (where the system allows that), so nothing is left behind whatever happens. Its space is taken at once:
-    raises FileError if the disk has not got it, since a mapped page that finds no room later would kill the process. Where the
-    folder for temporary files lies in memory (tmpfs), nothing is saved.
+    The file has no name (where the system allows that), so nothing is left behind whatever happens. Its space
+    is taken at once: raises FileError if the disk has not got it, since a mapped page that finds no room
+    later would kill the process. Where the folder for temporary files lies in memory (tmpfs), nothing is
+    saved.
     """
-    nbytes = {name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in layout.items()}
+    nbytes = {
+        name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in layout.items()
+    }
     file = _mapped_file(sum(nbytes.values()), folder)
     arrays, offset = {}, 0
-    for name in sorted(layout, key=lambda name: -layout[name][1].itemsize):  # wide types first: each lies on its own multiple
+    for name in sorted(
+        layout, key=lambda name: -layout[name][1].itemsize
+    ):  # wide types first: each lies on its own multiple
         shape, dtype = layout[name]
         arrays[name] = np.ndarray(shape, dtype, buffer=file, offset=offset)
         offset += nbytes[name]
@@ -142,16 +154,19 @@ def _mapped_file(size: int, folder: Path | None) -> mmap.mmap:
                 file.flush()
             return mmap.mmap(file.fileno(), max(1, size))  # keeps the file open
     except OSError as error:
-        raise FileError(f"{place}: cannot hold {size:,} bytes of optimizer states ({error.strerror or error}). A paged optimizer "
-                        "keeps them on disk: make room, choose another folder (without one, TMPDIR says where), or take "
-                        "optimizer='adamw_8bit', which keeps about a quarter of adamw's in memory") from None
+        raise FileError(
+            f"{place}: cannot hold {size:,} bytes of optimizer states ({error.strerror or error}). A paged optimizer "
+            "keeps them on disk: make room, choose another folder (without one, TMPDIR says where), or take "
+            "optimizer='adamw_8bit', which keeps about a quarter of adamw's in memory"
+        ) from None
 
 
 def hand_back(array: Array) -> None:
-    """Let go of the memory behind an array in a mapped file; its numbers stay in the file. Does nothing to other arrays.
+    """Let go of the memory behind an array in a mapped file; its numbers stay in the file. Does nothing to
+    other arrays.
 
-    The system writes pages that were changed to the disk when it wants the room; until then they lie in its cache, which is not
-    this process's memory. Systems without ``madvise`` decide by themselves.
+    The system writes pages that were changed to the disk when it wants the room; until then they lie in its
+    cache, which is not this process's memory. Systems without ``madvise`` decide by themselves.
     """
     file = _file_of(array)
     if file is not None and hasattr(mmap, "MADV_DONTNEED") and array.size:

@@ -1,9 +1,11 @@
-"""Make the golden files: logits, loss and all gradients of transformers' LlamaForCausalLM on small random models.
+"""Make the golden files: logits, loss and all gradients of transformers' LlamaForCausalLM on small random
+models.
 
     python tests/golden/make_golden.py        # needs torch and transformers; test_golden.py reads the files without them
 
-Each file holds the weights as well, since NumPy does not promise the same random numbers in its next version. All is float32, as
-torch computes it. The GELU files replace each MLP by down(gelu_tanh(up(x))), composed of torch's own parts.
+Each file holds the weights as well, since NumPy does not promise the same random numbers in its next version.
+All is float32, as torch computes it. The GELU files replace each MLP by down(gelu_tanh(up(x))), composed of
+torch's own parts.
 """
 
 from __future__ import annotations
@@ -87,10 +89,16 @@ def random_arrays(config: ModelConfig, seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def random_batch(config: ModelConfig, seed: int, B: int = 3, T: int = 11) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def random_batch(
+    config: ModelConfig, seed: int, B: int = 3, T: int = 11
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """ids, targets (B, T) and a mask that is true for most targets."""
     rng = np.random.default_rng([seed, 1])
-    return rng.integers(config.vocab_size, size=(B, T)), rng.integers(config.vocab_size, size=(B, T)), rng.random((B, T)) < 0.7
+    return (
+        rng.integers(config.vocab_size, size=(B, T)),
+        rng.integers(config.vocab_size, size=(B, T)),
+        rng.random((B, T)) < 0.7,
+    )
 
 
 def torch_model(config: ModelConfig, arrays: dict[str, np.ndarray]) -> Any:
@@ -121,8 +129,14 @@ def torch_model(config: ModelConfig, arrays: dict[str, np.ndarray]) -> Any:
     if config.hidden_act != "silu":
         for layer in model.model.layers:
             layer.mlp = TwoMatrixMLP()
-    missing, unexpected = model.load_state_dict({name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, strict=False)
-    if unexpected or set(missing) - {"lm_head.weight"} or ("lm_head.weight" in missing) != config.tie_word_embeddings:
+    missing, unexpected = model.load_state_dict(
+        {name: torch.from_numpy(a.copy()) for name, a in arrays.items()}, strict=False
+    )
+    if (
+        unexpected
+        or set(missing) - {"lm_head.weight"}
+        or ("lm_head.weight" in missing) != config.tie_word_embeddings
+    ):
         raise RuntimeError(f"missing {missing}, unexpected {unexpected}")
     model.tie_weights()
     return model.float().eval()
@@ -137,7 +151,9 @@ def reference(
     model = torch_model(config, arrays)
     logits = model(input_ids=torch.from_numpy(ids)).logits
     labels = torch.from_numpy(np.where(mask, targets, -100))
-    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, config.vocab_size), labels.reshape(-1))  # ignores -100
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, config.vocab_size), labels.reshape(-1)
+    )  # ignores -100
     loss.backward()
     named = dict(model.named_parameters())
     return logits.detach().numpy(), loss.item(), {name: named[name].grad.numpy() for name in arrays}
@@ -154,7 +170,9 @@ def main() -> None:
         arrays = random_arrays(config, seed)
         ids, targets, mask = random_batch(config, seed)
         logits, loss, gradients = reference(config, arrays, ids, targets, mask)
-        about = json.dumps(asdict(config) | {"torch": torch.__version__, "transformers": transformers.__version__})
+        about = json.dumps(
+            asdict(config) | {"torch": torch.__version__, "transformers": transformers.__version__}
+        )
         path = HERE / f"{name}.npz"
         np.savez_compressed(
             path,

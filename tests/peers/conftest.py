@@ -1,4 +1,5 @@
-"""Peers are imported by fixtures, not by modules: a plain run neither needs them nor pays for their import."""
+"""Peers are imported by fixtures, not by modules: a plain run neither needs them nor pays for their
+import."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def peer(name: str) -> ModuleType:
-    """Import a peer, silently (their own deprecations are not ours), or skip the test if it is not installed."""
+    """Import a peer, silently (their own deprecations are not ours), or skip the test if it is not
+    installed."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:

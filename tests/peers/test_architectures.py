@@ -1,4 +1,5 @@
-"""Parameter counts of the built-in architectures against transformers', built without data on torch's meta device."""
+"""Parameter counts of the built-in architectures against transformers', built without data on torch's meta
+device."""
 
 from __future__ import annotations
 
@@ -22,10 +23,16 @@ def shapes_of(model):
 def llama(c: ModelConfig):
     torch, transformers = peer("torch"), peer("transformers")
     config = transformers.LlamaConfig(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
-        num_key_value_heads=c.num_key_value_heads, max_position_embeddings=c.context_length,
-        tie_word_embeddings=c.tie_word_embeddings, hidden_act=c.hidden_act)  # fmt: skip
+        vocab_size=c.vocab_size,
+        hidden_size=c.hidden_size,
+        intermediate_size=c.intermediate_size,
+        num_hidden_layers=c.num_hidden_layers,
+        num_attention_heads=c.num_attention_heads,
+        num_key_value_heads=c.num_key_value_heads,
+        max_position_embeddings=c.context_length,
+        tie_word_embeddings=c.tie_word_embeddings,
+        hidden_act=c.hidden_act,
+    )
     with torch.device("meta"):
         return transformers.LlamaForCausalLM(config)
 
@@ -36,16 +43,22 @@ def test_a_llama_has_the_parameters_of_transformers_model(name):
     model = llama(shape)
     assert shapes_of(model) == parameter_shapes(shape)
     assert plan(name, method="lora", r=1, context=4, target_modules="q_proj").parameters == (
-        sum(p.numel() for p in model.parameters()) + shape.num_hidden_layers * 2 * shape.hidden_size)  # A and B of r = 1
+        sum(p.numel() for p in model.parameters()) + shape.num_hidden_layers * 2 * shape.hidden_size
+    )  # A and B of r = 1
 
 
 def test_gpt_3_differs_by_biases_positions_and_two_vectors_a_norm():
     torch, transformers = peer("torch"), peer("transformers")
-    shape = replace(ARCHITECTURES["gpt3-175b"], num_hidden_layers=2)  # blocks are alike: two tell what ninety-six are
+    shape = replace(
+        ARCHITECTURES["gpt3-175b"], num_hidden_layers=2
+    )  # blocks are alike: two tell what ninety-six are
     C, F, L, V, T = shape.hidden_size, shape.intermediate_size, 2, shape.vocab_size, shape.context_length
     with torch.device("meta"):
-        model = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-            vocab_size=V, n_positions=T, n_embd=C, n_inner=F, n_layer=L, n_head=shape.num_attention_heads))
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(
+                vocab_size=V, n_positions=T, n_embd=C, n_inner=F, n_layer=L, n_head=shape.num_attention_heads
+            )
+        )
     theirs = sum(p.numel() for p in model.parameters())
     ours = sum(a * (b[0] if b else 1) for a, *b in parameter_shapes(shape).values())
     biases = L * (3 * C + C + F + C)  # q, k, v · o · up · down
@@ -54,7 +67,8 @@ def test_gpt_3_differs_by_biases_positions_and_two_vectors_a_norm():
 
 
 def test_gpt_3_has_what_its_paper_says():
-    """"175.0B" (arXiv 2005.14165, table 2.1) is rounded up from 174.6 billion; what is left out here is under 0.03 % of it."""
+    """ "175.0B" (arXiv 2005.14165, table 2.1) is rounded up from 174.6 billion; what is left out here is under
+    0.03 % of it."""
     shape = ARCHITECTURES["gpt3-175b"]
     C, L, V, T = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size, shape.context_length
     ours = plan("gpt3-175b", method="lora", r=1, target_modules="q_proj", context=4).parameters - L * 2 * C

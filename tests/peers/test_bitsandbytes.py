@@ -1,10 +1,13 @@
-"""Against bitsandbytes on the CPU: packed bytes, scales, decoded values equal bit by bit; its deviations from itself, counted.
+"""Against bitsandbytes on the CPU: packed bytes, scales, decoded values equal bit by bit; its deviations from
+itself, counted.
 
-Its definition is the PyTorch code of ``bitsandbytes/backends/default/ops.py``. On a CPU that code quantizes to 4 bits; kernels in
-C++ decode 4 bits, and quantize and decode 8 bits (the block scales of double quantization). Four things are not as defined; each
-is described by a test that passes whether or not the installed version does it:
+Its definition is the PyTorch code of ``bitsandbytes/backends/default/ops.py``. On a CPU that code quantizes
+to 4 bits; kernels in C++ decode 4 bits, and quantize and decode 8 bits (the block scales of double
+quantization). Four things are not as defined; each is described by a test that passes whether or not the
+installed version does it:
 
-1. 8-bit codes come from a table of 65536 bins, so near a threshold, and near zero, the code is not the nearest one's;
+1. 8-bit codes come from a table of 65536 bins, so near a threshold, and near zero, the code is not the
+  nearest one's;
 2. with AVX-512 the 4-bit decoder is said to read wrong scales where rows are not whole blocks;
 3. a short last block is divided by absmax, whole blocks and CUDA's blocks are multiplied by 1/absmax;
 4. FP4's code 8 is +0 in its table and -0 from its kernels.
@@ -24,7 +27,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_quant_golden import edge_blocks, stored
 
-from minilora.quant import CodebookWeight, DoubleQuant, codebooks, kernels
+from minilora.kernels import codes as kernels
+from minilora.quant import CodebookWeight, DoubleQuant, codebooks
 from minilora.quant.weights import thresholds
 
 pytestmark = pytest.mark.peers
@@ -60,7 +64,9 @@ def matrix(*shape, seed=0):
 
 def assert_same_bits(ours, theirs):
     """Equal as bit patterns: also the sign of a zero."""
-    ours, theirs = (np.ascontiguousarray(np.asarray(a, np.float32)).reshape(-1).view(np.uint32) for a in (ours, theirs))
+    ours, theirs = (
+        np.ascontiguousarray(np.asarray(a, np.float32)).reshape(-1).view(np.uint32) for a in (ours, theirs)
+    )
     assert ours.shape == theirs.shape
     different = np.flatnonzero(ours != theirs)
     assert different.size == 0, (
@@ -70,14 +76,20 @@ def assert_same_bits(ours, theirs):
 
 
 def assert_same_decoded(ours, theirs, quant_type):
-    """The same bits, but for the sign of FP4's zeros, which the peer's kernels take from the code and its table does not."""
-    assert_same_bits(*(np.add(a, np.float32(0) if quant_type == "fp4" else np.float32(-0.0)) for a in (ours, theirs)))
+    """The same bits, but for the sign of FP4's zeros, which the peer's kernels take from the code and its
+    table does not."""
+    assert_same_bits(
+        *(np.add(a, np.float32(0) if quant_type == "fp4" else np.float32(-0.0)) for a in (ours, theirs))
+    )
 
 
 def theirs_4bit(torch, bnb, w, quant_type, block_size, double_quant=False):
     """(packed bytes (n,), QuantState)."""
     packed, state = bnb.quantize_4bit(
-        torch.from_numpy(np.array(w)), blocksize=block_size, quant_type=quant_type, compress_statistics=double_quant
+        torch.from_numpy(np.array(w)),
+        blocksize=block_size,
+        quant_type=quant_type,
+        compress_statistics=double_quant,
     )
     return packed.numpy().reshape(-1), state
 
@@ -90,7 +102,9 @@ def decoded_by_definition(torch, packed, scales, quant_type, block_size, shape):
     function = getattr(ops._dequantize_4bit_compute, "__wrapped__", ops._dequantize_4bit_compute)
     code = get_4bit_type(quant_type, device="cpu")
     scales = torch.from_numpy(np.array(scales))
-    return function(torch.from_numpy(packed), scales, code, block_size, torch.Size(shape), torch.float32).numpy()
+    return function(
+        torch.from_numpy(packed), scales, code, block_size, torch.Size(shape), torch.float32
+    ).numpy()
 
 
 def ours_of(packed, state, quant_type, block_size, shape):
@@ -122,7 +136,8 @@ def test_derived_nf4_is_create_normal_map(bnb):
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_derived_normal_float_is_loftqs(torch, bits):
-    """LoftQ's recipe for any width: the lines of create_normal_map with 2^(k-1) instead of 8, in torch and scipy."""
+    """LoftQ's recipe for any width: the lines of create_normal_map with 2^(k-1) instead of 8, in torch and
+    scipy."""
     from scipy.stats import norm
 
     half, offset = 2 ** (bits - 1), codebooks.LOFTQ_OFFSET
@@ -133,9 +148,15 @@ def test_derived_normal_float_is_loftqs(torch, bits):
 
 
 def test_create_fp8_map_is_not_the_fp4_table_but_has_another_bias(bnb, record):
-    """The comment in get_4bit_type has create_fp8_map regenerate the table: its smallest value is 1/48, the table's 1/192."""
-    theirs = np.unique(bnb.create_fp8_map(signed=True, exponent_bits=2, precision_bits=1, total_bits=4).numpy())
-    table, bias2 = codebooks.code_map("fp4"), np.array([codebooks.fp4_value(c, bias=2) for c in range(16)], np.float32)
+    """The comment in get_4bit_type has create_fp8_map regenerate the table: its smallest value is 1/48, the
+    table's 1/192."""
+    theirs = np.unique(
+        bnb.create_fp8_map(signed=True, exponent_bits=2, precision_bits=1, total_bits=4).numpy()
+    )
+    table, bias2 = (
+        codebooks.code_map("fp4"),
+        np.array([codebooks.fp4_value(c, bias=2) for c in range(16)], np.float32),
+    )
     assert np.array_equal(np.unique(bias2 / bias2.max()), theirs)
     record("values of create_fp8_map that are not in the FP4 table", int((~np.isin(theirs, table)).sum()))
 
@@ -168,7 +189,8 @@ def test_packed_bytes_and_absmax_are_equal(torch, bnb, quant_type, block_size, s
 @both_types
 @every_block_size
 def test_extremes(torch, bnb, quant_type, block_size, record):
-    """Zeros of both signs, denormals, absmax around 1e-38, numbers near float32's largest, ties on a threshold and beside one."""
+    """Zeros of both signs, denormals, absmax around 1e-38, numbers near float32's largest, ties on a
+    threshold and beside one."""
     w = edge_blocks(block_size, quant_type)
     assert np.isfinite(w).all()
     packed, state = theirs_4bit(torch, bnb, w, quant_type, block_size)
@@ -185,7 +207,8 @@ def test_extremes(torch, bnb, quant_type, block_size, record):
 
 @both_types
 def test_every_float16(torch, bnb, quant_type):
-    """All 63488 finite float16 numbers, in blocks of neighbours and clipped to a common absmax of 1, 3 or 7."""
+    """All 63488 finite float16 numbers, in blocks of neighbours and clipped to a common absmax of 1, 3 or
+    7."""
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     w = np.resize(every[np.isfinite(every)].astype(np.float32), (992, 64))
     for absmax in (None, 1, 3, 7):
@@ -217,7 +240,8 @@ def codes_of(packed, count):
 @every_block_size
 @pytest.mark.parametrize("shape", [(5, 13), (7, 33), (3, 1001), (1, 1), (63, 65), (2, 4097)])
 def test_short_last_block_and_odd_size(torch, bnb, quant_type, shape, block_size):
-    """Their CPU code divides a short block by absmax; we, and their CUDA kernel, multiply by 1/absmax as in whole blocks.
+    """Their CPU code divides a short block by absmax; we, and their CUDA kernel, multiply by 1/absmax as in
+    whole blocks.
 
     The half byte after an odd end is code 0 here and the code of the number 0 there; nobody reads it.
     """
@@ -238,7 +262,8 @@ def test_short_last_block_and_odd_size(torch, bnb, quant_type, shape, block_size
 
 @both_types
 def test_dividing_and_multiplying_differ_next_to_a_threshold_only(torch, bnb, quant_type, record):
-    """Short blocks of numbers within an ulp of a threshold: how often the peer's two rules disagree with each other."""
+    """Short blocks of numbers within an ulp of a threshold: how often the peer's two rules disagree with each
+    other."""
     midpoints, _ = codebooks.thresholds(codebooks.code_map(quant_type))
     rng = np.random.default_rng(2)
     differ = total = 0
@@ -262,15 +287,18 @@ def test_short_block_below_the_smallest_absmax(torch, bnb, quant_type, scale):
     q = CodebookWeight.quantize(w, quant_type, 64, double_quant=False)
     assert np.array_equal(q.codes, packed)
     assert_same_bits(q.scales[0], state.absmax.numpy()[0])
-    assert q.scales[1] == np.abs(w[0, 64:]).max() and state.absmax.numpy()[1] in (np.float32(1e-38), q.scales[1])
+    assert q.scales[1] == np.abs(w[0, 64:]).max() and state.absmax.numpy()[1] in (
+        np.float32(1e-38),
+        q.scales[1],
+    )
 
 
 # ---- double quantization
 
 
 def nearest(x, values):
-    """Code of the value nearest to each x, by trying all values in float64 (the differences are exact); the lower on a tie with
-    their float32 midpoint, which may be half an ulp beside the middle.
+    """Code of the value nearest to each x, by trying all values in float64 (the differences are exact); the
+    lower on a tie with their float32 midpoint, which may be half an ulp beside the middle.
     """
     parts = np.array_split(x.astype(np.float64), 1 + x.size // 2048)
     codes = np.concatenate([np.abs(part[:, None] - values).argmin(axis=1) for part in parts])
@@ -288,8 +316,9 @@ def normalised(scales, offset):
 def mean_bound(count, mean):
     """How far torch's float32 mean of positive numbers may be from ours, the exact mean rounded once.
 
-    torch adds in a cascade of 4 levels, each of 2^max(4, log2(n)/4) numbers, in up to 32 lanes: no number takes part in more than
-    ``depth`` additions, each of which errs by eps/2 of its result. Then a division and our rounding.
+    torch adds in a cascade of 4 levels, each of 2^max(4, log2(n)/4) numbers, in up to 32 lanes: no number
+    takes part in more than ``depth`` additions, each of which errs by eps/2 of its result. Then a division
+    and our rounding.
     """
     depth = min(count, 4 * max(16, 2 ** int(np.ceil(np.log2(max(count, 2)) / 4))) + 32)
     return (depth + 2) * EPS / 2 * mean
@@ -318,13 +347,16 @@ def test_double_quantization_is_the_definition(torch, bnb, quant_type, block_siz
     assert_same_bits(absmax2, expected_absmax2)
     expected = nearest(x, codebooks.dynamic_map())
     wrong = codes != expected
-    # except that the code is the one of the bin's middle, at most half a bin (and the rounding of its number) away
+    # except that the code is the one of the bin's middle, at most half a bin (and the rounding of its number)
+    # away
     midpoints, _ = codebooks.thresholds(codebooks.dynamic_map())
     assert wrong.mean() < 0.01 or wrong.sum() <= 2
     assert (np.abs(x[wrong, None] - midpoints).min(axis=1) <= BIN / 2 + 2 * EPS).all()
     # and our kernel around their mean
     ranks, again = np.empty(absmax.size, np.uint8), np.empty_like(absmax2)
-    kernels.quantize_codebook((absmax - offset).astype(np.float32), thresholds("dynamic")[0], 256, again, ranks)
+    kernels.quantize_codebook(
+        (absmax - offset).astype(np.float32), thresholds("dynamic")[0], 256, again, ranks
+    )
     assert np.array_equal(ranks, expected) and np.array_equal(again, absmax2)
 
     # decoding their state
@@ -337,9 +369,11 @@ def test_double_quantization_is_the_definition(torch, bnb, quant_type, block_siz
 
 
 def test_their_8_bit_table_misses_the_values_near_zero(torch, bnb, record):
-    """Each value of the dynamic map is its own nearest value; through bins of width 3e-5 the smallest, even 0, are not all found.
+    """Each value of the dynamic map is its own nearest value; through bins of width 3e-5 the smallest, even
+    0, are not all found.
 
-    Below 1e-4 the values are at most 2.25e-5 apart: closer than the bins. The error that this adds is half a bin.
+    Below 1e-4 the values are at most 2.25e-5 apart: closer than the bins. The error that this adds is half a
+    bin.
     """
     values = codebooks.dynamic_map()
     block = values.copy()
@@ -351,11 +385,14 @@ def test_their_8_bit_table_misses_the_values_near_zero(torch, bnb, record):
     wrong = codes.numpy().reshape(-1) != ranks
     assert (np.abs(values[wrong]) < 1e-4).all()
     assert (np.abs(values[codes.numpy().reshape(-1)] - values) <= BIN / 2 + 2.25e-5 / 2).all()
-    record("values of the dynamic map that the peer's 8-bit table does not map to themselves", int(wrong.sum()))
+    record(
+        "values of the dynamic map that the peer's 8-bit table does not map to themselves", int(wrong.sum())
+    )
 
 
 def test_equal_scales(torch, bnb):
-    """All scales equal: nothing is left around the mean, absmax2 is 0, and whatever the code, each scale is the mean."""
+    """All scales equal: nothing is left around the mean, absmax2 is 0, and whatever the code, each scale is
+    the mean."""
     w = np.ones((8, 64), np.float32)
     packed, state = theirs_4bit(torch, bnb, w, "nf4", 64, double_quant=True)
     q = CodebookWeight.quantize(w, "nf4", 64)
@@ -385,9 +422,13 @@ def test_decoding_the_same_state_is_bit_equal(torch, bnb, quant_type, block_size
     w[0] = 0
     packed, state = theirs_4bit(torch, bnb, w, quant_type, block_size, double_quant)
     ours = ours_of(packed, state, quant_type, block_size, w.shape)
-    assert_same_decoded(ours.dense(), bnb.dequantize_4bit(torch.from_numpy(packed)[:, None], state).numpy(), quant_type)
+    assert_same_decoded(
+        ours.dense(), bnb.dequantize_4bit(torch.from_numpy(packed)[:, None], state).numpy(), quant_type
+    )
     scales = ours.scales.decode(0, w.size // block_size) if double_quant else ours.scales
-    assert_same_bits(ours.dense(), decoded_by_definition(torch, packed, scales, quant_type, block_size, w.shape))
+    assert_same_bits(
+        ours.dense(), decoded_by_definition(torch, packed, scales, quant_type, block_size, w.shape)
+    )
     ids = np.array([63, 0, 7, 7])
     assert_same_bits(ours.rows(ids), ours.dense()[ids])
 
@@ -401,15 +442,25 @@ def row_scales(shape, block_size):
 @both_types
 @pytest.mark.parametrize(
     ("shape", "block_size"),
-    [((48, 96), 64), ((64, 32), 64), ((5, 16), 64), ((7, 80), 32), ((3, 1008), 512), ((9, 48), 1024), ((16, 64), 128)]
+    [
+        ((48, 96), 64),
+        ((64, 32), 64),
+        ((5, 16), 64),
+        ((7, 80), 32),
+        ((3, 1008), 512),
+        ((9, 48), 1024),
+        ((16, 64), 128),
+    ]
     + [((8, 128), 64)],
 )
 def test_rows_that_are_not_whole_blocks(torch, bnb, quant_type, shape, block_size, record):
-    """Ours is the definition always. Their C++ decoder is the definition, or the suspected fault exactly; which, is recorded.
+    """Ours is the definition always. Their C++ decoder is the definition, or the suspected fault exactly;
+    which, is recorded.
 
-    The AVX-512 branch runs when a row is a multiple of 16 long; it counts ⌊n/b⌋ scales a row, so a row shorter than a block takes
-    the scales of the first ones, and scales drift where a row ends within a block. The last shape is not affected. The branch is
-    in the library of 0.50.2, by its machine code; a processor without AVX-512 does not run it and decodes by the definition.
+    The AVX-512 branch runs when a row is a multiple of 16 long; it counts ⌊n/b⌋ scales a row, so a row
+    shorter than a block takes the scales of the first ones, and scales drift where a row ends within a block.
+    The last shape is not affected. The branch is in the library of 0.50.2, by its machine code; a processor
+    without AVX-512 does not run it and decodes by the definition.
     """
     from bitsandbytes.cextension import lib
 
@@ -438,7 +489,8 @@ def test_rows_that_are_not_whole_blocks(torch, bnb, quant_type, shape, block_siz
 
 @pytest.mark.parametrize("name", ["checkpoint", "normal", "edges_nf4", "edges_fp4"])
 def test_this_version_stores_what_the_golden_files_hold(bnb, name):
-    """Packed bytes, absmax and decoded values; nested codes may depend on the processor, next to a threshold."""
+    """Packed bytes, absmax and decoded values; nested codes may depend on the processor, next to a
+    threshold."""
     with np.load(Path(__file__).parents[1] / "golden" / "quant" / f"{name}.npz") as file:
         for quant_type, block_size in [key.split(".")[:2] for key in file if key.endswith(".packed")]:
             for key, array in stored(file["w"], quant_type, int(block_size), double_quant=False).items():
@@ -454,7 +506,9 @@ def test_products_agree_with_matmul_4bit(torch, bnb, quant_type):
 
     w, x = matrix(96, 256, seed=4), matrix(5, 256, seed=5)
     packed, state = theirs_4bit(torch, bnb, w, quant_type, 64)
-    expected = bitsandbytes.matmul_4bit(torch.from_numpy(x), torch.from_numpy(packed)[:, None], quant_state=state).numpy()
+    expected = bitsandbytes.matmul_4bit(
+        torch.from_numpy(x), torch.from_numpy(packed)[:, None], quant_state=state
+    ).numpy()
     q = CodebookWeight.quantize(w, quant_type, 64, double_quant=False)
     bound = 2 * 257 * EPS * (np.abs(x) @ np.abs(q.dense()).T)
     assert (np.abs(q.matmul(x) - expected) <= bound).all()

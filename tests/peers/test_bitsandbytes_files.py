@@ -1,7 +1,8 @@
-"""bitsandbytes reads what we write and we read what it writes, in its own words: QuantState's dictionary and Linear4bit's state.
+"""bitsandbytes reads what we write and we read what it writes, in its own words: QuantState's dictionary and
+Linear4bit's state.
 
-Decoding is compared where a row is a multiple of the block size: bitsandbytes' AVX-512 decoder is said to take wrong scales
-where a block crosses a row. Arrays and settings are compared for other shapes too.
+Decoding is compared where a row is a multiple of the block size: bitsandbytes' AVX-512 decoder is said to
+take wrong scales where a block crosses a row. Arrays and settings are compared for other shapes too.
 """
 
 import numpy as np
@@ -17,7 +18,14 @@ bnb = pytest.importorskip("bitsandbytes")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
 NAME = "layer.weight"
-CASES = [((8, 64), 64), ((33, 96), 32), ((64, 128), 128), ((40, 4096), 64), ((16, 4096), 4096), ((1, 512), 256)]
+CASES = [
+    ((8, 64), 64),
+    ((33, 96), 32),
+    ((64, 128), 128),
+    ((40, 4096), 64),
+    ((16, 4096), 4096),
+    ((1, 512), 256),
+]
 BOTH = [(q, d) for q in ("nf4", "fp4") for d in (False, True)]
 
 
@@ -27,7 +35,9 @@ def matrix(*shape, seed=0):
 
 def theirs(w, quant_type, block_size, nested):
     """bitsandbytes' packed weight, its QuantState, and both as the NumPy arrays of a file."""
-    packed, state = bnb.functional.quantize_4bit(w, blocksize=block_size, quant_type=quant_type, compress_statistics=nested)
+    packed, state = bnb.functional.quantize_4bit(
+        w, blocksize=block_size, quant_type=quant_type, compress_statistics=nested
+    )
     arrays = {NAME: packed} | {f"{NAME}.{key}": value for key, value in state.as_dict(packed=True).items()}
     return packed, state, {key: value.numpy() for key, value in arrays.items()}
 
@@ -59,7 +69,11 @@ def test_what_they_write_is_read_bit_by_bit(shape, block_size, quant_type, neste
     given = dict(arrays)
     assert is_quantized(arrays, NAME)
     weight = from_arrays(NAME, arrays, "theirs")
-    assert not arrays and (weight.shape, weight.block_size, weight.quant_type) == (shape, block_size, quant_type)
+    assert not arrays and (weight.shape, weight.block_size, weight.quant_type) == (
+        shape,
+        block_size,
+        quant_type,
+    )
     assert np.array_equal(weight.codes, packed.numpy().reshape(-1)) and weight.double_quant == nested
     if isinstance(weight.scales, DoubleQuant):
         assert np.array_equal(weight.scales.codes, state.absmax.numpy())
@@ -69,8 +83,11 @@ def test_what_they_write_is_read_bit_by_bit(shape, block_size, quant_type, neste
         assert np.array_equal(weight.scales, state.absmax.numpy())
     if shape[1] % block_size == 0:
         decoded = bnb.functional.dequantize_4bit(packed, state)
-        assert torch.equal(torch.from_numpy(weight.dense()).to(decoded.dtype), decoded)  # they round to the model's dtype
-    # written again, every array is the same bytes under the same key in the same order; only the dtype becomes float32
+        assert torch.equal(
+            torch.from_numpy(weight.dense()).to(decoded.dtype), decoded
+        )  # they round to the model's dtype
+    # written again, every array is the same bytes under the same key in the same order; only the dtype
+    # becomes float32
     again = to_arrays(NAME, weight)
     assert list(again) == list(given)
     for key, array in again.items():
@@ -82,18 +99,28 @@ def test_what_they_write_is_read_bit_by_bit(shape, block_size, quant_type, neste
 
 def linear4bit(quant_type, nested, block_size=64, features=(128, 96)):
     layer = bnb.nn.Linear4bit(*features, bias=False, quant_type=quant_type, compute_dtype=torch.float32)
-    layer.weight = bnb.nn.Params4bit(torch.from_numpy(matrix(features[1], features[0], seed=2)), quant_type=quant_type,
-                                     compress_statistics=nested, blocksize=block_size, module=layer)  # fmt: skip
+    layer.weight = bnb.nn.Params4bit(
+        torch.from_numpy(matrix(features[1], features[0], seed=2)),
+        quant_type=quant_type,
+        compress_statistics=nested,
+        blocksize=block_size,
+        module=layer,
+    )
     return layer.to("cpu")  # quantizes
 
 
 def assert_same_product(layer, weight):
-    """Both products decode the same matrix; what differs is the order of sums, √in·eps relative to the largest term."""
-    x = torch.from_numpy(matrix(5, weight.shape[1], seed=3)).requires_grad_()  # with a gradient: no bfloat16 repacking in eval
+    """Both products decode the same matrix; what differs is the order of sums, √in·eps relative to the
+    largest term."""
+    x = torch.from_numpy(
+        matrix(5, weight.shape[1], seed=3)
+    ).requires_grad_()  # with a gradient: no bfloat16 repacking in eval
     y = layer(x).detach().numpy()
     ours = weight.matmul(x.detach().numpy())
     assert y.shape == ours.shape == (5, weight.shape[0])
-    bound = weight.shape[1] * np.finfo(np.float32).eps * (np.abs(x.detach().numpy()) @ np.abs(weight.dense().T))
+    bound = (
+        weight.shape[1] * np.finfo(np.float32).eps * (np.abs(x.detach().numpy()) @ np.abs(weight.dense().T))
+    )
     assert (np.abs(y - ours) <= bound).all()
 
 
@@ -106,7 +133,9 @@ def test_the_state_of_a_linear4bit_is_read_from_its_file(tmp_path, quant_type, n
     arrays, _ = read_tensors(path)
     weight = from_arrays(NAME, arrays, str(path))
     assert not arrays and weight.block_size == block_size
-    assert np.array_equal(weight.dense(), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).numpy())
+    assert np.array_equal(
+        weight.dense(), bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).numpy()
+    )
     assert_same_product(layer, weight)
 
 
@@ -125,4 +154,6 @@ def test_our_file_makes_a_linear4bit(tmp_path, quant_type, nested, block_size):
     # and what the layer would save is what we wrote
     saved = safetensors_torch.save({f"layer.{key}": value for key, value in layer.state_dict().items()})
     found = safetensors_torch.load(saved)
-    assert {k: v.numpy().tobytes() for k, v in found.items()} == {k: v.tobytes() for k, v in to_arrays(NAME, weight).items()}
+    assert {k: v.numpy().tobytes() for k, v in found.items()} == {
+        k: v.tobytes() for k, v in to_arrays(NAME, weight).items()
+    }

@@ -1,8 +1,9 @@
-"""Against bitsandbytes' AdamW8bit on the CPU: what is quantized, every step from the same states, many steps on their own.
+"""Against bitsandbytes' AdamW8bit on the CPU: what is quantized, every step from the same states, many steps
+on their own.
 
-Its CPU code looks codes up in a table of 65536 bins over [-1, 1], so its code may be that of a number a bin away from the moment;
-ours is the nearest one's (and for a v above 0 not 0). Decoded values, scales and thus a step from the same states are the same up
-to rounding.
+Its CPU code looks codes up in a table of 65536 bins over [-1, 1], so its code may be that of a number a bin
+away from the moment; ours is the nearest one's (and for a v above 0 not 0). Decoded values, scales and thus a
+step from the same states are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class Pair:
         grads = Gradients(self.ours)
         for p, q in zip(self.ours, self.theirs, strict=True):
             size = 10.0 ** self.rng.uniform(-3, 0, p.data.shape)
-            grads[p][...] = self.rng.standard_normal(p.data.shape) * size * (self.rng.random(p.data.shape) > 0.02)
+            grads[p][...] = (
+                self.rng.standard_normal(p.data.shape) * size * (self.rng.random(p.data.shape) > 0.02)
+            )
             q.grad = self.torch.from_numpy(grads[p].copy())
         self.optimizer.step(grads, 1e-2)
         self.peer.step()
@@ -71,18 +74,30 @@ def test_the_same_step_from_the_same_states(torch, bnb, decay, record_property):
         for i, (p, q) in enumerate(zip(pair.ours, pair.theirs, strict=True)):
             theirs = pair.their_states(i)
             ours = {kind: state[f"{kind}.{p.name}"] for kind in theirs}
-            assert {k: (a.dtype, a.shape) for k, a in ours.items()} == {k: (a.dtype, a.shape) for k, a in theirs.items()}
+            assert {k: (a.dtype, a.shape) for k, a in ours.items()} == {
+                k: (a.dtype, a.shape) for k, a in theirs.items()
+            }
             assert ("m_absmax" in theirs) == (p.data.size >= 4096)
             # p, its step and its decay, each a few roundings
             moved = np.abs(p.data - before[i]).max()
-            assert np.abs(p.data - q.detach().numpy()).max() <= EPS * (2 * np.abs(before[i]).max() + 8 * moved)
+            assert np.abs(p.data - q.detach().numpy()).max() <= EPS * (
+                2 * np.abs(before[i]).max() + 8 * moved
+            )
             if "m_absmax" in theirs:
                 for kind, signed in (("m", True), ("v", False)):
-                    scales, codes, their_codes = ours[f"{kind}_absmax"], ours[kind].reshape(-1), theirs[kind].reshape(-1)
+                    scales, codes, their_codes = (
+                        ours[f"{kind}_absmax"],
+                        ours[kind].reshape(-1),
+                        theirs[kind].reshape(-1),
+                    )
                     assert np.allclose(scales, theirs[f"{kind}_absmax"], rtol=4 * EPS, atol=0)
-                    # ours lies within a bin (and a rounding) of the middle between the codes that theirs could be
+                    # ours lies within a bin (and a rounding) of the middle between the codes that theirs
+                    # could be
                     values = codebooks.dynamic_map(signed).astype(np.float64)
-                    low, high = np.minimum(codes, their_codes).astype(int), np.maximum(codes, their_codes).astype(int)
+                    low, high = (
+                        np.minimum(codes, their_codes).astype(int),
+                        np.maximum(codes, their_codes).astype(int),
+                    )
                     apart = codes != their_codes
                     above_low = (values[low] + values[np.minimum(low + 1, 255)]) / 2
                     below_high = (values[high - 1] + values[high]) / 2
@@ -97,7 +112,8 @@ def test_the_same_step_from_the_same_states(torch, bnb, decay, record_property):
 
 
 def test_many_steps_on_their_own(torch, bnb):
-    """Rounding differs in v near 0, which their table raises: so most parameters stay close, and none goes astray."""
+    """Rounding differs in v near 0, which their table raises: so most parameters stay close, and none goes
+    astray."""
     pair, exact = Pair(torch, bnb, "adamw_8bit", 0.0), Pair(torch, bnb, "adamw", 0.0)
     start = [p.data.copy() for p in pair.ours]
     for _ in range(20):
@@ -106,8 +122,14 @@ def test_many_steps_on_their_own(torch, bnb):
     for i, (p, q) in enumerate(zip(pair.ours, pair.theirs, strict=True)):
         moved = np.abs(exact.ours[i].data - start[i]).mean()
         ours, theirs = (np.abs(a - exact.ours[i].data).mean() for a in (p.data, q.detach().numpy()))
-        print(f"\n{SHAPES[i]}: moved {moved:.2e}, 8 bits change {ours:.2e}, bitsandbytes' {theirs:.2e}", end="")
-        assert (ours < 1e-6 and theirs < 1e-6) if p.data.size < 4096 else 0 < ours < min(0.1 * moved, 1.5 * theirs)
+        print(
+            f"\n{SHAPES[i]}: moved {moved:.2e}, 8 bits change {ours:.2e}, bitsandbytes' {theirs:.2e}", end=""
+        )
+        assert (
+            (ours < 1e-6 and theirs < 1e-6)
+            if p.data.size < 4096
+            else 0 < ours < min(0.1 * moved, 1.5 * theirs)
+        )
 
 
 def test_without_8_bits(torch, bnb):

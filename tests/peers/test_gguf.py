@@ -1,4 +1,5 @@
-"""The gguf package as oracle: its files read by us, ours by it, its quantizers byte by byte, its decoders bit by bit."""
+"""The gguf package as oracle: its files read by us, ours by it, its quantizers byte by byte, its decoders bit
+by bit."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ def same_bits(a, b):
 
 
 def hard_inputs(trial, rng):
-    """Matrices of 5 rows and 96 columns: random, of any size, of ties, sparse, subnormal, zeros of both signs."""
+    """Matrices of 5 rows and 96 columns: random, of any size, of ties, sparse, subnormal, zeros of both
+    signs."""
     w = rng.standard_normal((5, 96)).astype(np.float32)
     match trial % 6:
         case 1:
@@ -60,11 +62,15 @@ def test_quantize_gives_their_bytes_and_dense_their_bits(quant_type):
 
 @pytest.mark.parametrize("quant_type", TYPES)
 def test_any_bytes_decode_to_their_bits(quant_type):
-    raw = np.random.default_rng(2).integers(0, 256, (256, 8, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[quant_type]), np.uint8)
+    raw = np.random.default_rng(2).integers(
+        0, 256, (256, 8, {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[quant_type]), np.uint8
+    )
     raw[..., 1] &= 0xBF  # finite
     raw[..., 3] &= 0xBF if quant_type == "Q4_1" else 0xFF
     raw = raw.reshape(256, -1)
-    assert same_bits(BlockWeight(raw, quant_type, (256, 256)).dense(), gguf.quants.dequantize(raw, kind(quant_type)))
+    assert same_bits(
+        BlockWeight(raw, quant_type, (256, 256)).dense(), gguf.quants.dequantize(raw, kind(quant_type))
+    )
 
 
 @pytest.mark.parametrize(("out", "in_"), [(1, 32), (5, 96), (64, 256)])
@@ -89,9 +95,20 @@ def their_file(tmp_path):
     """All types that we read, and one that we do not, and metadata of all types."""
     path = tmp_path / "theirs.gguf"
     writer = gguf.GGUFWriter(path, "llama")
-    for name, value in {"uint8": 200, "int8": -2, "uint16": 60000, "int16": -3, "uint32": 2**32 - 1, "int32": -4,
-                        "uint64": 2**64 - 1, "int64": -(2**60), "float32": 0.1, "float64": 0.1, "bool": True,
-                        "string": "ä▁"}.items():  # fmt: skip
+    for name, value in {
+        "uint8": 200,
+        "int8": -2,
+        "uint16": 60000,
+        "int16": -3,
+        "uint32": 2**32 - 1,
+        "int32": -4,
+        "uint64": 2**64 - 1,
+        "int64": -(2**60),
+        "float32": 0.1,
+        "float64": 0.1,
+        "bool": True,
+        "string": "ä▁",
+    }.items():
         getattr(writer, f"add_{name}")(f"k.{name}", value)
     writer.add_token_list(["<s>", "▁a", "\n"])
     writer.add_token_scores([0.5, -1.0, 3.0])
@@ -136,10 +153,15 @@ def test_we_read_their_file_as_they_do(their_file):
         if len(info.shape) == 2:
             weight = ours.weight(t.name)
             assert same_bits(np.ascontiguousarray(weight.dense()), expected)
-            for product, a, b in ((weight.matmul(x), x, expected.T), (weight.matmul(x[:1]), x[:1], expected.T),
-                                  (weight.matmul_t(dy), dy, expected)):  # fmt: skip
+            for product, a, b in (
+                (weight.matmul(x), x, expected.T),
+                (weight.matmul(x[:1]), x[:1], expected.T),
+                (weight.matmul_t(dy), dy, expected),
+            ):
                 exact = a.astype(np.float64) @ b
-                assert (np.abs(product - exact) <= (len(b) + 1) * EPS * (np.abs(a).astype(np.float64) @ np.abs(b))).all()
+                assert (
+                    np.abs(product - exact) <= (len(b) + 1) * EPS * (np.abs(a).astype(np.float64) @ np.abs(b))
+                ).all()
 
 
 def test_they_read_our_file(tmp_path):
@@ -147,24 +169,46 @@ def test_they_read_our_file(tmp_path):
     affine = AffineWeight.quantize(w, 4, 32)
     merged = affine.with_offset(affine.offset + matrix(6, 2, scale=0.01, seed=1))
     tensors = {
-        "dense": DenseWeight(Parameter("dense", w)), "half": w.astype(np.float16), "norm": w[0], "turned": w.T,
-        "affine": affine, "merged": merged, **{t: BlockWeight.quantize(w, t) for t in TYPES},
-    }  # fmt: skip
+        "dense": DenseWeight(Parameter("dense", w)),
+        "half": w.astype(np.float16),
+        "norm": w[0],
+        "turned": w.T,
+        "affine": affine,
+        "merged": merged,
+        **{t: BlockWeight.quantize(w, t) for t in TYPES},
+    }
     metadata = {
-        "llama.block_count": 3, "eps": 1e-5, "flag": True, "name": "ä", "nothing": "", "negative": -5, "large": 2**40,
-        "largest": 2**63, "double": np.float64(0.1), "byte": np.uint8(7), "far": 1e300,
-        "tokens": ["a", "b\0", ""], "ids": [1, -2], "wide": [1, 2**40],
-        "scores": [0.1, 2.0], "exact": np.array([1, 2], np.uint16), "flags": [True, False],
-    }  # fmt: skip
+        "llama.block_count": 3,
+        "eps": 1e-5,
+        "flag": True,
+        "name": "ä",
+        "nothing": "",
+        "negative": -5,
+        "large": 2**40,
+        "largest": 2**63,
+        "double": np.float64(0.1),
+        "byte": np.uint8(7),
+        "far": 1e300,
+        "tokens": ["a", "b\0", ""],
+        "ids": [1, -2],
+        "wide": [1, 2**40],
+        "scores": [0.1, 2.0],
+        "exact": np.array([1, 2], np.uint16),
+        "flags": [True, False],
+    }
     path = tmp_path / "ours.gguf"
     changes = write_gguf(path, tensors, metadata)
     assert changes["affine"] == 0 < changes["merged"] < 2**-10 and set(changes) == {"affine", "merged"}
     reader, ours = gguf.GGUFReader(path), GGUFFile(path)
     expected = {
-        "dense": w, "half": w.astype(np.float16).astype(np.float32), "norm": w[0], "turned": w.T,
-        "affine": affine.dense(), "merged": BlockWeight.from_affine(merged)[0].dense(),
+        "dense": w,
+        "half": w.astype(np.float16).astype(np.float32),
+        "norm": w[0],
+        "turned": w.T,
+        "affine": affine.dense(),
+        "merged": BlockWeight.from_affine(merged)[0].dense(),
         **{t: tensors[t].dense() for t in TYPES},
-    }  # fmt: skip
+    }
     assert [t.name for t in reader.tensors] == list(tensors) == list(ours.tensors)
     for t in reader.tensors:
         theirs = gguf.quants.dequantize(t.data, t.tensor_type).reshape(expected[t.name].shape)
@@ -172,15 +216,32 @@ def test_they_read_our_file(tmp_path):
         assert ours.tensors[t.name].offset == t.data_offset
         if t.name in TYPES:
             assert np.array_equal(ours.weight(t.name).blocks, tensors[t.name].blocks)
-    kinds = {name: [v.name for v in field.types] for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    kinds = {
+        name: [v.name for v in field.types]
+        for name, field in reader.fields.items()
+        if not name.startswith("GGUF.")
+    }
     assert kinds == {
-        "general.architecture": ["STRING"], "general.quantization_version": ["UINT32"], "llama.block_count": ["UINT32"],
-        "eps": ["FLOAT32"], "flag": ["BOOL"], "name": ["STRING"], "nothing": ["STRING"], "negative": ["INT32"],
+        "general.architecture": ["STRING"],
+        "general.quantization_version": ["UINT32"],
+        "llama.block_count": ["UINT32"],
+        "eps": ["FLOAT32"],
+        "flag": ["BOOL"],
+        "name": ["STRING"],
+        "nothing": ["STRING"],
+        "negative": ["INT32"],
         "large": ["INT64"],
-        "largest": ["UINT64"], "double": ["FLOAT64"], "byte": ["UINT8"], "far": ["FLOAT64"], "tokens": ["ARRAY", "STRING"],
-        "ids": ["ARRAY", "INT32"], "wide": ["ARRAY", "INT64"], "scores": ["ARRAY", "FLOAT32"], "exact": ["ARRAY", "UINT16"],
+        "largest": ["UINT64"],
+        "double": ["FLOAT64"],
+        "byte": ["UINT8"],
+        "far": ["FLOAT64"],
+        "tokens": ["ARRAY", "STRING"],
+        "ids": ["ARRAY", "INT32"],
+        "wide": ["ARRAY", "INT64"],
+        "scores": ["ARRAY", "FLOAT32"],
+        "exact": ["ARRAY", "UINT16"],
         "flags": ["ARRAY", "BOOL"],
-    }  # fmt: skip
+    }
     for name, value in metadata.items():
         found = ours.metadata[name]
         plain = found.tolist() if isinstance(found, np.ndarray) else found
@@ -192,12 +253,18 @@ def test_our_file_with_another_alignment(tmp_path):
     write_gguf(tmp_path / "m.gguf", {"a": matrix(1, 3), "b": matrix(2, 32)}, {"general.alignment": 4096})
     reader, ours = gguf.GGUFReader(tmp_path / "m.gguf"), GGUFFile(tmp_path / "m.gguf")
     assert ours.alignment == reader.alignment == 4096 and ours.tensors["b"].offset % 4096 == 0
-    assert np.array_equal(reader.tensors[1].data, matrix(2, 32)) and np.array_equal(ours.array("b"), matrix(2, 32))
+    assert np.array_equal(reader.tensors[1].data, matrix(2, 32)) and np.array_equal(
+        ours.array("b"), matrix(2, 32)
+    )
 
 
 def test_what_is_read_can_be_written_again(their_file, tmp_path):
     first = GGUFFile(their_file)
-    tensors = {n: first.weight(n) if len(i.shape) == 2 else first.array(n) for n, i in first.tensors.items() if i.type != "Q6_K"}
+    tensors = {
+        n: first.weight(n) if len(i.shape) == 2 else first.array(n)
+        for n, i in first.tensors.items()
+        if i.type != "Q6_K"
+    }
     write_gguf(tmp_path / "again.gguf", tensors, first.metadata)
     second = GGUFFile(tmp_path / "again.gguf")
     for name in TYPES:
@@ -247,10 +314,14 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_opening_a_vocabulary_is_quicker_than_theirs(tmp_path):
-    """49,152 tokens with scores and types: measured 0.12 s against 2.8 s, best of several, with both cores busy."""
+    """49,152 tokens with scores and types: measured 0.12 s against 2.8 s, best of several, with both cores
+    busy."""
     path, n = tmp_path / "m.gguf", 49152
-    tokens = {"tokenizer.ggml.tokens": [f"▁{i}" for i in range(n)], "tokenizer.ggml.scores": np.zeros(n, np.float32),
-              "tokenizer.ggml.token_type": np.ones(n, np.int32)}  # fmt: skip
+    tokens = {
+        "tokenizer.ggml.tokens": [f"▁{i}" for i in range(n)],
+        "tokenizer.ggml.scores": np.zeros(n, np.float32),
+        "tokenizer.ggml.token_type": np.ones(n, np.int32),
+    }
     write_gguf(path, {"w": matrix(2, 32)}, tokens)
     seconds = []
     for opens in (GGUFFile, gguf.GGUFReader):

@@ -1,32 +1,39 @@
 """GPTQ's arrays, decoded by PyTorch.
 
-No GPTQ library runs here: transformers has only the configuration, and AutoGPTQ, GPTQModel and optimum are not among the peers.
-So this is no comparison with a program but with AutoGPTQ's documented arithmetic, written anew: shift the words, mask, add 1 to
-the zero points, and scales[g_idx]·(weight − zeros[g_idx]) in half precision. It shares no code with ours and looks up groups
-through ``g_idx``, as those libraries do.
+No GPTQ library runs here: transformers has only the configuration, and AutoGPTQ, GPTQModel and optimum are
+not among the peers. So this is no comparison with a program but with AutoGPTQ's documented arithmetic,
+written anew: shift the words, mask, add 1 to the zero points, and scales[g_idx]·(weight − zeros[g_idx]) in
+half precision. It shares no code with ours and looks up groups through ``g_idx``, as those libraries do.
 """
 
 import numpy as np
 import pytest
 
-from minilora.formats.gptq import from_arrays, to_arrays
+from minilora.formats.gptq_words import from_arrays, to_arrays
 from minilora.quant import AffineWeight
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch")
 safetensors_torch = pytest.importorskip("safetensors.torch")
 
-CASES = [(bits, version, shape, group) for bits in (2, 3, 4, 8) for version in (1, 2)
-         for shape, group in (((32, 64), 32), ((96, 128), 128), ((64, 320), 64))]  # fmt: skip
+CASES = [
+    (bits, version, shape, group)
+    for bits in (2, 3, 4, 8)
+    for version in (1, 2)
+    for shape, group in (((32, 64), 32), ((96, 128), 128), ((64, 320), 64))
+]
 
 
 def unpack(words, bits):
-    """Words (rows, columns) int32 along the first axis -> values, by a table of shifts; a 3-bit value may need two words."""
+    """Words (rows, columns) int32 along the first axis -> values, by a table of shifts; a 3-bit value may
+    need two words."""
     first = torch.arange(0, 32 * words.shape[0], bits)
     word, shift = first // 32, first % 32
     wide = words.to(torch.int64) & 0xFFFFFFFF
     following = torch.cat([wide, torch.zeros_like(wide[:1])])[word + 1]
-    both = wide[word] | torch.bitwise_left_shift(following, torch.tensor(32))  # 64 bits; only 0 to 2 of the upper half are used
+    both = wide[word] | torch.bitwise_left_shift(
+        following, torch.tensor(32)
+    )  # 64 bits; only 0 to 2 of the upper half are used
     return torch.bitwise_and(torch.bitwise_right_shift(both & (2**62 - 1), shift[:, None]), 2**bits - 1)
 
 
@@ -52,7 +59,9 @@ def test_our_file_decodes_there_to_the_same_bits(tmp_path, bits, version, shape,
         zeros = np.maximum(weight.zeros, 1)
         weight = AffineWeight.from_zeros(weight.codes, weight.scale, zeros, shape, bits, group_size)
     path = tmp_path / "model.safetensors"
-    safetensors_torch.save_file({k: torch.from_numpy(v) for k, v in to_arrays("m", weight, version).items()}, path)
+    safetensors_torch.save_file(
+        {k: torch.from_numpy(v) for k, v in to_arrays("m", weight, version).items()}, path
+    )
     half, exact = dequantize(safetensors_torch.load_file(path), bits, version)
     assert np.array_equal(weight.dense().T, exact.numpy())
     assert half.dtype == torch.float16 and np.array_equal(weight.dense().T.astype(np.float16), half.numpy())

@@ -1,4 +1,5 @@
-"""Live against PEFT: forward, gradients, merged weights, the printed line, and adapter folders in both directions."""
+"""Live against PEFT: forward, gradients, merged weights, the printed line, and adapter folders in both
+directions."""
 
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ CONFIG = ModelConfig(
 )
 ARRAYS = random_arrays(CONFIG, 0)
 IDS, TARGETS, MASK = random_batch(CONFIG, 0)
-# the rounding of test_golden for this shape: 4·eps·√(widest · 2·9·layers); an adapter adds two sums to each of the 9
+# the rounding of test_golden for this shape: 4·eps·√(widest · 2·9·layers); an adapter adds two sums to each
+# of the 9
 RTOL = 4 * float(np.finfo(np.float32).eps) * (34 * 2 * 9 * 2 * 3) ** 0.5
 SETTINGS = [
     LoraConfig(r=1, lora_alpha=1, target_modules=("q_proj",)),
@@ -48,13 +50,17 @@ SETTINGS = [
     LoraConfig(r=2, lora_alpha=3, target_modules=("lm_head", "layers.1.mlp.up_proj")),
 ]
 every_setting = pytest.mark.parametrize(
-    "config", SETTINGS, ids=lambda c: f"r{c.r} a{c.lora_alpha:g} {'rs ' if c.use_rslora else ''}{len(c.target_modules)}"
+    "config",
+    SETTINGS,
+    ids=lambda c: f"r{c.r} a{c.lora_alpha:g} {'rs ' if c.use_rslora else ''}{len(c.target_modules)}",
 )
 
 
 def ours(config):
     """An injected model with random A and B, and those by PEFT's name."""
-    model = inject_lora(build_model(CONFIG, {k: v.copy() for k, v in ARRAYS.items()}), config, np.random.default_rng(0))
+    model = inject_lora(
+        build_model(CONFIG, {k: v.copy() for k, v in ARRAYS.items()}), config, np.random.default_rng(0)
+    )
     rng = np.random.default_rng(1)
     for p in model.trainable():
         p.data[...] = 0.3 * rng.standard_normal(p.data.shape)
@@ -94,7 +100,9 @@ def test_forward_and_backward(torch, peft, config):
     model = ours(config)
     peer = theirs(peft, torch, config, model)
     logits = peer(input_ids=torch.from_numpy(IDS)).logits
-    loss = torch.nn.functional.cross_entropy(logits.reshape(-1, 29), torch.from_numpy(np.where(MASK, TARGETS, -100)).reshape(-1))
+    loss = torch.nn.functional.cross_entropy(
+        logits.reshape(-1, 29), torch.from_numpy(np.where(MASK, TARGETS, -100)).reshape(-1)
+    )
     loss.backward()
     grads = Gradients(model.trainable())
     found = shard_loss(model, Batch(IDS, TARGETS, MASK), float(MASK.sum()), grads)
@@ -161,7 +169,9 @@ def test_their_default_a_has_the_spread_of_ours(torch, peft):
     """PEFT's kaiming(√5) is U(±1/√in), whose standard deviation is 1/√(3·in)."""
     config = LoraConfig(r=16, lora_alpha=16, target_modules=("q_proj", "up_proj", "gate_proj"))
     peer = theirs(peft, torch, config)
-    a = np.concatenate([p.detach().numpy().reshape(-1) for name, p in peer.named_parameters() if "lora_A" in name])
+    a = np.concatenate(
+        [p.detach().numpy().reshape(-1) for name, p in peer.named_parameters() if "lora_A" in name]
+    )
     model = inject_lora(build_model(CONFIG, ARRAYS), config, np.random.default_rng(0))
     mine = np.concatenate([linear.lora_A.data.reshape(-1) for linear in adapters(model)])
     for values in (a, mine):

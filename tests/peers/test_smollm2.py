@@ -1,4 +1,5 @@
-"""SmolLM2-135M against transformers and PEFT, on the same file; what we save of it, opened by them; RoPE scaling."""
+"""SmolLM2-135M against transformers and PEFT, on the same file; what we save of it, opened by them; RoPE
+scaling."""
 
 from __future__ import annotations
 
@@ -56,7 +57,11 @@ def opened(torch, transformers, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+            path.parent,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            local_files_only=True,
         ).eval()
 
 
@@ -91,7 +96,11 @@ def test_weights_are_the_numbers_that_transformers_reads(ours, theirs):
         assert np.array_equal(linear.weight.dense(), state[f"{name}.weight"].numpy()), name
     for p in ours.parameters():
         assert np.array_equal(p.data, state[p.name].numpy()), p.name
-    assert ours.tied and ours.config.head_dim == 64 and theirs.config.rope_parameters["rope_theta"] == ours.config.rope_theta
+    assert (
+        ours.tied
+        and ours.config.head_dim == 64
+        and theirs.config.rope_parameters["rope_theta"] == ours.config.rope_theta
+    )
 
 
 def test_logits_and_perplexity_of_a_real_text(torch, ours, theirs, text):
@@ -106,7 +115,8 @@ def test_logits_and_perplexity_of_a_real_text(torch, ours, theirs, text):
 
 
 def test_gradients_of_all_adapters(torch, peft, ours, theirs, text):
-    """r = 8 on all linear layers, B not zero: dA and dB of 210 adapters against PEFT's, 1e-3 relative to the largest."""
+    """r = 8 on all linear layers, B not zero: dA and dB of 210 adapters against PEFT's, 1e-3 relative to the
+    largest."""
     model = inject_lora(ours, LORA, np.random.default_rng(0))
     rng = np.random.default_rng(1)
     for p in model.trainable():
@@ -116,7 +126,9 @@ def test_gradients_of_all_adapters(torch, peft, ours, theirs, text):
     batch = Batch(ids[:, :-1], ids[:, 1:], np.ones((2, 32), bool))
     grads = Gradients(model.trainable())
     loss = shard_loss(model, batch, 64.0, grads)
-    settings = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(
+        r=8, lora_alpha=16, target_modules=list(LORA.target_modules), task_type="CAUSAL_LM"
+    )
     peer = peft.get_peft_model(theirs, settings).eval()
     try:
         named = dict(peer.named_parameters())
@@ -125,7 +137,9 @@ def test_gradients_of_all_adapters(torch, peft, ours, theirs, text):
             for p in grads:
                 named[names[p.name]].copy_(torch.from_numpy(p.data))
         logits = peer(input_ids=torch.from_numpy(batch.ids)).logits
-        expected = torch.nn.functional.cross_entropy(logits.reshape(64, -1), torch.from_numpy(batch.targets).reshape(-1))
+        expected = torch.nn.functional.cross_entropy(
+            logits.reshape(64, -1), torch.from_numpy(batch.targets).reshape(-1)
+        )
         expected.backward()
         assert len(grads) == 2 * 7 * 30 == sum(p.requires_grad for p in peer.parameters())
         assert abs(loss - expected.item()) < 1e-5 * expected.item()
@@ -160,8 +174,14 @@ def test_a_tuned_file_is_opened_by_gguf_and_transformers(torch, transformers, ou
     gguf = pytest.importorskip("gguf")
     tuned = moved(ours)
     changes = save_gguf(tuned, tmp_path / "tuned.gguf", like=path)
-    offsets = {gguf_name(f"{name}.weight"): linear.weight.offset for name, linear in tuned.linears() if name != "lm_head"}
-    assert len(changes) == 210 and all(0 < changes[name] <= 2**-11 * np.abs(offset).max() for name, offset in offsets.items())
+    offsets = {
+        gguf_name(f"{name}.weight"): linear.weight.offset
+        for name, linear in tuned.linears()
+        if name != "lm_head"
+    }
+    assert len(changes) == 210 and all(
+        0 < changes[name] <= 2**-11 * np.abs(offset).max() for name, offset in offsets.items()
+    )
     print(f"float16 changes an offset by up to {max(changes.values()):.1e}")
     old, new = gguf.GGUFReader(path), gguf.GGUFReader(tmp_path / "tuned.gguf")
     places = [[(t.name, t.tensor_type, t.data_offset) for t in reader.tensors] for reader in (old, new)]
@@ -187,22 +207,40 @@ def test_a_tuned_file_is_opened_by_gguf_and_transformers(torch, transformers, ou
 
 # ---- small models: what SmolLM2's file does not have
 
-SMALL = {"vocab_size": 41, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False}  # fmt: skip
+SMALL = {
+    "vocab_size": 41,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 10000.0},
     "linear": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
     # an original length at which the 8 pairs are of all three kinds: kept, in between and slowed
-    "llama3": {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-               "original_max_position_embeddings": 256},
-}  # fmt: skip
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
+}
 EPS = float(np.finfo(np.float32).eps)
 ROUNDING = 4 * EPS * (96 * 2 * 9 * 2) ** 0.5 + 64 * EPS  # as in test_transformers, for 64 positions
 
 
 def random_llama(torch, transformers, rope, **changes):
     torch.manual_seed(0)
-    settings = SMALL | changes | {"rope_parameters": dict(rope), "initializer_range": 0.3, "attn_implementation": "eager"}
+    settings = (
+        SMALL
+        | changes
+        | {"rope_parameters": dict(rope), "initializer_range": 0.3, "attn_implementation": "eager"}
+    )
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings)).eval()
 
 
@@ -225,12 +263,18 @@ def test_folders_with_scaled_rotary_positions(torch, transformers, tmp_path, rop
         assert error_of(plain.logits(SMALL_IDS), expected) > 1e-3  # the scaling matters
     if rope != "llama3":  # of Llama 3's, those with an original length of 8192 have a name: the next test
         save_huggingface(model, tmp_path / "ours")
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours", attn_implementation="eager")
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path / "ours", attn_implementation="eager"
+        )
         assert_close(logits_of(torch, again.eval(), SMALL_IDS), expected, EPS, rope)
 
 
 def test_llama_3_settings_are_recognised_in_its_factors(torch, transformers, tmp_path):
-    rope = ROPES["llama3"] | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192, "factor": 32.0}
+    rope = ROPES["llama3"] | {
+        "rope_theta": 500000.0,
+        "original_max_position_embeddings": 8192,
+        "factor": 32.0,
+    }
     peer = random_llama(torch, transformers, rope)
     peer.save_pretrained(tmp_path / "theirs")
     save_huggingface(load_huggingface(tmp_path / "theirs"), tmp_path / "ours")
@@ -241,12 +285,22 @@ def test_llama_3_settings_are_recognised_in_its_factors(torch, transformers, tmp
 
 def interleaved(w, heads):
     """As convert_hf_to_gguf.py permutes q and k."""
-    return np.ascontiguousarray(w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape))
+    return np.ascontiguousarray(
+        w.reshape(heads, 2, w.shape[0] // heads // 2, w.shape[1]).swapaxes(1, 2).reshape(w.shape)
+    )
 
 
-NAMES = {"input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-         "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm", "mlp.gate_proj": "ffn_gate",
-         "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}  # fmt: skip
+NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
@@ -259,15 +313,27 @@ def small_file(torch, transformers, tmp_path):
         module, w = name.removesuffix(".weight"), value.numpy()
         if module.startswith("model.layers."):
             _, _, layer, rest = module.split(".", 3)
-            w = interleaved(w, 4) if rest.endswith("q_proj") else interleaved(w, 2) if rest.endswith("k_proj") else w
+            w = (
+                interleaved(w, 4)
+                if rest.endswith("q_proj")
+                else interleaved(w, 2)
+                if rest.endswith("k_proj")
+                else w
+            )
             tensors[f"blk.{layer}.{NAMES[rest]}.weight"] = w
         else:
             tensors[f"{OUTSIDE[module]}.weight"] = w
     metadata = {
-        "llama.block_count": 2, "llama.context_length": 64, "llama.embedding_length": 64, "llama.feed_forward_length": 96,
-        "llama.attention.head_count": 4, "llama.attention.head_count_kv": 2, "llama.rope.freq_base": 10000.0,
-        "llama.attention.layer_norm_rms_epsilon": peer.config.rms_norm_eps, "llama.vocab_size": 41,
-    }  # fmt: skip
+        "llama.block_count": 2,
+        "llama.context_length": 64,
+        "llama.embedding_length": 64,
+        "llama.feed_forward_length": 96,
+        "llama.attention.head_count": 4,
+        "llama.attention.head_count_kv": 2,
+        "llama.rope.freq_base": 10000.0,
+        "llama.attention.layer_norm_rms_epsilon": peer.config.rms_norm_eps,
+        "llama.vocab_size": 41,
+    }
     write_gguf(tmp_path / "small.gguf", tensors, metadata)
     return peer, tmp_path / "small.gguf"
 
@@ -275,13 +341,19 @@ def small_file(torch, transformers, tmp_path):
 def test_a_file_with_grouped_queries_and_a_head_of_its_own(torch, small_file):
     peer, path = small_file
     model = load_gguf(path)
-    assert model.config == replace(ModelConfig(**{k: v for k, v in SMALL.items() if k != "max_position_embeddings"}),
-                                   context_length=64, rope_theta=10000.0, rms_norm_eps=model.config.rms_norm_eps)  # fmt: skip
+    assert model.config == replace(
+        ModelConfig(**{k: v for k, v in SMALL.items() if k != "max_position_embeddings"}),
+        context_length=64,
+        rope_theta=10000.0,
+        rms_norm_eps=model.config.rms_norm_eps,
+    )
     assert_close(model.logits(SMALL_IDS), logits_of(torch, peer, SMALL_IDS), ROUNDING)
 
 
 @pytest.mark.parametrize("quant_type", ["F32", "F16", "Q8_0", "Q4_1", "Q4_0"])
-def test_every_type_that_we_write_is_opened_by_transformers(torch, transformers, small_file, tmp_path, quant_type):
+def test_every_type_that_we_write_is_opened_by_transformers(
+    torch, transformers, small_file, tmp_path, quant_type
+):
     pytest.importorskip("gguf")
     _, path = small_file
     model = load_gguf(path)
@@ -291,4 +363,6 @@ def test_every_type_that_we_write_is_opened_by_transformers(torch, transformers,
         assert np.array_equal(linear.weight.dense(), peer.state_dict()[f"{name}.weight"].numpy()), name
     expected = logits_of(torch, peer, SMALL_IDS)
     assert_close(again.logits(SMALL_IDS), expected, ROUNDING, quant_type)
-    assert (error_of(model.logits(SMALL_IDS), expected) > ROUNDING) == (quant_type != "F32")  # what is stored has changed
+    assert (error_of(model.logits(SMALL_IDS), expected) > ROUNDING) == (
+        quant_type != "F32"
+    )  # what is stored has changed

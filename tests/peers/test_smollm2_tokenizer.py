@@ -1,8 +1,10 @@
-"""SmolLM2's tokenizer as it lies in its GGUF: ids, texts and chats against transformers and, where it is installed, llama.cpp.
+"""SmolLM2's tokenizer as it lies in its GGUF: ids, texts and chats against transformers and, where it is
+installed, llama.cpp.
 
-transformers' conversion of the GGUF does not know the pre-tokenizer `smollm` (5.24): digits stay with one another and with
-the space before them, so that a run of spaces or line breaks before a digit becomes other tokens than those the model was
-trained on. Its tokenizer.json and llama.cpp take digits one by one first, and so do we.
+transformers' conversion of the GGUF does not know the pre-tokenizer `smollm` (5.24): digits stay with one
+another and with the space before them, so that a run of spaces or line breaks before a digit becomes other
+tokens than those the model was trained on. Its tokenizer.json and llama.cpp take digits one by one first, and
+so do we.
 """
 
 from __future__ import annotations
@@ -44,7 +46,11 @@ TEXTS = [
 CHATS = [
     [{"role": "user", "content": "What is  7 \u00d7 6?\n"}],
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}],
-    [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello! \U0001f44b"}, {"role": "user", "content": "A"}],
+    [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello! \U0001f44b"},
+        {"role": "user", "content": "A"},
+    ],
 ]
 PIECES = [*"aZé日 \n\t\r.'1290", "  ", "\n\n", "<|im_end|>", "\U0001f44d\U0001f3fd"]
 ANY_TEXT = st.text() | st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
@@ -76,7 +82,9 @@ def theirs(converted: Any) -> Any:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     made = copy.deepcopy(converted)
-    made.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    made.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]
+    )
     return made
 
 
@@ -107,12 +115,20 @@ def test_where_transformers_own_conversion_differs(converted, ours):
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_chats_are_transformers(ours, theirs, chat, prompt):
-    assert ours.render(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, tokenize=False)
-    assert ours.chat(chat, prompt) == theirs.apply_chat_template(chat, add_generation_prompt=prompt, return_dict=False)
+    assert ours.render(chat, prompt) == theirs.apply_chat_template(
+        chat, add_generation_prompt=prompt, tokenize=False
+    )
+    assert ours.chat(chat, prompt) == theirs.apply_chat_template(
+        chat, add_generation_prompt=prompt, return_dict=False
+    )
 
 
 def test_specials_are_transformers(ours, theirs):
-    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (
+        theirs.bos_token_id,
+        theirs.eos_token_id,
+        theirs.pad_token_id,
+    )
     assert ours.vocab_size == len(theirs)
     assert ours.stop_ids == set(theirs.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]))
 
@@ -154,11 +170,15 @@ def test_a_sentencepiece_folder_that_transformers_saved(transformers, tmp_path):
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_products_as_transformers_templates_them(ours, theirs, packing):
-    """Each training row's ids and targets, from apply_chat_template: the prompt masked, the answer and its end learnt."""
+    """Each training row's ids and targets, from apply_chat_template: the prompt masked, the answer and its
+    end learnt."""
     products = ProductsTask(40, 3, seed=1)
     expected = []
     for product, plan in map(products.example, range(40)):
-        chat = [{"role": "user", "content": product.prompt()}, {"role": "assistant", "content": describe(product, plan)}]
+        chat = [
+            {"role": "user", "content": product.prompt()},
+            {"role": "assistant", "content": describe(product, plan)},
+        ]
         prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
         whole = theirs.apply_chat_template(chat, return_dict=False)
         assert theirs.decode(whole[-2:]) == "<|im_end|>\n"

@@ -1,4 +1,5 @@
-"""Live against transformers and torch: logits, loss, all gradients, greedy text, optimizers, on random small configurations."""
+"""Live against transformers and torch: logits, loss, all gradients, greedy text, optimizers, on random small
+configurations."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ def random_config(seed: int) -> ModelConfig:
 
 
 def rounding(config: ModelConfig, T: int) -> float:
-    """As in test_golden: 2·9·layers sums of at most `widest` terms, independent, factor 4; and angles up to T, which
-    transformers keeps in float32, so that a rotation is off by up to T·eps/2."""
+    """As in test_golden: 2·9·layers sums of at most `widest` terms, independent, factor 4; and angles up to
+    T, which transformers keeps in float32, so that a rotation is off by up to T·eps/2."""
     widest = max(config.hidden_size, config.intermediate_size, config.vocab_size, T)
     return 4 * EPS * (widest * 2 * 9 * config.num_hidden_layers) ** 0.5 + T * EPS
 

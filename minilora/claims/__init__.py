@@ -1,0 +1,1 @@
+"""What the papers claim, checked: one function a claim, from runs to a page."""

@@ -1,0 +1,1 @@
+"""Rows in; statistics, tables, figures and pages out."""

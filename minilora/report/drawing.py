@@ -1,0 +1,176 @@
+"""Drawing helpers: figures without pyplot, labels beside the axes, legends that cover no data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from minilora.report.labels import BIT_MARKERS, GREY, METHOD_COLOURS, METHOD_NAMES, Metric
+from minilora.sweep.results import Row
+
+
+class Label(NamedTuple):
+    """A text to put beside the axes at the height of a value."""
+
+    value: float
+    text: str
+    colour: str
+
+
+def new_figure(width: float = 7.0, height: float = 4.6) -> Figure:
+    """Return a figure (inches) that is not registered with pyplot, laid out so that nothing is cut off."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_runs(
+    ax: Axes,
+    x: Sequence[float],
+    runs_x: Sequence[float],
+    points: Sequence[Row],
+    style: Mapping[str, Any],
+    line: bool = False,
+) -> None:
+    """Draw means as large markers at ``x``, the single runs as dots beside them, and intervals from three
+    runs on."""
+    colour = style["color"]
+    ax.plot(
+        x, [point["mean"] for point in points], markersize=6, linewidth=1.6 if line else 0, zorder=4, **style
+    )
+    for place, beside, point in zip(x, runs_x, points, strict=True):
+        if point["n"] > 1:
+            ax.plot(
+                [beside] * point["n"],
+                point["values"],
+                "o",
+                color=colour,
+                markersize=2.6,
+                alpha=0.65,
+                markeredgewidth=0,
+                zorder=3,
+            )
+        if point["n"] >= 3:  # with fewer an interval says more of the t distribution than of the runs
+            ends = [[point["mean"] - point["low"]], [point["high"] - point["mean"]]]
+            ax.errorbar(place, point["mean"], ends, color=colour, capsize=2.5, linewidth=1, zorder=2)
+
+
+def extent(point: Mapping[str, Any]) -> list[float]:
+    """Return the values that the axis must hold: the runs, and the interval as far as it is not wild."""
+    values = list(point["values"])
+    if point["n"] >= 3:
+        reach = 3 * (max(values) - min(values))
+        values += [max(point["low"], point["mean"] - reach), min(point["high"], point["mean"] + reach)]
+    return values
+
+
+def limits(values: Sequence[float], lines: Sequence[float]) -> tuple[float, float]:
+    """Return axis limits around the values and those lines that are near enough not to squash them."""
+    low, high = min(values), max(values)
+    span = max(high - low, 0.02 * max(abs(high), abs(low))) or 0.02
+    near = [line for line in lines if low - 0.6 * span <= line <= high + 0.6 * span]
+    low, high = min([low, *near]), max([high, *near])
+    margin = 0.06 * max(high - low, span)
+    return low - margin, high + margin
+
+
+def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
+    """Return the positions nearest to the wanted ones, in their order, that are ``gap`` apart and start in
+    [low, high].
+
+    >>> [round(y, 2) for y in spread([0.5, 0.52, 0.1], 0.1)]
+    [0.46, 0.56, 0.1]
+    """
+    # Least squares: after taking k · gap from the k-th, the positions need only not decrease, so neighbours
+    # that are out of order share their mean (isotonic regression by pooling adjacent violators).
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    pools: list[list[float]] = []
+    for k, i in enumerate(order):
+        pools.append([wanted[i] - k * gap])
+        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    ceiling = max(low, high - gap * (len(wanted) - 1))
+    flat = [min(max(_mean(pool), low), ceiling) for pool in pools for _ in pool]
+    placed = dict(zip(order, flat, strict=True))
+    return [placed[i] + order.index(i) * gap for i in range(len(wanted))]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def finish(ax: Axes, metric: Metric, labels: Sequence[Label] = ()) -> None:
+    """Name the y axis, and write the labels to the right of the axes, each at its value as far as there is
+    room."""
+    ax.set_ylabel(metric.label)
+    if metric.maximize:
+        ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
+    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.get_ylim()  # settles the limits, which the positions depend on
+    to_axes = ax.transData + ax.transAxes.inverted()
+    heights = [min(1.0, max(0.0, float(to_axes.transform((1.0, label.value))[1]))) for label in labels]
+    for label, start, height in zip(labels, heights, spread(heights, 0.058), strict=True):
+        ax.annotate(
+            label.text,
+            xy=(1.0, start),
+            xytext=(1.045, height),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            color=label.colour,
+            fontsize=8.5,
+            va="center",
+            annotation_clip=False,
+            arrowprops={
+                "arrowstyle": "-",
+                "color": label.colour,
+                "linewidth": 0.7,
+                "shrinkA": 1,
+                "shrinkB": 0,
+                "relpos": (0, 0.5),
+            },
+        )
+
+
+def legend_of_bits(ax: Axes, bits: Iterable[int], extra: Sequence[Line2D] = ()) -> None:
+    """Explain the markers above the axes, where there is no data."""
+    names = {bit: "float32" if bit == 32 else f"{bit} bits" for bit in sorted(bits, reverse=True)}
+    handles = [
+        Line2D([], [], linestyle="", marker=BIT_MARKERS.get(bit, "o"), color=GREY, label=name)
+        for bit, name in names.items()
+    ]
+    ax.legend(
+        handles=[*handles, *extra],
+        frameon=False,
+        fontsize=8.5,
+        ncols=len(handles) + len(extra),
+        columnspacing=1.2,
+        handletextpad=0.3,
+        loc="lower left",
+        bbox_to_anchor=(0.0, 1.0),
+        borderaxespad=0.1,
+    )
+
+
+def method_line(ax: Axes, methods: Sequence[str]) -> None:
+    """Name the colours in a second legend below the x label."""
+    first = ax.get_legend()
+    handles = [
+        Line2D([], [], linestyle="", marker="o", color=METHOD_COLOURS[name], label=METHOD_NAMES[name])
+        for name in methods
+    ]
+    ax.legend(
+        handles=handles,
+        frameon=False,
+        fontsize=8.5,
+        ncols=4,
+        loc="upper left",
+        bbox_to_anchor=(0.0, -0.14),
+        columnspacing=1.2,
+        handletextpad=0.2,
+        borderaxespad=0.0,
+    )
+    if first is not None:
+        ax.add_artist(first)

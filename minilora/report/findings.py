@@ -1,0 +1,164 @@
+"""What the rows show, as sentences: paired differences between settings, and whether they exceed the noise
+between seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+from minilora.config import ADAPTERS
+from minilora.report.labels import Metric, main_metrics, setting_name, variant_columns
+from minilora.report.series import MIB, deployed_pairs
+from minilora.report.statistics import mean_interval, paired_difference
+from minilora.sweep.results import Row, successful
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def findings(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Metric], list[str]]:
+    """Return, by task and metric, sentences about the base, rank, bits, deployment and memory; only what the
+    rows can support.
+
+    A difference is called clear when its 95 % t-interval over at least three paired seeds leaves out zero.
+    Settings that occur in several variants (two learning rates, two group sizes …) are left to the table.
+    """
+    rows = successful(rows)
+    found: dict[tuple[str, Metric], list[str]] = {}
+    for task in sorted({row["task"] for row in rows}):
+        here = [row for row in rows if row["task"] == task]
+        if variant_columns(here):
+            continue
+        metrics = main_metrics(here, task)
+        for metric in metrics:
+            told = [
+                _base(here, metric),
+                *_against_full(here, metric),
+                *_rank(here, metric),
+                *_bits(here, metric),
+            ]
+            told += _deployed(here, metric, task)
+            found[task, metric] = [sentence for sentence in told if sentence]
+        found[task, metrics[-1]] += _memory(here)
+    return {case: sentences for case, sentences in found.items() if sentences}
+
+
+def compare(a: Rows, b: Rows, metric: Metric, column: str | None = None) -> str:
+    """Return ``a`` against ``b`` in words: the difference, its interval, and whether it is clear."""
+    column = column or metric.column
+    difference = paired_difference(a, b, column)
+    text = metric.text(difference.mean, signed=True).replace(" %", " points")
+    if all(float(metric.text(x, signed=True).split()[0]) == 0 for x in difference[:3] if x == x):
+        return "no difference in the digits shown"
+    if len(difference.seeds) < 3:
+        return f"{text} ({len(difference.seeds)} seed{'s' * (len(difference.seeds) > 1)}, no interval)"
+    low, high = (metric.text(end, signed=True).replace(" %", "") for end in (difference.low, difference.high))
+    clear = difference.low > 0 or difference.high < 0
+    return f"{text} [{low}, {high}], {'clear' if clear else 'not told apart from the noise between seeds'}"
+
+
+def _mean(rows: Rows, metric: Metric, column: str | None = None) -> str:
+    return metric.text(mean_interval([row[column or metric.column] for row in rows]).mean)
+
+
+def _pick(rows: Rows, metric: Metric, **where: Any) -> list[Row]:
+    found = [dict(row) for row in rows if all(row.get(name) == value for name, value in where.items())]
+    return [row for row in found if row.get(metric.column) is not None]
+
+
+def _base(rows: Rows, metric: Metric) -> str:
+    base, full = _pick(rows, metric, method="base"), _pick(rows, metric, method="full")
+    if not (base and full):
+        return ""
+    return f"The base has {_mean(base, metric)}, full fine-tuning {_mean(full, metric)}."
+
+
+def _against_full(rows: Rows, metric: Metric) -> list[str]:
+    full = _pick(rows, metric, method="full")
+    sentences = []
+    for method in ADAPTERS:
+        mine = _pick(rows, metric, method=method)
+        if not (mine and full):
+            continue
+        bits = (
+            32
+            if method == "lora"
+            else 4
+            if any(row["bits"] == 4 for row in mine)
+            else max(row["bits"] for row in mine)
+        )
+        r = (
+            8
+            if any((row["r"], row["bits"]) == (8, bits) for row in mine)
+            else min(row["r"] for row in mine if row["bits"] == bits)
+        )
+        chosen = _pick(mine, metric, r=r, bits=bits)
+        share = 100 * chosen[0]["trainable_params"] / full[0]["trainable_params"]
+        sentences.append(
+            f"{setting_name(chosen[0], rank=True)} against full fine-tuning, with {share:.1f} % of its trainable parameters: "
+            f"{compare(chosen, full, metric)}."
+        )
+    return sentences
+
+
+def _rank(rows: Rows, metric: Metric) -> list[str]:
+    sentences = []
+    for method in ADAPTERS:
+        mine = _pick(rows, metric, method=method)
+        for bits in sorted({row["bits"] for row in mine}, reverse=True):
+            ranks = sorted({row["r"] for row in mine if row["bits"] == bits})
+            if len(ranks) > 1:
+                low, high = (_pick(mine, metric, bits=bits, r=r) for r in (ranks[0], ranks[-1]))
+                sentences.append(
+                    f"{setting_name(low[0])}, from r = {ranks[0]} to r = {ranks[-1]}: {compare(high, low, metric)}."
+                )
+    return sentences
+
+
+def _bits(rows: Rows, metric: Metric) -> list[str]:
+    sentences = []
+    for method in ("qlora", "qalora"):
+        mine = _pick(rows, metric, method=method)
+        for r in sorted({row["r"] for row in mine}):
+            widths = sorted({row["bits"] for row in mine if row["r"] == r})
+            for less, more in reversed(list(pairwise(widths))):
+                low, high = (_pick(mine, metric, r=r, bits=bits) for bits in (less, more))
+                name = setting_name({**low[0], "bits": 32}, rank=True)
+                sentences.append(f"{name}, from {more} to {less} bits: {compare(low, high, metric)}.")
+    return sentences
+
+
+def _deployed(rows: Rows, metric: Metric, task: str) -> list[str]:
+    sentences = []
+    for pair in deployed_pairs(rows, metric.column, task):
+        if pair["bits"] == 32:
+            continue
+        mine = _pick(rows, metric, method=pair["method"], bits=pair["bits"], r=pair["r"])
+        after = [row | {metric.column: row[f"deployed_{metric.column}"]} for row in mine]
+        sentences.append(
+            f"{setting_name(mine[0], rank=True)}, deployed against with its adapter: {compare(after, mine, metric)}."
+        )
+    return sentences
+
+
+def _memory(rows: Rows) -> list[str]:
+    """Return the memory of training: what the frozen base, and what training itself, take less than full
+    fine-tuning."""
+    kept = ("bytes_weights", "bytes_scales_offsets", "bytes_code_maps")
+    added = ("bytes_adapters", "bytes_gradients", "bytes_optimizer", "bytes_activations")
+
+    def total(row: Mapping[str, Any], columns: Sequence[str]) -> float:
+        return sum(row.get(column) or 0 for column in columns) / MIB
+
+    full = [row for row in rows if row["method"] == "full" and row.get("bytes_weights") is not None]
+    sentences = []
+    for method in ADAPTERS:
+        mine = [row for row in rows if row["method"] == method and row.get("bytes_weights") is not None]
+        if not (mine and full):
+            continue
+        row = min(mine, key=lambda row: (abs(row["r"] - 8), abs(row["bits"] - 4)))
+        sentences.append(
+            f"{setting_name(row, rank=True)} holds {total(row, kept):.1f} MiB of frozen weights and {total(row, added):.1f} MiB "
+            f"for training; full fine-tuning {total(full[0], kept):.1f} and {total(full[0], added):.1f} MiB."
+        )
+    return sentences

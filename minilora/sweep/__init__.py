@@ -1,0 +1,1 @@
+"""Runs in, rows out: settings, the grid, workers and results."""
