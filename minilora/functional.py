@@ -286,3 +286,26 @@ def group_repeat(dy: Array, g: int) -> Array:
     """The backward of :func:`group_sum`: each member of a group gets the group's gradient, (…, in/g) → (…,
     in)."""
     return dy if g == 1 else np.repeat(dy, g, axis=-1)
+
+
+def adamw(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    t: int,
+) -> None:
+    """Take step t = 1, 2, … of AdamW (arXiv 1711.05101, Algorithm 2); p, m and v are updated in place.
+
+    Shapes: all of p, its gradient g, and the running means m of g and v of g² are alike.
+    """
+    m[...] = beta1 * m + (1 - beta1) * g
+    v[...] = beta2 * v + (1 - beta2) * g * g
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    p -= lr * (m_hat / (np.sqrt(v_hat) + eps) + weight_decay * p)

@@ -11,8 +11,28 @@ from minilora.kernels.jit import kernel
 Array = np.ndarray
 
 
-@kernel
 def adamw(
+    p: Array,
+    g: Array,
+    m: Array,
+    v: Array,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    t: int,
+) -> None:
+    """Do what `functional.adamw` does, for arrays (n,); the numbers take the arrays' dtype."""
+    one = p.dtype.type
+    rate = one(lr)
+    means = one(beta1), one(1 - beta1), one(beta2), one(1 - beta2)
+    correct_v, step = one(1 - beta2**t), rate / one(1 - beta1**t)
+    _update(g, *means, correct_v, one(eps), step, rate * one(weight_decay), p, m, v)
+
+
+@kernel
+def _update(
     g: Array,
     beta1: Any,
     rest1: Any,
@@ -26,7 +46,7 @@ def adamw(
     m: Array,
     v: Array,
 ) -> None:
-    """Move p, m and v, all (n,), in one pass over memory; the numbers are those of ``_Numbers``."""
+    """Move p, m and v in one pass; a float64 among the numbers would make float64 of all."""
     for i in range(p.size):
         m[i] = beta1 * m[i] + rest1 * g[i]
         v[i] = beta2 * v[i] + rest2 * g[i] * g[i]

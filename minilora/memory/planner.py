@@ -39,7 +39,7 @@ from minilora.memory.twin import (
     shape_batch,
     tile_bytes,
 )
-from minilora.training.optimizers import state_bytes, state_layout
+from minilora.training.states import state_bytes, state_layout
 from minilora.transformer import Transformer, parameter_shapes
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
