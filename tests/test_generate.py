@@ -11,8 +11,8 @@ from minilora import decoding_plan, generation
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
 from minilora.generation import decode, generate, prefill, stream
+from minilora.injection import inject_lora
 from minilora.kv_cache import KVCache
-from minilora.lora import inject_lora
 from minilora.quant.model import quantize_model
 from minilora.sampling import sample
 from minilora.threads import Workers

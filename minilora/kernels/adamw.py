@@ -11,24 +11,13 @@ from minilora.kernels.jit import kernel
 Array = np.ndarray
 
 
-def adamw(
-    p: Array,
-    g: Array,
-    m: Array,
-    v: Array,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    t: int,
-) -> None:
-    """Do what `functional.adamw` does, for arrays (n,); the numbers take the arrays' dtype."""
+def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
+    """Do what `functional.adamw` does, for arrays (n,) of one dtype, which all numbers take too."""
     one = p.dtype.type
     rate = one(lr)
-    means = one(beta1), one(1 - beta1), one(beta2), one(1 - beta2)
-    correct_v, step = one(1 - beta2**t), rate / one(1 - beta1**t)
-    _update(g, *means, correct_v, one(eps), step, rate * one(weight_decay), p, m, v)
+    means = one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2)
+    correct_v, step = one(1 - c.beta2**t), rate / one(1 - c.beta1**t)
+    _update(g, *means, correct_v, one(c.eps), step, rate * one(c.weight_decay), p, m, v)
 
 
 @kernel

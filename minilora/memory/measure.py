@@ -25,8 +25,8 @@ from minilora.quant import weights
 from minilora.quant.packed import reserve_tile
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads
-from minilora.training.shards import split_batch
 from minilora.training.optimizers import Optimizer, clip_, make_optimizer
+from minilora.training.shards import split_batch
 from minilora.training.states import state_maps
 from minilora.transformer import Transformer
 

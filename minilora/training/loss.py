@@ -32,8 +32,8 @@ def shard_loss(
     With `grads` the backward pass follows, which adds to them. Only hidden states whose target counts reach
     the head. The other arguments are those of `loss_and_grads`.
     """
-    keep = grads is not None
-    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments, keep=keep)  # (B, T, C)
+    wanted = grads is not None
+    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments, with_cache=wanted)  # (B, T, C)
     rows = np.flatnonzero(batch.mask)
     targets = batch.targets.reshape(-1)[rows]
     flat = hidden.reshape(-1, hidden.shape[-1])

@@ -65,7 +65,7 @@ class AdamW:
             for where in pieces(p.data.size):
                 x, g = piece(p.data, where), piece(grads[p], where)
                 m_piece, v_piece = m.read(where), v.read(where)
-                update(x, g, m_piece, v_piece, rate, c.beta1, c.beta2, c.eps, c.weight_decay, t)
+                update(x, g, m_piece, v_piece, t, rate, c)
                 put_piece(p.data, where, x)
                 m.write(where, m_piece)
                 v.write(where, v_piece)
@@ -76,7 +76,7 @@ class AdamW:
 
 
 def _adamw() -> Callable[..., None]:
-    """Return the six lines of `functional`, or the kernel that does them in one pass over memory."""
+    """Return `functional.adamw`, or the kernel that does the same in one pass over memory."""
     if is_plain():
         return functional.adamw
     from minilora.kernels.adamw import adamw
