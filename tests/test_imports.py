@@ -20,12 +20,13 @@ FILES = {
 
 # module (or package) → what of minilora it may import; itself is always allowed
 LAYERS = {"config", "functional", "kernels", "threads", "layers", "quant"}
-MODELS = LAYERS | {"transformer", "lora", "variants", "merging"}
+MODELS = LAYERS | {"transformer", "lora", "variants", "merging", "tables"}
 ALLOWED = {
     "config": set(),
     "functional": set(),  # knows nobody
     "kernels": {"functional"},  # everything compiled
     "threads": set(),
+    "tables": set(),
     "quant.codebooks": {"config"},
     "quant.reference": {"config"},
     "quant": {"config", "kernels"},
