@@ -282,8 +282,8 @@ def test_a_checkpointed_block_computes_the_same_cache_again(make):
 
 
 def restored(block, cache, rope, key=None, segments=None):
-    x, mixed, qkv = block.checkpoint(cache)
-    return block.restore_attention(x, qkv, rope, key, segments), block.restore_mlp(mixed, key)
+    kept = block.checkpoint(cache)
+    return block.restore_attention(kept, rope, key, segments), block.restore_mlp(kept, key)
 
 
 def adapt_all(**options):
@@ -310,5 +310,5 @@ def test_frozen_and_full_linears_keep_the_same_without_the_product():
     for model in (make_model(GQA), make_model(GQA, trainable=False)):
         linear = model.blocks[0].mlp.down_proj
         x = np.ones((3, 20))
-        (_, expected), found = linear.forward(x), linear.keep(x)
+        (_, expected), found = linear.forward(x), linear.cache_of(x)
         assert len(found) == len(expected) == linear.weight.trainable and all(a is x for a in found)

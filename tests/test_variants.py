@@ -44,7 +44,8 @@ def dora(quant=None, dtype=np.float64, seed=1):
 def explicit(layer, x):
     """y = x W'ᵀ with W' = m ∘ (W + sBA)/‖W + sBA‖, by the definition."""
     whole = (
-        layer.base.weight.dense().astype(np.float64) + layer.lora.scaling * layer.lora.lora_B.data @ layer.lora.lora_A.data
+        layer.base.weight.dense().astype(np.float64)
+        + layer.lora.scaling * layer.lora.lora_B.data @ layer.lora.lora_A.data
     )
     return x @ (layer.magnitude.data[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)).T
 

@@ -15,9 +15,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from minilora.layers import Adapter, DenseWeight, Parameter
 from minilora.memory.counting import adapter_parameters, buffer_of, format_bytes
-from minilora.memory.shapes import Buffer
+from minilora.memory.shapes import Buffer, ShapeArray
 from minilora.transformer import Transformer
 
 HELD = {
@@ -298,7 +300,7 @@ def held_entries(
     for _, linear in model.linears():
         if isinstance(linear, Adapter):
             for name, value in vars(linear).items():
-                if hasattr(value, "dtype") and hasattr(value, "strides"):
+                if isinstance(value, np.ndarray | ShapeArray):
                     add("adapters", linear.name, ADAPTER_ARRAYS.get(name, name), value)
     for array in maps:
         add("code maps", "shared", "of 8-bit states", array)

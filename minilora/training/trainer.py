@@ -25,6 +25,7 @@ from minilora.training.loss import evaluate, find_nonfinite, loss_and_grads
 from minilora.training.optimizers import clip_, learning_rate, make_optimizer
 from minilora.training.states import hand_back, piece, pieces
 from minilora.transformer import Transformer
+from minilora.variants import warn_if_it_cannot_train
 
 CHECKPOINT = "checkpoint.safetensors"
 RECORDED = (
@@ -87,6 +88,8 @@ class Trainer:
             raise ValueError(
                 "model: nothing is trainable; use full(model), subset(model, ...) or inject_lora(model, ...)"
             )
+        for _, linear in model.linears():
+            warn_if_it_cannot_train(linear)
         if task.n_train < 1:
             raise ValueError(f"task={task.name!r}: has no training examples")
         self.model, self.task, self.config = model, task, config
