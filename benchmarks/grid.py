@@ -134,12 +134,12 @@ def shared(size: str) -> tuple[dict[str, np.ndarray], Text]:
 def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     """One run with minilora: the row of ``run_sweep``."""
     # imported here, as the peers are in ``peer``: no process loads what the other side needs
+    from minilora.building import build_model
     from minilora.config import LoraConfig, QuantConfig
     from minilora.injection import inject_lora
     from minilora.quant.model import quantize_model
     from minilora.training.loss import evaluate
     from minilora.training.trainer import Trainer
-    from minilora.transformer import build_model
 
     weights, task = shared(run.size)
     base = build_model(workload.SIZES[run.size].config, weights)

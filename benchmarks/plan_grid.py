@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import init_model
 from minilora.config import ModelConfig, TrainConfig, expand_modules
 from minilora.data.tasks import Batch
 from minilora.injection import full, inject_lora, subset
 from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan, published
 from minilora.memory.ledger import HELD
 from minilora.quant.model import quantize_model
-from minilora.transformer import Transformer, init_model
+from minilora.transformer import Transformer
 
 CASES = 112
 LEAST, SHARE = (

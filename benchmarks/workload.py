@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from minilora.building import parameter_shapes
 from minilora.config import LINEAR_MODULES, ModelConfig
-from minilora.transformer import parameter_shapes
 
 METHODS = ("full", "lora", "qlora", "qalora")
 R, ALPHA, GROUP_SIZE = 8, 16.0, 32

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from minilora.functional import flat
-from minilora.layers import Adapter, Array, Cache, Gradients, Key, Linear, Parameter
+from minilora.layers import Adapter, Array, Cache, Key, Linear
+from minilora.parameters import Gradients, Parameter
 
 
 class LoraFALinear(Adapter):

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.layers import Adapter, AnyLinear, DenseWeight, Linear, Parameter
+from minilora.layers import Adapter, AnyLinear, Linear
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import single_blas
 from minilora.variants import adapt, warn_if_it_cannot_train

@@ -19,7 +19,8 @@ import numpy as np
 
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
 from minilora.config import LoraConfig, require
-from minilora.layers import Adapter, Array, Gradients, Key, Linear, Parameter
+from minilora.layers import Adapter, Array, Key, Linear
+from minilora.parameters import Gradients, Parameter
 
 
 class LoraCache(NamedTuple):

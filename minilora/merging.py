@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Adapter, AnyLinear, Array, DenseWeight, Linear, Parameter, Weight
+from minilora.layers import Adapter, AnyLinear, Array, Linear
+from minilora.parameters import DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import quantize_weight

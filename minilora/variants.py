@@ -14,8 +14,9 @@ import numpy as np
 
 from minilora import kernels as F
 from minilora.config import ConfigError, LoraConfig, QuantConfig, require
-from minilora.layers import Adapter, Array, DenseWeight, Gradients, Key, Linear, Parameter, Weight
+from minilora.layers import Adapter, Array, Key, Linear
 from minilora.lora import LoraCache, LoraLinear
+from minilora.parameters import DenseWeight, Gradients, Parameter, Weight
 from minilora.quant.weights import quantize_weight
 
 # --- DoRA --------------------------------------------------------------------------------------------------
@@ -186,7 +187,7 @@ def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
 def loftq(
     w: Array, r: int, scaling: float, quantize: Callable[[Array], Any], steps: int = 1
 ) -> tuple[Any, Array, Array]:
-    """Return (quantized weight, A, B) with Q + s·B A ≈ W: A and B start as the best fit of the rounding error.
+    """Return (quantized weight, A, B) with Q + s·B A ≈ W: A and B start as a fit of the rounding error.
 
     for t in 1 … steps:  Q = quantize(W − s·B A);  s·B A = svd_r(W − Q)    LoftQ (arXiv 2310.08659, Alg. 1)
 
@@ -205,7 +206,8 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
     if not isinstance(base.weight, DenseWeight):
         raise ConfigError(
             f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and "
-            "this start needs the weight in full precision; inject into the dense model and pass quant=QuantConfig(…)"
+            "this start needs the weight in full precision; inject into the dense model and pass "
+            "quant=QuantConfig(…)"
         )
     w, name = base.weight.dense(), base.name
     if config.init_lora_weights == "loftq":

@@ -32,18 +32,18 @@ from benchmarks.__main__ import Options, run
 from benchmarks.ours import Ours
 from benchmarks.smollm2_ours import OursGGUF
 from minilora import functional
+from minilora.building import build_model, parameter_shapes
 from minilora.config import LoraConfig, ModelConfig
 from minilora.formats.files import FileError
 from minilora.formats.gguf import write_gguf
 from minilora.formats.llama_gguf import gguf_name
 from minilora.injection import inject_lora
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import CodebookWeight
 from minilora.sweep.runner import SweepConfig, expand
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import build_model, parameter_shapes
 
 
 def test_our_side_alone_writes_json_and_page_and_keeps_other_parts(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from minilora.formats import gguf as ours
 from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile, TensorInfo, write_gguf
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.blocks import BlockWeight
 
 # ---- an independent little writer: everything is bytes, so that a test can put in what no writer would

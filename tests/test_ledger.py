@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from helpers import CONFIGS, make_model, random_batch
 
+from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.injection import full, inject_lora, subset
@@ -27,7 +28,6 @@ from minilora.quant.packed import _scratch
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import make_optimizer
-from minilora.transformer import init_model
 from minilora.variants import DoraLinear
 
 SMALL = ModelConfig(

@@ -18,7 +18,7 @@ from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
 from minilora.injection import full
 from minilora.kernels import codes as kernels
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
 from minilora.quant.weights import dynamic_decode, dynamic_encode
 from minilora.training.optimizers import AdamW, make_optimizer, state_bytes

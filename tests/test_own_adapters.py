@@ -22,10 +22,10 @@ from helpers import (
 import minilora
 from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
 from minilora.injection import inject, inject_lora
-from minilora.layers import Gradients
 from minilora.lora import LoraLinear
 from minilora.memory import arrays_in, count_parameters, measure, model_bytes, unique_bytes
 from minilora.merging import merge
+from minilora.parameters import Gradients
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
 from minilora.training.trainer import Trainer

@@ -15,7 +15,7 @@ from minilora import functional, kernels
 from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.generation import generate
 from minilora.injection import full, inject_lora
-from minilora.layers import Gradients
+from minilora.parameters import Gradients
 from minilora.quant import BlockWeight
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import quantize_weight
@@ -44,7 +44,7 @@ METHODS = {
     "qlora": lambda: adapted(NF4),
     "qlora nf2": lambda: adapted(QuantConfig("nf2", 32, double_quant=False)),
     "qalora": lambda: adapted(INT4, use_qalora=True),
-    "qalora 3 bits": lambda: adapted(QuantConfig("int3", group_size=8), use_qalora=True),
+    "qalora 3 bits": lambda: adapted(QuantConfig("int3", group_size=4), use_qalora=True),
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -74,16 +74,17 @@ def test_loss_and_gradients_agree_to_rounding(method):
 
 
 @every_method
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_training_agrees_to_rounding(method, optimizer):
-    config = TrainConfig(steps=8, batch_size=6, learning_rate=1e-3, warmup_steps=0, optimizer=optimizer)
+    # A step of AdamW is lr·m/(√v + eps). With this eps a gradient's rounding δ moves it by lr·δ/eps at most,
+    # also where the gradient is no larger than its rounding: 8 steps add up to less than δ itself.
+    settings = {"eps": 1e-2, "learning_rate": 1e-3, "optimizer": optimizer}
+    config = TrainConfig(steps=8, batch_size=6, warmup_steps=0, **settings)
     compiled = [s["loss"] for s in Trainer(METHODS[method](), FakeTask(), config).train().steps]
     with minilora.plain():
         plain = [s["loss"] for s in Trainer(METHODS[method](), FakeTask(), config).train().steps]
-    # AdamW divides by √v: where a gradient is as small as its rounding, its step may point the other way. So a
-    # step may move the loss by lr · Σ|g|, a thousandth of it here, for as many parameters as are that small.
-    assert plain == pytest.approx(compiled, rel=20 * RTOL)
-    assert plain != [plain[0]] * len(plain)
+    assert plain == pytest.approx(compiled, rel=2 * RTOL)
+    assert len(set(plain)) == 8
 
 
 @every_method

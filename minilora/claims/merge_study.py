@@ -30,9 +30,10 @@ from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
-from minilora.layers import Adapter, DenseWeight, Linear, Parameter
+from minilora.layers import Adapter, Linear
 from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.report.statistics import mean_interval
 from minilora.sweep.run import build, calibration, environment, make_run_task, requantize

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from minilora.building import parameter_shapes
 from minilora.config import TINY, ModelConfig
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import VOCAB_SIZE, ByteTokenizer, Tokenizer
@@ -18,7 +19,7 @@ from minilora.formats.huggingface import CONFIG, load_huggingface
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_config, load_gguf
 from minilora.quant.blocks import BLOCK_BYTES
-from minilora.transformer import Transformer, parameter_shapes
+from minilora.transformer import Transformer
 
 
 @dataclass(frozen=True, eq=False)

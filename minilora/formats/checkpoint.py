@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ModelConfig, require_in
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.quant.packed import unpacked
 from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 
 
 def save_model(

@@ -24,7 +24,7 @@ import numpy as np
 
 from minilora.config import require
 from minilora.formats.files import FileError, atomic
-from minilora.layers import DenseWeight, Parameter
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 

@@ -24,6 +24,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import require, require_in
 from minilora.formats import bitsandbytes
 from minilora.formats import gptq_words as gptq
@@ -39,9 +40,9 @@ from minilora.formats.files import (
     write_tensors,
 )
 from minilora.formats.huggingface_config import Quantization, read_config, read_quantization, settings_of
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.weights import AffineWeight, CodebookWeight
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 

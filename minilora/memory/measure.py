@@ -14,13 +14,13 @@ from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
 from minilora.memory.planner import SAME, with_update
 from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import tile_bytes, twin_of
+from minilora.parameters import Gradients
 from minilora.quant import weights
 from minilora.quant.packed import reserve_tile
 from minilora.threads import Workers, single_blas

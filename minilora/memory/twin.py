@@ -16,17 +16,19 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
 from minilora.kernels import block_vectors as blocks_simd
 from minilora.kernels import codes as kernels
-from minilora.layers import Adapter, Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Adapter, Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.packed import PackedWeight, in_vectors
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 from minilora.variants import lora_of
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}

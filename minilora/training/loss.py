@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from minilora import kernels as F
 from minilora.data.tasks import Batch
-from minilora.layers import Array, Gradients, Key, Parameter
+from minilora.layers import Array, Key
+from minilora.parameters import Gradients, Parameter
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 

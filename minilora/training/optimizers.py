@@ -11,7 +11,8 @@ import numpy as np
 
 from minilora.config import OPTIMIZERS, TrainConfig, require
 from minilora.kernels.adamw import adamw
-from minilora.layers import Array, Gradients, Parameter
+from minilora.layers import Array
+from minilora.parameters import Gradients, Parameter
 from minilora.quant.codebooks import dynamic_map
 from minilora.threads import Workers
 from minilora.training.states import (

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import minilora
+from minilora.building import init_model
 from minilora.config import ModelConfig, PretrainConfig, require
 from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
@@ -18,7 +19,6 @@ from minilora.threads import Workers, available_threads
 from minilora.training.induction import start_with_induction
 from minilora.training.loss import evaluate
 from minilora.training.trainer import CHECKPOINT, Trainer
-from minilora.transformer import init_model
 
 
 class RowsTask:
