@@ -34,7 +34,7 @@ from benchmarks.smollm2_ours import OursGGUF
 from minilora import functional
 from minilora.config import LoraConfig, ModelConfig
 from minilora.formats.files import FileError
-from minilora.formats.gguf import write_gguf
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import gguf_name
 from minilora.layers import DenseWeight
 from minilora.lora import inject_lora

@@ -15,7 +15,8 @@ from helpers import weights
 from minilora.config import ConfigError, LoraConfig, ModelConfig
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError
-from minilora.formats.gguf import GGUFFile, write_gguf
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
 from minilora.layers import DenseWeight, Linear, Parameter
 from minilora.lora import inject_lora
