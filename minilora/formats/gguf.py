@@ -30,7 +30,7 @@ from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 MAX_HEADER = 64 * 2**20
 """Most bytes of metadata and tensor infos; a vocabulary of 2^18 tokens with as many merges takes 18 MiB."""
 MAX_STRINGS, MAX_ARRAYS = 2**21, 2**12
-"""Most strings and arrays in the metadata; an empty array takes 50 times its bytes once it is a Python list."""
+"""Most strings and arrays in the metadata; in memory an empty array takes 50 times its bytes in the file."""
 MAX_ENTRIES = 2**16
 """Most metadata entries, and most tensors."""
 MAX_DEPTH = 4
