@@ -43,7 +43,7 @@ _EXPORTS = {
     "load_huggingface": "formats.huggingface",
     "save_huggingface": "formats.huggingface",
     "GGUFFile": "formats.gguf",
-    "write_gguf": "formats.gguf",
+    "write_gguf": "formats.gguf_writer",
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
     "Trainer": "training.trainer",

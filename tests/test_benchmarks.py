@@ -35,7 +35,7 @@ from minilora import functional
 from minilora.building import build_model, parameter_shapes
 from minilora.config import LoraConfig, ModelConfig
 from minilora.formats.files import FileError
-from minilora.formats.gguf import write_gguf
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import gguf_name
 from minilora.injection import inject_lora
 from minilora.parameters import DenseWeight

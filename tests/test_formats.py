@@ -590,8 +590,8 @@ def test_json_that_says_something_twice_or_is_too_long_is_refused(tmp_path):
     with pytest.raises(FileError, match="a name comes twice"):
         read_json(tmp_path / "f.json")
     (tmp_path / "f.json").write_text('{"r": 1}' + " " * 100)
-    with pytest.raises(FileError, match="has 108 bytes, such a file is read up to 50"):
-        read_json(tmp_path / "f.json", longest=50)
+    with pytest.raises(FileError, match="has 108 bytes, at most 50 are read"):
+        read_json(tmp_path / "f.json", max_bytes=50)
 
 
 Q = "model.layers.0.self_attn.q_proj"

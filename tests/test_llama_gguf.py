@@ -16,7 +16,8 @@ from minilora.building import build_model
 from minilora.config import ConfigError, LoraConfig, ModelConfig
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError
-from minilora.formats.gguf import GGUFFile, write_gguf
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
 from minilora.injection import inject_lora
 from minilora.layers import Linear
