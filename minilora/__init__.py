@@ -11,7 +11,7 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> module: loaded on first use, so that `import minilora` costs nothing
+# name -> module, loaded on first use: `import minilora` itself loads no NumPy
 _EXPORTS = {
     "LoraConfig": "config",
     "ModelConfig": "config",
@@ -24,7 +24,10 @@ _EXPORTS = {
     "gradcheck": "training.gradcheck",
     "full": "lora",
     "subset": "lora",
+    "LoraLinear": "lora",
+    "inject": "lora",
     "inject_lora": "lora",
+    "plain": "kernels.plain",
     "quantize_model": "quant.model",
     "merge": "merging",
     "merge_errors": "merging",
@@ -44,6 +47,9 @@ _EXPORTS = {
     "save_adapter": "formats.peft",
     "Trainer": "training.trainer",
     "evaluate": "training.loss",
+    "RunConfig": "sweep.settings",
+    "SweepConfig": "sweep.grid",
+    "run_sweep": "sweep.runner",
     "make_task": "data.tasks",
     "encode": "data.tokenizer",
     "decode": "data.tokenizer",
@@ -52,10 +58,13 @@ _EXPORTS = {
     "trainable_line": "memory",
     "format_bytes": "memory",
 }
-__all__ = ["__version__", *_EXPORTS]
+_PACKAGES = ("memory",)
+__all__ = ["__version__", *_EXPORTS, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"minilora.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
     return getattr(import_module(f"minilora.{_EXPORTS[name]}"), name)
