@@ -20,8 +20,8 @@ from helpers import (
 )
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
+from minilora.injection import full, inject_lora, subset
 from minilora.layers import Block, Gradients, Parameter
-from minilora.lora import full, inject_lora, subset
 from minilora.memory import arrays_in, unique_bytes
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck

@@ -9,15 +9,17 @@ from helpers import GQA, adapters, assert_close, fill_adapters, make_linear, mak
 from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
-from minilora.initial import loftq, low_rank, pissa
+from minilora.injection import inject_lora
 from minilora.layers import Gradients, Linear
-from minilora.lora import LoraLinear, inject_lora
+from minilora.lora import LoraLinear
 from minilora.memory import count_parameters, model_bytes
 from minilora.merging import merge, merge_linear
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
+from minilora.variants import loftq, pissa
+from minilora.variants import svd_factors as low_rank
 
 IDS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 RNG = np.random.default_rng

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
+from minilora.kernels import BLAS_ROWS, LowRank, linear_dx, linear_forward
 from minilora.kernels import codes as kernels
 from minilora.kernels import codes_vectors as simd
-from minilora.kernels.gemm import FEW, LowRank, product, product_t
 from minilora.quant import codebooks
 
 Array = NDArray[Any]
@@ -79,6 +79,13 @@ def in_vectors(bits: int, width: int, block_size: int) -> bool:
     return bits == 4 and width % 32 == 0 and block_size % 32 == 0 and simd.available()
 
 
+def flat_rows(low_rank: LowRank | Array | None) -> LowRank | None:
+    """Return the factors with one row for each position, or None if there are no factors."""
+    if not isinstance(low_rank, LowRank):
+        return None
+    return low_rank._replace(h=low_rank.h.reshape(-1, low_rank.h.shape[-1]))
+
+
 class PackedWeight(ABC):
     """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64
     input).
@@ -98,40 +105,46 @@ class PackedWeight(ABC):
 
     # ---- products
 
-    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
-        """Return x Wᵀ, with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: x (…, in), h (…, r), b (out, r) -> (…,
-        out).
+    offset_group = 0
+    """Inputs that share one float offset, into which QA-LoRA merges; 0 without such offsets."""
+
+    def matmul(self, x: Array, low_rank: LowRank | Array | None = None) -> Array:
+        """Return x Wᵀ + low_rank: x (…, in) → (…, out).
 
         A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
-        if path:
-            path = path[0].reshape(len(x2), -1), *path[1:]
+        factors = flat_rows(low_rank)
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
-            self._multiply_few(
-                np.array(x2, order="C"), y
-            )  # contiguous and writable: the one signature of the kernel
-            if path:
-                y += (path[2] * path[0]) @ path[1].T
+            # contiguous and writable: the one signature of the kernel
+            self._multiply_few(np.array(x2, order="C"), y)
+            if factors:
+                y += (factors.s * factors.h) @ factors.b.T
         else:
             for first, last in self._tiles(TILE):
-                part = (path[0], path[1][first:last], path[2]) if path else None
-                product(x2, self._decode(first, last), part, out=y, column=first)
-        return y.reshape(*x.shape[:-1], out_features)
+                part = factors._replace(b=factors.b[first:last]) if factors else None
+                linear_forward(x2, self._decode(first, last), part, out=y, column=first)
+        y = y.reshape(*x.shape[:-1], out_features)
+        if low_rank is not None and factors is None:
+            y += low_rank
+        return y
 
-    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in).
-        Added to ``onto``."""
+    def matmul_t(
+        self, dy: Array, low_rank: LowRank | Array | None = None, onto: Array | None = None
+    ) -> Array:
+        """Return dy W + low_rank: dy (…, out) → (…, in), added to `onto` if that is given."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
-        if path:
-            path = path[0].reshape(len(dy2), -1), *path[1:]
+        factors = flat_rows(low_rank)
         dx: Any = None if onto is None else onto.reshape(-1, in_features)
         for first, last in self._tiles(TILE):
-            dx = product_t(dy2, self._decode(first, last), path if first == 0 else None, dx, first)
-        return dx.reshape(*dy.shape[:-1], in_features)
+            dx = linear_dx(dy2, self._decode(first, last), factors if first == 0 else None, dx, first)
+        dx = dx.reshape(*dy.shape[:-1], in_features)
+        if low_rank is not None and factors is None:
+            dx += low_rank
+        return dx
 
     def rows(self, ids: Array) -> Array:
         """Return rows of W as float32: ids (…) whole numbers -> (…, in). Each distinct row is decoded
@@ -262,7 +275,7 @@ class CodedWeight(PackedWeight):
 
     @property
     def _few(self) -> int:
-        return FEW if self._kernels is simd else 1
+        return BLAS_ROWS if self._kernels is simd else 1
 
     def _multiply_few(self, x: Array, out: Array) -> None:
         width = self.shape[1]
