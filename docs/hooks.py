@@ -20,7 +20,7 @@ PAGES = {  # file of the repository: page of the site
     "CONTRIBUTING.md": "contributing.md",
 }
 KERNELS = "minilora/kernels/README.md"
-NO_REFERENCE = ("kernels", "cli", "labs", "__main__")  # not called by users of the library
+NO_REFERENCE = ("kernels", "cli", "commands", "labs", "__main__")  # not called by users of the library
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -81,7 +81,8 @@ def relink(text: str, source: str, page: str) -> str:
             name = f"{name}/README.md" if f"{name}/README.md" in known else "docs/files.md"
         if name not in known:
             return match[0]
-        return f"{match[1]}{posixpath.relpath(known[name], posixpath.dirname(page) or '.')}{match[3] or ''}{match[4]}"
+        link = posixpath.relpath(known[name], posixpath.dirname(page) or ".")
+        return f"{match[1]}{link}{match[3] or ''}{match[4]}"
 
     return LINK.sub(change, text)
 
@@ -93,21 +94,20 @@ def reference() -> dict[str, str]:
         name = path.parts[0].removesuffix(".py")
         if name in NO_REFERENCE or name == "__init__":
             continue
-        module = ".".join(["minilora", *path.with_suffix("").parts]).removesuffix(".__init__")
-        start = f"# minilora.{name}\n"
-        if len(path.parts) > 1:
-            start += f"\n{caption(Path(name) / '__init__.py')}.\n"
-            if path.name == "__init__.py":
-                pages.setdefault(name, start)
-                continue
-        pages[name] = pages.get(name, start) + f"\n::: {module}\n"
+        module = ".".join(["minilora", *path.with_suffix("").parts])
+        if len(path.parts) == 1:
+            pages[name] = f"::: {module}\n    options:\n      heading_level: 1\n"
+        elif path.name == "__init__.py":
+            pages[name] = f"# minilora.{name}\n\n{caption(path)}.\n"
+        else:
+            pages[name] += f"\n::: {module}\n"
     return pages
 
 
 def names() -> str:
     """Return the table of what `import minilora` offers, each name linked to its description."""
-    import minilora
-
+    found = (PACKAGE / "__init__.py").read_text(encoding="utf-8")
+    exports = ast.literal_eval(re.search(r"^_EXPORTS = (\{.*?^\})", found, re.M | re.S)[1])  # type: ignore[index]
     lines = [
         "# API reference",
         "",
@@ -115,7 +115,7 @@ def names() -> str:
         "",
     ]
     lines += ["| name | module |", "|---|---|"]
-    for name, module in sorted(minilora._EXPORTS.items(), key=lambda item: (item[1], item[0])):
+    for name, module in sorted(exports.items(), key=lambda item: (item[1], item[0])):
         top = module.split(".")[0]
         shown = f"`{name}`" if top in NO_REFERENCE else f"[`{name}`]({top}.md)"
         lines.append(f"| {shown} | `minilora.{module}` |")
@@ -144,7 +144,7 @@ def on_files(files: Any, config: Any) -> Any:
         text = None
         if name in PAGES or (name.endswith(".md") and name.startswith("benchmarks/")):
             text = relink((ROOT / name).read_text(encoding="utf-8"), name, page)
-        elif name.endswith(".py"):
+        elif name.startswith("minilora/") and name.endswith(".py"):
             source = (ROOT / name).read_text(encoding="utf-8")
             text = f'---\nsearch:\n  exclude: true\n---\n# {name}\n\n````python linenums="1"\n{source}````\n'
         elif name.startswith(("benchmarks/", "notebooks/", "LICENSE", "CITATION")):
