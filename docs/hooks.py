@@ -21,6 +21,15 @@ PAGES = {  # file of the repository: page of the site
 }
 KERNELS = "minilora/kernels/README.md"
 NO_REFERENCE = ("kernels", "cli", "commands", "labs", "__main__")  # not called by users of the library
+SOURCE = """---
+search: {{exclude: true}}
+hide: [toc]
+---
+# {name}
+
+````python linenums="1"
+{source}````
+"""
 LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 
 
@@ -126,10 +135,8 @@ def names() -> str:
 def on_config(config: Any) -> Any:
     """Add the reference to the navigation."""
     pages = sorted(reference(), key=lambda name: ((PACKAGE / name).is_dir(), name))
-    config.nav = [
-        *config.nav,
-        {"API reference": ["reference/index.md", *(f"reference/{n}.md" for n in pages)]},
-    ]
+    listed = [{"Names at the top": "reference/index.md"}, *({name: f"reference/{name}.md"} for name in pages)]
+    config.nav = [*config.nav, {"API reference": listed}]
     return config
 
 
@@ -146,7 +153,7 @@ def on_files(files: Any, config: Any) -> Any:
             text = relink((ROOT / name).read_text(encoding="utf-8"), name, page)
         elif name.startswith("minilora/") and name.endswith(".py"):
             source = (ROOT / name).read_text(encoding="utf-8")
-            text = f'---\nsearch:\n  exclude: true\n---\n# {name}\n\n````python linenums="1"\n{source}````\n'
+            text = SOURCE.format(name=name, source=source)
         elif name.startswith(("benchmarks/", "notebooks/", "LICENSE", "CITATION")):
             add(page, abs_src_path=str(ROOT / name))
         if text is not None:
