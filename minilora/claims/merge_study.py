@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig
@@ -38,6 +39,7 @@ from minilora.quant.affine import AffineWeight
 from minilora.report.statistics import mean_interval
 from minilora.sweep.run import build, calibration, environment, make_run_task, requantize
 from minilora.sweep.settings import RunConfig
+from minilora.tables import markdown_table
 from minilora.threads import available_threads, single_blas
 from minilora.training.trainer import Trainer
 from minilora.transformer import Transformer
@@ -48,7 +50,7 @@ COLUMNS = {
     "loss": "loss",
     "kl": "KL to unmerged, nats",
     "logit_error": "largest logit error",
-    "bits": "bits a weight",
+    "bits": "bits per weight",
     "bytes": "bytes of the projections",
 }
 
@@ -143,8 +145,12 @@ def quants_to_compare(quant: QuantConfig, both: bool = True) -> list[QuantConfig
     ['int4, g = 32', 'int4, g = 32, gptq', 'int4, g = 32, whole zero points', 'int4, g = 32, whole zero
     points, gptq']
     """
-    found = [quant, *([replace(quant, quantizer="gptq")] if both else [])]
-    return found + ([replace(q, offset_dtype="zero") for q in found] if quant.affine else [])
+    found = [quant]
+    if both:
+        found.append(replace(quant, quantizer="gptq"))
+    if quant.affine:
+        found += [replace(q, offset_dtype="zero") for q in found]
+    return found
 
 
 def describe(quant: QuantConfig) -> str:
@@ -153,11 +159,12 @@ def describe(quant: QuantConfig) -> str:
     >>> describe(QuantConfig("int4")), describe(QuantConfig("nf4", quantizer="gptq"))
     ('int4, g = 32', 'nf4, block 64, gptq')
     """
-    words = f"{quant.quant_type}, " + (
-        f"g = {quant.group_size}" if quant.affine else f"block {quant.block_size}"
-    )
-    words += ", whole zero points" * (quant.offset_dtype == "zero")
-    return words + ("" if quant.quantizer == "rtn" else f", {quant.quantizer}")
+    words = [quant.quant_type, f"g = {quant.group_size}" if quant.affine else f"block {quant.block_size}"]
+    if quant.offset_dtype == "zero":
+        words.append("whole zero points")
+    if quant.quantizer != "rtn":
+        words.append(quant.quantizer)
+    return ", ".join(words)
 
 
 def format_merges(rows: Sequence[Row]) -> str:
@@ -169,12 +176,10 @@ def format_merges(rows: Sequence[Row]) -> str:
         half = row.get(f"{name}_half")
         return form.format(row[name]) + ("" if half is None else f" ± {form.format(half)}")
 
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --: |" * (len(COLUMNS) - 1)]
-    lines += [
-        "| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows if "refused" not in row
-    ]
+    cells = [[cell(row, name) for name in COLUMNS] for row in rows if "refused" not in row]
     refused = {row["refused"]: row["way"] for row in reversed(rows) if "refused" in row}
-    return "\n".join(lines + [f"\nNot possible: {way.split(',')[0]}: {why}" for why, way in refused.items()])
+    sentences = [f"Not possible: {way.split(',')[0]}: {why}" for why, way in refused.items()]
+    return "\n\n".join([markdown_table(list(COLUMNS.values()), cells), *sentences])
 
 
 STUDY = (("qalora", "int4"), ("qalora", "int2"), ("qlora", "nf4"), ("qlora", "nf2"), ("lora", None))
@@ -259,14 +264,8 @@ def _distance(model: Transformer, batches: Sequence[Batch], reference: Sequence[
     count = sum(len(r) for r in reference)
     for batch, before in zip(batches, reference, strict=True):
         after = _logits(model, batch)
-        p, q = _log_softmax(before), _log_softmax(after)
+        p, q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (before, after))
         loss -= float(q[np.arange(len(q)), batch.targets[batch.mask]].sum())
         kl += float((np.exp(p) * (p - q)).sum())
         largest = max(largest, float(np.abs(after - before).max(initial=0)))
     return {"loss": loss / count, "kl": max(0.0, kl / count), "logit_error": largest}
-
-
-def _log_softmax(logits: Any) -> Any:
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

@@ -13,7 +13,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,19 @@ from minilora.formats.files import writable_folder, write_file
 from minilora.layers import Array
 from minilora.memory import effective_bits
 from minilora.quant.model import find_linear, input_hessian, quantize_model
+from minilora.report.quantization_tables import (
+    format_model_losses,
+    format_weight_errors,
+    number,
+    quantizer_name,
+)
 from minilora.report.statistics import Interval, mean_interval
 from minilora.sweep.results import Row
 from minilora.sweep.run import environment, unpadded
 from minilora.sweep.weight_errors import (
-    aligned,
     block_errors,
     crossover,
     level_data,
-    name_of,
-    number,
-    print_weight_table,
     settings,
     size_rows,
     weight_errors,
@@ -209,58 +211,14 @@ def _half(interval: Interval) -> tuple[float, float | None]:
 
 
 def _verdict(row: Row) -> str:
-    halves = [row["improvement_half"]] + [row["improvement_seeds_half"]] * (row["quantizer"] == "gptq")
-    if any(half is None for half in halves):
+    halves = [row["improvement_half"]]
+    if row["quantizer"] == "gptq":
+        halves.append(row["improvement_seeds_half"])
+    if None in halves:
         return "no interval"
-    return (
-        "unclear"
-        if abs(row["improvement"]) <= max(halves)
-        else "better"
-        if row["improvement"] > 0
-        else "worse"
-    )
-
-
-def print_model_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``model_table``'s rows as a markdown table; ± is half a 95 % t-interval, losses are in nats per
-    token."""
-    head = [
-        "weights",
-        "block",
-        "bits/w",
-        "loss",
-        "± seeds",
-        "above float32",
-        "± batches",
-        "better than rtn",
-        "± batches",
-        "± seeds",
-        "",
-    ]
-    cells = []
-    for row in rows:
-        values = [
-            number(row.get(name), form)
-            for name, form in (
-                ("effective_bits", ".2f"),
-                ("loss", ".4f"),
-                ("loss_half", ".4f"),
-                ("above", "+.4f"),
-                ("above_half", ".4f"),
-                ("improvement", "+.4f"),
-                ("improvement_half", ".4f"),
-                ("improvement_seeds_half", ".4f"),
-            )
-        ]
-        cells.append(
-            [
-                name_of(row),
-                str(row["group_size"] or row["block_size"] or "–"),
-                *values,
-                row.get("verdict") or "",
-            ]
-        )
-    return aligned(head, cells)
+    if abs(row["improvement"]) <= max(halves):
+        return "unclear"
+    return "better" if row["improvement"] > 0 else "worse"
 
 
 # ---- the study
@@ -287,19 +245,30 @@ def weight_configs(in_features: int) -> list[QuantConfig]:
     return found
 
 
+@dataclass(frozen=True)
+class QuantizationStudy:
+    """What `quantization_study` quantizes, and on which examples it measures the loss."""
+
+    tasks: tuple[str, ...] = ("products", "python")
+    configs: tuple[QuantConfig, ...] = CONFIGS
+    """How the whole model is quantized."""
+    weight: str = WEIGHT
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws the training examples that GPTQ calibrates on."""
+    sequences: int = 48
+    """Examples that GPTQ calibrates on, for each seed."""
+    n_eval: int = 128
+    """Examples of the test split that the loss is measured on."""
+    eval_batch_size: int = 8
+
+
 def quantization_study(
     folder: str | Path,
-    progress: bool = True,
+    study: QuantizationStudy | None = None,
     *,
     model: Transformer | None = None,
-    tasks: Sequence[str] = ("products", "python"),
-    configs: Sequence[QuantConfig] = CONFIGS,
-    seeds: Sequence[int] = (0, 1, 2),
-    weight: str = WEIGHT,
-    n_eval: int = 128,
-    eval_batch_size: int = 8,
-    sequences: int = 48,
     threads: int | None = None,
+    progress: bool = True,
 ) -> list[Row]:
     """Quantize one weight and the whole shipped base in every way; write rows, a page and figures into
     ``folder``.
@@ -310,54 +279,57 @@ def quantization_study(
     ``part``), ``README.md``, ``levels.png``, ``blocks.png``, ``errors.png``, ``bytes.png``, ``loss.png``,
     each written whole or not at all. Takes some minutes on two cores.
     """
-    from minilora.sweep import (
-        quantization_plots as plots,
-    )  # matplotlib takes a second to load, and numbers need none
+    from minilora.report import quantization_plots as plots  # matplotlib takes a second to load
+    from minilora.report.drawing import save_figure
 
+    study = study or QuantizationStudy()
     folder = Path(folder)
     writable_folder(folder)
     keep_memory()
     start = time.perf_counter()
     base = load_base() if model is None else model
-    linear = find_linear(base, weight)
+    linear = find_linear(base, study.weight)
     made = {"command": COMMAND.format(folder=folder), "base_sha256": sha256(base)} | environment()
     parts: dict[str, list[Row]] = {"weight": [], "model": [], "size": size_rows()}
-    for name in tasks:
-        task = make_task(name, n_eval=n_eval)
-        pick = calibration_of(task, sequences)
-        batches = task.eval_batches("test", eval_batch_size)
+    for name in study.tasks:
+        task = make_task(name, n_eval=study.n_eval)
+        pick = calibration_of(task, study.sequences)
+        batches = task.eval_batches("test", study.eval_batch_size)
         rows = model_table(
-            base, pick, batches, configs, seeds, threads=threads or available_threads(), progress=progress
+            base,
+            pick,
+            batches,
+            study.configs,
+            study.seeds,
+            threads=threads or available_threads(),
+            progress=progress,
         )
         common = {
             "task": name,
             "split": "test",
-            "n_eval": n_eval,
-            "calibration_sequences": sequences,
+            "n_eval": study.n_eval,
+            "calibration_sequences": study.sequences,
             "corpus_sha256": task.sha256,
         }
         parts["model"] += [common | row for row in rows]
     w = linear.weight.dense()
-    hessian = input_hessian(
-        base, linear.name, pick(np.random.default_rng(seeds[0]))
-    )  # on the last task's training split
+    # on the last task's training split
+    hessian = input_hessian(base, linear.name, pick(np.random.default_rng(study.seeds[0])))
     errors = weight_errors(w, weight_configs(w.shape[1]), hessian)
     parts["weight"] = [{"weight": linear.name, "task": name} | row for row in errors]
     rows = [{"part": part} | row | made for part, found in parts.items() for row in found]
-    shown = [QuantConfig(kind) for kind in ("nf4", "fp4", "int4", "nf2", "int2")] + [
-        QuantConfig("int2", fit="mse")
-    ]
+    shown = [QuantConfig(kind) for kind in ("nf4", "fp4", "int4", "nf2", "int2")]
+    shown.append(QuantConfig("int2", fit="mse"))
     by_block = [QuantConfig(kind, block_size=64, group_size=64) for kind in ("nf4", "int4")]
-    plots.save(
-        folder,
-        {
-            "levels": plots.draw_levels([level_data(w, config) for config in shown]),
-            "blocks": plots.draw_blocks([block_errors(w, config) for config in by_block]),
-            "errors": plots.draw_errors(parts["weight"], plots.WEIGHT_SERIES),
-            "bytes": plots.draw_bytes(parts["size"], crossover()),
-            "loss": plots.draw_losses(parts["model"]),
-        },
-    )
+    figures = {
+        "levels": plots.draw_levels([level_data(w, config) for config in shown]),
+        "blocks": plots.draw_blocks([block_errors(w, config) for config in by_block]),
+        "errors": plots.draw_errors(parts["weight"], plots.WEIGHT_SERIES),
+        "bytes": plots.draw_bytes(parts["size"], crossover()),
+        "loss": plots.draw_losses(parts["model"]),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, folder / name, ["png"])
     write_file(
         folder / "quantization.jsonl",
         "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows),
@@ -377,23 +349,23 @@ def findings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     said = []
     for verdict, text in texts.items():
         names = [
-            f"{name_of(row)} ({number(row['improvement'], '+.4f')})"
+            f"{quantizer_name(row)} ({number(row['improvement'], '+.4f')})"
             for row in rows
             if row.get("verdict") == verdict
         ]
         said.append(f"{text}: {'; '.join(names) or 'none'}.")
-    below = [
-        f"{name_of(row)} ({row['above']:+.4f} ± {number(row['above_half'], '.4f')} over batches"
-        + f", ± {number(row['loss_half'], '.4f')} over seeds" * (row["quantizer"] == "gptq")
-        + ")"
-        for row in rows
-        if row["above"] < 0
-    ]
+    below = []
+    for row in rows:
+        if row["above"] < 0:
+            noise = f"± {number(row['above_half'], '.4f')} over batches"
+            if row["quantizer"] == "gptq":
+                noise += f", ± {number(row['loss_half'], '.4f')} over seeds"
+            below.append(f"{quantizer_name(row)} ({row['above']:+.4f} {noise})")
     least = [
         min((row for row in rows if row["bits"] == bits), key=lambda row: row["loss"])
         for bits in sorted({row["bits"] for row in rows})
     ]
-    named = "; ".join(f"{name_of(row)} ({row['above']:+.4f} above float32)" for row in least)
+    named = "; ".join(f"{quantizer_name(row)} ({row['above']:+.4f} above float32)" for row in least)
     said.append(f"Least loss with each number of bits: {named}.")
     return [*said, f"Below the loss of full precision: {'; '.join(below) or 'none'}."]
 
@@ -436,7 +408,7 @@ def page(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
     ]
     for task in dict.fromkeys(row["task"] for row in models):
         mine = [row for row in models if row["task"] == task]
-        lines += [f"### {task}", "\n".join(f"- {text}" for text in findings(mine)), print_model_table(mine)]
+        lines += [f"### {task}", "\n".join(f"- {text}" for text in findings(mine)), format_model_losses(mine)]
     lines += [
         "![Loss above full precision](loss.png)",
         "Loss above full precision. Symmetric logarithmic scale, linear in the middle. Large markers are means, bars intervals "
@@ -446,7 +418,7 @@ def page(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
         f"‖X(W − Ŵ)ᵀ‖/‖XWᵀ‖. Of {pairs} settings, GPTQ's weights are further from W than rounded ones in {larger}, its outputs "
         f"nearer in {smaller}. *File bits*: bitsandbytes' arrays of this tensor, code maps included; double quantization makes "
         f"them smaller from {crossover():,} weights on (blocks of 64).",
-        print_weight_table(shown),
+        format_weight_errors(shown),
     ]
     for name, text in FIGURES.items():
         lines += [f"![{text.split('.')[0]}]({name}.png)", text]

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import entr
 
 from minilora.report.drawing import new_figure
 from minilora.report.labels import GREY, PALETTE, task_of
@@ -46,8 +47,7 @@ def effective_rank(singular_values: ArrayLike) -> float:
     total = values.sum()
     if total == 0:
         return 0.0
-    share = values[values > 0] / total
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(entr(values / total).sum()))
 
 
 @single_blas()
@@ -174,25 +174,10 @@ def plot_similarity(
     )
     for i, j in {(1, 1), (rows, columns), (1, columns), (rows, 1)}:
         value = values[i - 1, j - 1]
-        where: dict[str, Any] = {
-            "ha": "left" if j == 1 < columns else "right" if j == columns > 1 else "center"
-        }
-        where["va"] = "bottom" if i == 1 < rows else "top" if i == rows > 1 else "center"
-        x = (
-            0.5 + 0.02 * columns
-            if where["ha"] == "left"
-            else columns + 0.5 - 0.02 * columns
-            if where["ha"] == "right"
-            else j
-        )
-        y = (
-            0.5 + 0.02 * rows
-            if where["va"] == "bottom"
-            else rows + 0.5 - 0.02 * rows
-            if where["va"] == "top"
-            else i
-        )
-        ax.text(x, y, f"{value:.2f}", fontsize=8, color="black" if value > 0.6 else "white", **where)
+        x, ha = _inside(j, columns, "left", "right")
+        y, va = _inside(i, rows, "bottom", "top")
+        colour = "black" if value > 0.6 else "white"
+        ax.text(x, y, f"{value:.2f}", fontsize=8, color=colour, ha=ha, va=va)
     for axis, count in ((ax.xaxis, columns), (ax.yaxis, rows)):
         axis.set_ticks(
             sorted({1, *(2**k for k in range(1, 8) if 2**k * 8 >= count and 2**k <= count), count})
@@ -200,6 +185,15 @@ def plot_similarity(
     ax.set(xlabel=labels[1], ylabel=labels[0])
     ax.set_title(title, fontsize=9)
     return ax
+
+
+def _inside(index: int, count: int, first: str, last: str) -> tuple[float, str]:
+    """Return position and alignment of a text that stays inside the heat map, near a cell of one axis."""
+    if count == 1:
+        return index, "center"
+    if index == 1:
+        return 0.5 + 0.02 * count, first
+    return count + 0.5 - 0.02 * count, last
 
 
 def plot_rank(

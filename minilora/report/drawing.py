@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from minilora.formats.files import write_file
 from minilora.report.labels import BIT_MARKERS, GREY, METHOD_COLOURS, METHOD_NAMES, Metric
 from minilora.sweep.results import Row
+
+SAVED: dict[str, dict[str, Any]] = {
+    "png": {"dpi": 150, "metadata": {"Software": None}, "pil_kwargs": {"optimize": True}},
+    "svg": {"dpi": 150, "metadata": {"Date": None, "Creator": None}},
+}
+"""How a figure is saved, by format. No date and no version: the same rows give the same bytes."""
 
 
 class Label(NamedTuple):
@@ -24,6 +35,24 @@ class Label(NamedTuple):
 def new_figure(width: float = 7.0, height: float = 4.6) -> Figure:
     """Return a figure (inches) that is not registered with pyplot, laid out so that nothing is cut off."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure: Figure, path: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """X"""
+    written = []
+    for kind in formats:
+        data = io.BytesIO()
+        with matplotlib.rc_context({"svg.hashsalt": "minilora"}):
+            figure.savefig(data, format=kind, **SAVED[kind])
+        figure.set_layout_engine("none")  # the second format keeps the layout of the first
+        written.append(write_file(Path(path).with_suffix(f".{kind}"), data.getvalue()))
+    return written
+
+
+def light_frame(ax: Axes, grid: Literal["y", "both"] = "y") -> None:
+    """Draw a light grid, and no frame at the top and on the right."""
+    ax.grid(True, axis=grid, color=GREY, alpha=0.25, linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
 
 
 def draw_runs(
@@ -83,22 +112,18 @@ def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 
     >>> [round(y, 2) for y in spread([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
     """
-    # Least squares: after taking k · gap from the k-th, the positions need only not decrease, so neighbours
-    # that are out of order share their mean (isotonic regression by pooling adjacent violators).
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    pools: list[list[float]] = []
-    for k, i in enumerate(order):
-        pools.append([wanted[i] - k * gap])
-        while len(pools) > 1 and _mean(pools[-2]) > _mean(pools[-1]):
-            pools[-2:] = [pools[-2] + pools[-1]]
-    ceiling = max(low, high - gap * (len(wanted) - 1))
-    flat = [min(max(_mean(pool), low), ceiling) for pool in pools for _ in pool]
-    placed = dict(zip(order, flat, strict=True))
-    return [placed[i] + order.index(i) * gap for i in range(len(wanted))]
+    from scipy.optimize import isotonic_regression  # loads in half a second, and only labels need it
 
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+    if not wanted:
+        return []
+    order = np.argsort(wanted, kind="stable")
+    steps = gap * np.arange(len(wanted))
+    # Least squares: without the steps, the positions only have to be in order.
+    positions = isotonic_regression(np.asarray(wanted, np.float64)[order] - steps).x
+    positions = np.clip(positions, low, max(low, high - steps[-1])) + steps
+    found = np.empty(len(wanted))
+    found[order] = positions
+    return found.tolist()
 
 
 def finish(ax: Axes, metric: Metric, labels: Sequence[Label] = ()) -> None:
@@ -107,8 +132,7 @@ def finish(ax: Axes, metric: Metric, labels: Sequence[Label] = ()) -> None:
     ax.set_ylabel(metric.label)
     if metric.maximize:
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
-    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax)
     ax.get_ylim()  # settles the limits, which the positions depend on
     to_axes = ax.transData + ax.transAxes.inverted()
     heights = [min(1.0, max(0.0, float(to_axes.transform((1.0, label.value))[1]))) for label in labels]

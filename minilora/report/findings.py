@@ -51,7 +51,8 @@ def compare(a: Rows, b: Rows, metric: Metric, column: str | None = None) -> str:
     if all(float(metric.text(x, signed=True).split()[0]) == 0 for x in difference[:3] if x == x):
         return "no difference in the digits shown"
     if len(difference.seeds) < 3:
-        return f"{text} ({len(difference.seeds)} seed{'s' * (len(difference.seeds) > 1)}, no interval)"
+        seeds = "1 seed" if len(difference.seeds) == 1 else f"{len(difference.seeds)} seeds"
+        return f"{text} ({seeds}, no interval)"
     low, high = (metric.text(end, signed=True).replace(" %", "") for end in (difference.low, difference.high))
     clear = difference.low > 0 or difference.high < 0
     return f"{text} [{low}, {high}], {'clear' if clear else 'not told apart from the noise between seeds'}"
@@ -80,18 +81,10 @@ def _against_full(rows: Rows, metric: Metric) -> list[str]:
         mine = _pick(rows, metric, method=method)
         if not (mine and full):
             continue
-        bits = (
-            32
-            if method == "lora"
-            else 4
-            if any(row["bits"] == 4 for row in mine)
-            else max(row["bits"] for row in mine)
-        )
-        r = (
-            8
-            if any((row["r"], row["bits"]) == (8, bits) for row in mine)
-            else min(row["r"] for row in mine if row["bits"] == bits)
-        )
+        widths = {row["bits"] for row in mine}
+        bits = 4 if 4 in widths else max(widths)  # LoRA has 32 only
+        ranks = {row["r"] for row in mine if row["bits"] == bits}
+        r = 8 if 8 in ranks else min(ranks)
         chosen = _pick(mine, metric, r=r, bits=bits)
         share = 100 * chosen[0]["trainable_params"] / full[0]["trainable_params"]
         sentences.append(

@@ -111,8 +111,9 @@ def main_metrics(rows: Iterable[Mapping[str, Any]], task: str) -> list[Metric]:
     """Return what to report of a task: loss and recall where it generates, else bits per byte (or the
     loss)."""
     have = {name for row in rows if row.get("task") == task for name in METRICS if row.get(name) is not None}
-    wanted = ("loss", "recall") if "recall" in have else ("bpb",) if "bpb" in have else ("loss",)
-    return [METRICS[name] for name in wanted]
+    if "recall" in have:
+        return [METRICS["loss"], METRICS["recall"]]
+    return [METRICS["bpb" if "bpb" in have else "loss"]]
 
 
 def deployed_metric(rows: Iterable[Mapping[str, Any]], task: str) -> Metric:
@@ -120,12 +121,11 @@ def deployed_metric(rows: Iterable[Mapping[str, Any]], task: str) -> Metric:
     their loss only."""
     rows = list(rows)
     metrics = main_metrics(rows, task)
-    have = {
-        m
-        for m in metrics
-        if any(row.get(f"deployed_{m.column}") is not None for row in rows if row.get("task") == task)
-    }
-    return next((metric for metric in reversed(metrics) if metric in have), metrics[-1])
+    for metric in reversed(metrics):
+        column = f"deployed_{metric.column}"
+        if any(row.get(column) is not None for row in rows if row.get("task") == task):
+            return metric
+    return metrics[-1]
 
 
 def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

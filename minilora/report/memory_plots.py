@@ -24,9 +24,8 @@ from minilora.memory.planner import model_shape, plan, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch
-from minilora.report.drawing import new_figure
+from minilora.report.drawing import new_figure, save_figure
 from minilora.report.labels import METHOD_NAMES
-from minilora.report.plots import save_figure
 
 CLASS_COLOURS = {
     "weights": "#0072B2",
@@ -106,7 +105,7 @@ def course(config: PlanConfig) -> Course:
 def _phases(meter: Meter) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for moment, mark in meter.marks:
-        name = "head" if mark.startswith("head") else "backward" if mark.startswith("backward") else "forward"
+        name = next((name for name in ("head", "backward") if mark.startswith(name)), "forward")
         if not found or found[-1][1] != name:
             found.append((moment, name))
     return found
@@ -229,6 +228,11 @@ def plot_course(found: Course, ax: Axes | None = None) -> Axes:
     )
     top = int(total.argmax())
     x, y = found.moments[top], total[top] / size
+    side = "center"
+    if x > 0.8 * found.end:
+        side = "right"
+    elif x < 0.2 * found.end:
+        side = "left"
     ax.plot([x], [y], "o", color="black", markersize=5, clip_on=False)
     ax.annotate(
         f"peak {_digits(y)} {name}",
@@ -238,7 +242,7 @@ def plot_course(found: Course, ax: Axes | None = None) -> Axes:
         fontsize=9,
         va="bottom",
         zorder=5,
-        ha="right" if x > 0.8 * found.end else "left" if x < 0.2 * found.end else "center",
+        ha=side,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )
     ends = [start for start, _ in found.phases[1:]] + [found.end]

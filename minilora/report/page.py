@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from minilora.config import ADAPTERS
 from minilora.formats.files import write_file
 from minilora.report.analysis import plot_rank_of_runs
+from minilora.report.drawing import save_figure
 from minilora.report.findings import findings
 from minilora.report.labels import (
     METHOD_NAMES,
@@ -20,11 +21,12 @@ from minilora.report.labels import (
     variant_columns,
     weights_name,
 )
-from minilora.report.plots import save_figure, save_figures
+from minilora.report.plots import save_figures
 from minilora.report.series import MIB
 from minilora.report.statistics import summarize
 from minilora.sweep.presets import LEARNING_RATES, choose_learning_rates
 from minilora.sweep.results import MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
+from minilora.tables import markdown_table, text_table
 
 TERMINAL = 100  # columns
 FIGURES = {
@@ -68,11 +70,6 @@ class Column(NamedTuple):
 
     title: str
     cells: list[str]
-
-    @property
-    def width(self) -> int:
-        """Characters that the column takes."""
-        return max(len(text) for text in (self.title, *self.cells))
 
 
 def result_columns(rows: Iterable[Mapping[str, Any]], task: str) -> list[Column]:
@@ -159,52 +156,22 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
     parts = []
     for task in _tasks(rows):
         columns = result_columns(rows, task)
-        for title in (
-            "s/run",
-            "seeds",
-            "trainable",
-            "unseen",
-        ):  # the page has all; a terminal the more important ones
-            if _width(columns) > TERMINAL:
+        table = text_table(*_transposed(columns))
+        for title in ("s/run", "seeds", "trainable", "unseen"):  # the page has all columns
+            if max(map(len, table.splitlines())) > TERMINAL:
                 columns = [column for column in columns if column.title != title]
-        widths = [column.width for column in columns]
-        left = [index < 2 for index in range(len(columns))]
-        lines = [
-            [column.title for column in columns],
-            *zip(*(column.cells for column in columns), strict=True),
-        ]
-        text = [
-            "  ".join(
-                f"{cell:<{width}}" if flush else f"{cell:>{width}}"
-                for cell, width, flush in zip(line, widths, left, strict=True)
-            )
-            for line in lines
-        ]
-        parts.append(
-            "\n".join(
-                [f"task {task} ({_split(rows, task)} split)", text[0].rstrip(), "-" * len(text[0]), *text[1:]]
-            )
-        )
+                table = text_table(*_transposed(columns))
+        parts.append(f"task {task} ({_split(rows, task)} split)\n{table}")
     failed = [row for row in rows if row.get("status") == "failed"]
     if failed:
-        parts.append(
-            "\n".join(
-                [f"{len(failed)} failed:", *(f"  {_run_name(row)}: {row.get('error')}" for row in failed)]
-            )
-        )
+        lines = [f"  {_run_name(row)}: {row.get('error')}" for row in failed]
+        parts.append("\n".join([f"{len(failed)} failed:", *lines]))
     return "\n\n".join(parts) or "no finished runs"
 
 
-def _width(columns: Sequence[Column]) -> int:
-    return sum(column.width for column in columns) + 2 * (len(columns) - 1)
-
-
-def markdown_table(columns: Sequence[Column]) -> str:
-    """Return columns as a Markdown table, numbers flush right."""
-    head = " | ".join(column.title for column in columns)
-    rule = " | ".join("---" if index < 2 else "--:" for index in range(len(columns)))
-    body = [" | ".join(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
-    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+def _transposed(columns: Sequence[Column]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return (heads, rows)."""
+    return [title for title, _ in columns], list(zip(*(cells for _, cells in columns), strict=True))
 
 
 def write_report(
@@ -242,7 +209,7 @@ def write_report(
         )
         parts.append("\n".join(f"- {sentence}" for sentence in sentences))
     for task in _tasks(rows):
-        parts += [f"## Results: {task}", markdown_table(result_columns(rows, task))]
+        parts += [f"## Results: {task}", markdown_table(*_transposed(result_columns(rows, task)))]
     parts += ["How to read the columns:", _how_to_read(rows)]
     for name, (heading, text) in FIGURES.items():
         if any(path.stem == name for path in figures.paths):
@@ -294,17 +261,17 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
     searched = sum(row.get("stage") == "search" for row in rows)
     failed = sum(row.get("status") == "failed" for row in rows)
     text = f"{len(rows)} rows"
-    text += f", of which {searched} of the learning-rate search" if searched else ""
-    text += f"; {failed} failed" if failed else ""
-    seeds = max(
-        (len({row["seed"] for row in successful(rows, method=method)}) for method in METHOD_NAMES), default=0
-    )
-    text += ". " + (
-        "One or two seeds: differences may be noise, and there are no intervals."
-        if seeds < 3
-        else f"{seeds} seeds; ± is half the 95 % t-interval of the mean over seeds."
-    )
-    return text + " All rows are in [results.csv](results.csv) and [results.jsonl](results.jsonl)."
+    if searched:
+        text += f", of which {searched} of the learning-rate search"
+    if failed:
+        text += f"; {failed} failed"
+    seeds = max(len({row["seed"] for row in successful(rows, method=method)}) for method in METHOD_NAMES)
+    if seeds < 3:
+        noise = "One or two seeds: differences may be noise, and there are no intervals."
+    else:
+        noise = f"{seeds} seeds; ± is half the 95 % t-interval of the mean over seeds."
+    files = "All rows are in [results.csv](results.csv) and [results.jsonl](results.jsonl)."
+    return f"{text}. {noise} {files}"
 
 
 def _how_to_read(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -338,7 +305,7 @@ def _search(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             text = "failed" if loss is None and rate in dict(choice.tried) else METRICS["loss"].text(loss)
             cells.append(f"**{text}**" if rate == choice.learning_rate else text)
         columns.append(Column(f"lr {rate:g}", cells))
-    parts = [markdown_table(columns), "Validation loss; the choice is bold."]
+    parts = [markdown_table(*_transposed(columns)), "Validation loss; the choice is bold."]
     for choice in choices:
         if choice.on_edge:
             end = "greatest" if choice.learning_rate == choice.tried[-1][0] else "least"

@@ -3,20 +3,16 @@ state."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from minilora.config import ADAPTERS, CONTROLS
-from minilora.formats.files import write_file
 from minilora.report.drawing import (
     Label,
     draw_runs,
@@ -26,6 +22,7 @@ from minilora.report.drawing import (
     limits,
     method_line,
     new_figure,
+    save_figure,
 )
 from minilora.report.labels import (
     BIT_MARKERS,
@@ -191,13 +188,10 @@ def plot_memory(
     )
     for group in dict.fromkeys(bar["group"] for bar in bars):
         places = [place for place, bar in zip(x, bars, strict=True) if bar["group"] == group]
-        name = (
-            ("float32" if group == 32 else f"{group} bits")
-            if against == "bits"
-            else f"r = {group}"
-            if group
-            else "no adapter"
-        )
+        if against == "bits":
+            name = "float32" if group == 32 else f"{group} bits"
+        else:
+            name = f"r = {group}" if group else "no adapter"
         ax.text(
             (places[0] + places[-1]) / 2,
             1.0,
@@ -322,11 +316,9 @@ def plot_deployed(
     taken: dict[tuple[int, str], int] = {}
     for pair in pairs:
         again = taken[pair["bits"], pair["method"]] = taken.get((pair["bits"], pair["method"]), -1) + 1
-        centre = (
-            bits.index(pair["bits"])
-            + 0.25 * (ADAPTERS.index(pair["method"]) - 1) * (pair["bits"] != 32)
-            + 0.08 * again
-        )
+        centre = bits.index(pair["bits"]) + 0.08 * again
+        if pair["bits"] != 32:  # methods side by side
+            centre += 0.25 * (ADAPTERS.index(pair["method"]) - 1)
         x, colour = (centre - 0.05, centre + 0.05), METHOD_COLOURS[pair["method"]]
         ax.plot(x, [pair["adapter"]["mean"], pair["deployed"]["mean"]], color=colour, linewidth=1.4, zorder=2)
         style = {"color": colour, "marker": BIT_MARKERS[pair["bits"]]}
@@ -427,19 +419,6 @@ def save_figures(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> Figur
             ax.set_title(title, fontsize=10, loc="left", pad=TITLE_PADS.get(name, 24))
         paths += save_figure(figure, folder / name)
     return Figures(paths, skipped)
-
-
-def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write ``path.png`` (150 dpi) and ``path.svg``, each whole or not at all, without dates or random
-    identifiers."""
-    written = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        data = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "minilora"}):
-            figure.savefig(data, format=suffix[1:], dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # what was laid out once stays
-        written.append(write_file(Path(path).with_suffix(suffix), data.getvalue()))
-    return written
 
 
 def _panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, Callable[[Axes], Axes]]]:

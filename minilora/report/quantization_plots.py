@@ -3,7 +3,6 @@ a figure."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from minilora.config import QuantConfig
-from minilora.formats.files import write_file
 from minilora.layers import Array
-from minilora.report.drawing import new_figure
+from minilora.report.drawing import light_frame, new_figure, save_figure
 from minilora.report.labels import BIT_MARKERS, GREY, PALETTE
 from minilora.sweep.results import ResultsError
 from minilora.sweep.weight_errors import block_errors, crossover, level_data, size_rows
@@ -137,8 +135,7 @@ def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = B
         ax.set_title(f"{data['name']}: median {slope:.3f} of absmax", fontsize=9.5, loc="left")
     ax.set_xlabel("largest |w| of the block")
     ax.set_ylabel("rms error")
-    ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax, "both")
     return ax
 
 
@@ -206,8 +203,7 @@ def plot_errors(
     )
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("effective bits per weight")
-    ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax, "both")
     ax.set_ylabel("‖W − Ŵ‖ / ‖W‖" if error == "relative" else "‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖")
     return ax
 
@@ -216,9 +212,9 @@ def draw_errors(rows: Iterable[Mapping[str, Any]], known: Sequence[Series] = SER
     """Error of the weights beside that of the outputs; ``known`` leaves out the other ones of ``SERIES``."""
     rows = list(rows)
     figure = new_figure(width=9.5, height=4.8)
-    panels = [("relative", "the weights")] + [("output_error", "the outputs")] * any(
-        row.get("output_error") for row in rows
-    )
+    panels = [("relative", "the weights")]
+    if any(row.get("output_error") for row in rows):
+        panels.append(("output_error", "the outputs"))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (error, title) in zip(axes, panels, strict=True):
         plot_errors(rows, ax, error=error, known=known)
@@ -290,8 +286,7 @@ def plot_file_bits(rows: Iterable[Mapping[str, Any]], crossing: int, ax: Axes | 
 
 def _sizes(ax: Axes) -> Axes:
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax)
     return ax
 
 
@@ -382,8 +377,7 @@ def plot_losses(
     ax.set_xticks(range(len(bits)), [f"{bit} bits" for bit in bits])
     ax.set_xlim(-0.5, len(bits) - 0.5)
     ax.set_ylabel("held-out loss above full precision\n(nats per token)", fontsize=9)
-    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax)
     return ax
 
 
@@ -427,24 +421,12 @@ def write_weight_figures(
         }
         configs.setdefault(key, QuantConfig(row["quant_type"], **given))
     shown = list(configs.values())
-    return save(
-        folder,
-        {
-            "levels": draw_levels([level_data(w, config) for config in shown]),
-            "blocks": draw_blocks([block_errors(w, config) for config in shown]),
-            "errors": draw_errors(grid or rows),
-            "bytes": draw_bytes(size_rows(), crossover()),
-        },
-    )
-
-
-def save(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write each figure as ``name.png`` (110 dpi), whole or not at all; the same rows give the same bytes."""
-    written = []
-    for name, figure in figures.items():
-        data = io.BytesIO()
-        figure.savefig(
-            data, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True}
-        )
-        written.append(write_file(Path(folder) / f"{name}.png", data.getvalue()))
-    return written
+    figures = {
+        "levels": draw_levels([level_data(w, config) for config in shown]),
+        "blocks": draw_blocks([block_errors(w, config) for config in shown]),
+        "errors": draw_errors(grid or rows),
+        "bytes": draw_bytes(size_rows(), crossover()),
+    }
+    return [
+        path for name, figure in figures.items() for path in save_figure(figure, Path(folder) / name, ["png"])
+    ]

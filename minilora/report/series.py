@@ -78,7 +78,10 @@ def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str
         adapted = [row for row in adapted if row["r"] == common_rank]
     bars: dict[tuple[Any, ...], Row] = {}
     for row in [row for row in rows if row["method"] not in ADAPTERS] + adapted:
-        group = (row["r"] if row["method"] in ADAPTERS else 0) if against == "r" else -row["bits"]
+        if against == "bits":
+            group = -row["bits"]
+        else:
+            group = row["r"] if row["method"] in ADAPTERS else 0
         place = (group, list(METHOD_NAMES).index(row["method"]), row.get("quant_type") or "")
         bar = bars.setdefault(
             place, {"group": abs(group), "name": setting_name(row), "method": row["method"], "all": []}

@@ -6,7 +6,7 @@ the figures.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -211,7 +211,7 @@ def level_data(w: Array, config: QuantConfig) -> dict[str, Any]:
 
 
 def _kind(config: QuantConfig) -> str:
-    return config.quant_type + ("" if config.fit == "minmax" else f" {config.fit}")
+    return config.quant_type if config.fit == "minmax" else f"{config.quant_type} {config.fit}"
 
 
 def block_errors(w: Array, config: QuantConfig, hessian: Array | None = None) -> dict[str, Any]:
@@ -227,62 +227,3 @@ def block_errors(w: Array, config: QuantConfig, hessian: Array | None = None) ->
         "name": f"{_kind(config)}, {'groups' if config.affine else 'blocks'} of {size}",
         "affine": config.affine,
     }
-
-
-def print_weight_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``weight_errors``' rows as a markdown table whose columns line up in a terminal too; a dash for
-    None."""
-    forms = {
-        "bits/w": ("bits_per_weight", ".3f"),
-        "file bits/w": ("file_bits_per_weight", ".3f"),
-        "mean abs": ("mean_abs", ".3g"),
-        "rms": ("rms", ".3g"),
-        "max abs": ("max_abs", ".3g"),
-        "relative": ("relative", ".4f"),
-        "SNR dB": ("snr_db", ".1f"),
-        "output": ("output_error", ".4f"),
-    }
-    cells = [
-        [
-            name_of(row),
-            str(row["group_size"] or row["block_size"]),
-            *(number(row[key], form) for key, form in forms.values()),
-        ]
-        for row in rows
-    ]
-    return aligned(["weights", "block", *forms], cells)
-
-
-def name_of(row: Mapping[str, Any]) -> str:
-    """Say how a weight was quantized, in a few words.
-
-    >>> name_of(settings(QuantConfig("nf4"))), name_of(settings(QuantConfig("int4", fit="mse", offset_dtype="zero")))
-    ('nf4 double-quantized, rtn', 'int4, rtn mse, zero offsets')
-    """
-    if row["quant_type"] is None:
-        return "float32"
-    words = row["quant_type"] + (" double-quantized" if row["double_quant"] else "") + f", {row['quantizer']}"
-    words += f" {row['fit']}" if row["fit"] not in (None, "minmax", row["quantizer"]) else ""
-    return words + (
-        f", {row['offset_dtype']} offsets" if row["offset_dtype"] not in (None, "float16") else ""
-    )
-
-
-def number(value: float | None, form: str) -> str:
-    """Return a number as text; a dash for None, NaN and infinity."""
-    return "–" if value is None or not np.isfinite(value) else format(value, form)
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table, all columns but the first to the right, every cell as wide as its column."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join([first, *others])} |"
-
-    rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
-    return "\n".join(line(row) for row in [head, rule, *rows])
