@@ -145,7 +145,7 @@ def test_the_page_has_results_figures_and_provenance(demo, tmp_path):
     assert {"rank.png", "memory.png", "accuracy_memory.png", "deployed.png"} <= set(
         re.findall(r"\(([^)]*\.png)\)", text)
     )
-    assert "rank_visible_products: task 'products' takes LoRA at two ranks and with two seeds" in text
+    assert "rank_visible_products: task 'products' needs LoRA at two ranks and with two seeds" in text
     assert "ConfigError: no such module" in text and "`minilora sweep`" in text and "products-corpus" in text
     assert str(tmp_path) not in text
 

@@ -1,4 +1,7 @@
-"""Drawing helpers: figures without pyplot, labels beside the axes, legends that cover no data."""
+"""Shared parts of all figures: axes, labels, legends, and the one function that saves a figure.
+
+Figures are made without pyplot, so no global state changes.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +36,20 @@ class Label(NamedTuple):
 
 
 def new_figure(width: float = 7.0, height: float = 4.6) -> Figure:
-    """Return a figure (inches) that is not registered with pyplot, laid out so that nothing is cut off."""
+    """Return a figure (inches) with constrained layout, not registered with pyplot."""
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_figure(figure: Figure, path: str | Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """X"""
+    """Write `path.png` and `path.svg`, each file whole or not at all, and return the paths.
+
+    Parameters
+    ----------
+    path
+        Where the files go, without a suffix.
+    formats
+        Which of "png" (150 dpi) and "svg" to write.
+    """
     written = []
     for kind in formats:
         data = io.BytesIO()
@@ -63,8 +74,21 @@ def draw_runs(
     style: Mapping[str, Any],
     line: bool = False,
 ) -> None:
-    """Draw means as large markers at ``x``, the single runs as dots beside them, and intervals from three
-    runs on."""
+    """Draw means as large markers, single runs as dots, and intervals from three runs on.
+
+    Parameters
+    ----------
+    x
+        Where the means and their intervals go.
+    runs_x
+        Where the single runs go, beside the means.
+    points
+        Summaries of `statistics.summarize`.
+    style
+        Keyword arguments of `Axes.plot`, `color` among them.
+    line
+        Whether the means are joined.
+    """
     colour = style["color"]
     ax.plot(
         x, [point["mean"] for point in points], markersize=6, linewidth=1.6 if line else 0, zorder=4, **style
@@ -87,7 +111,7 @@ def draw_runs(
 
 
 def extent(point: Mapping[str, Any]) -> list[float]:
-    """Return the values that the axis must hold: the runs, and the interval as far as it is not wild."""
+    """Return the values that an axis must hold: all runs, and the interval within three times their range."""
     values = list(point["values"])
     if point["n"] >= 3:
         reach = 3 * (max(values) - min(values))
@@ -96,7 +120,7 @@ def extent(point: Mapping[str, Any]) -> list[float]:
 
 
 def limits(values: Sequence[float], lines: Sequence[float]) -> tuple[float, float]:
-    """Return axis limits around the values and those lines that are near enough not to squash them."""
+    """Return axis limits around the values, and around those lines that lie near them."""
     low, high = min(values), max(values)
     span = max(high - low, 0.02 * max(abs(high), abs(low))) or 0.02
     near = [line for line in lines if low - 0.6 * span <= line <= high + 0.6 * span]
@@ -106,8 +130,10 @@ def limits(values: Sequence[float], lines: Sequence[float]) -> tuple[float, floa
 
 
 def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 1.0) -> list[float]:
-    """Return the positions nearest to the wanted ones, in their order, that are ``gap`` apart and start in
-    [low, high].
+    """Return the positions nearest to the wanted ones, in their order, at least `gap` apart.
+
+    The lowest position lies in [low, high]. Nearest is meant in the sense of least squares: without the gaps
+    this is isotonic regression.
 
     >>> [round(y, 2) for y in spread([0.5, 0.52, 0.1], 0.1)]
     [0.46, 0.56, 0.1]
@@ -127,8 +153,7 @@ def spread(wanted: Sequence[float], gap: float, low: float = 0.0, high: float = 
 
 
 def finish(ax: Axes, metric: Metric, labels: Sequence[Label] = ()) -> None:
-    """Name the y axis, and write the labels to the right of the axes, each at its value as far as there is
-    room."""
+    """Name the y axis and write labels to the right of the axes, as near to their values as there is room."""
     ax.set_ylabel(metric.label)
     if metric.maximize:
         ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}")
@@ -179,7 +204,7 @@ def legend_of_bits(ax: Axes, bits: Iterable[int], extra: Sequence[Line2D] = ()) 
 
 
 def method_line(ax: Axes, methods: Sequence[str]) -> None:
-    """Name the colours in a second legend below the x label."""
+    """Name the colours in a second legend, below the x label."""
     first = ax.get_legend()
     handles = [
         Line2D([], [], linestyle="", marker="o", color=METHOD_COLOURS[name], label=METHOD_NAMES[name])

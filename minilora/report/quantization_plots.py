@@ -1,5 +1,4 @@
-"""Figures of the quantization study: ``plot_…`` draw rows or arrays on axes and return them, ``draw_…`` fill
-a figure."""
+"""Figures of quantized weights and models: `plot_…` draws on axes, `draw_…` fills a figure."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ SPARE_COLOURS = ("#8B5A2B", "#6B8E23", "#B03060", "#4B5D67")
 
 
 class Series(NamedTuple):
-    """How one way of quantizing is drawn; ``affine`` with ``quantizer`` and ``fit`` say which rows it has."""
+    """How one way of quantizing is drawn; `affine`, `quantizer`, `fit` and `kind` say which rows it has."""
 
     name: str
     affine: bool
@@ -34,9 +33,10 @@ class Series(NamedTuple):
     fit: str | None
     colour: str
     kind: str = ""
+    """How its types begin; empty: any."""
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row belongs to it."""
+        """Whether a row belongs to the series."""
         quant_type = row["quant_type"] or ""
         if quant_type.startswith("int") != self.affine or not quant_type.startswith(self.kind):
             return False
@@ -44,16 +44,15 @@ class Series(NamedTuple):
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], known: Sequence[Series]) -> list[Series]:
-    """The known series that have rows, then new ones, in colours of their own, for rows that belong to none
-    of ``SERIES``."""
+    """Return the known series that have rows, then a new series for each way that is not in `SERIES`."""
     found = [series for series in known if any(series.has(row) for row in rows)]
     for row in rows:
         if not any(series.has(row) for series in (*SERIES, *found)):
             affine = row["fit"] is not None
             kind = "int" if affine else row["quant_type"].rstrip("2348")
-            name = f"{kind}, {row['quantizer']}" + (
-                f" {row['fit']}" if row["fit"] not in (None, "minmax") else ""
-            )
+            name = f"{kind}, {row['quantizer']}"
+            if row["fit"] not in (None, "minmax"):
+                name += f" {row['fit']}"
             colour = SPARE_COLOURS[len(found) % len(SPARE_COLOURS)]
             found.append(Series(name, affine, row["quantizer"], row["fit"], colour, kind))
     return found
@@ -79,8 +78,7 @@ SERIES = (*WEIGHT_SERIES, SYMMETRIC, MSE, GPTQ_MSE)
 
 
 def plot_levels(data: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    """Draw where weights lie and the levels that codes stand for, as ``weight_errors.level_data`` returns
-    them."""
+    """Draw a histogram of weights, and the levels that codes stand for, from `weight_errors.level_data`."""
     ax = ax or new_figure().add_subplot()
     values, levels = data["values"], data["levels"]
     low, high = min(values.min(), levels[0]), max(values.max(), levels[-1])
@@ -100,7 +98,7 @@ def plot_levels(data: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
 
 def draw_levels(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel each of ``plot_levels``, three in a row."""
+    """Draw one panel of `plot_levels` for each item, three in a row."""
     rows = -(-len(panels) // 3)
     figure = new_figure(width=9.0, height=2.4 * rows + 0.3)
     axes = figure.subplots(rows, 3, squeeze=False).reshape(-1)
@@ -120,9 +118,9 @@ def draw_levels(panels: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = BLUE) -> Axes:
-    """Draw each block's rms error against its largest weight, as ``weight_errors.block_errors`` returns them.
+    """Draw the rms error of each block against its largest weight, from `weight_errors.block_errors`.
 
-    The line is proportionality: rms = c·absmax with the median c.
+    The line is proportionality: rms = c · absmax with the median c.
     """
     ax = ax or new_figure().add_subplot()
     some = (data["absmax"] > 0) & (data["rms"] > 0)
@@ -140,7 +138,7 @@ def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = B
 
 
 def draw_blocks(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel each of ``plot_blocks``, two in a row."""
+    """Draw one panel of `plot_blocks` for each item, two in a row."""
     rows = -(-len(panels) // 2)
     figure = new_figure(width=9.0, height=2.9 * rows + 0.3)
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True).reshape(-1)
@@ -165,8 +163,7 @@ def plot_errors(
     error: str = "relative",
     known: Sequence[Series] = SERIES,
 ) -> Axes:
-    """Draw ``relative`` or ``output_error`` against effective bits per weight, a line for each series and
-    number of bits.
+    """Draw `relative` or `output_error` against bits per weight, a line for each series and number of bits.
 
     Raises
     ------
@@ -209,7 +206,10 @@ def plot_errors(
 
 
 def draw_errors(rows: Iterable[Mapping[str, Any]], known: Sequence[Series] = SERIES) -> Figure:
-    """Error of the weights beside that of the outputs; ``known`` leaves out the other ones of ``SERIES``."""
+    """Draw the error of the weights beside that of the outputs.
+
+    `known` restricts the figure to some of `SERIES`.
+    """
     rows = list(rows)
     figure = new_figure(width=9.5, height=4.8)
     panels = [("relative", "the weights")]
@@ -236,8 +236,10 @@ def draw_errors(rows: Iterable[Mapping[str, Any]], known: Sequence[Series] = SER
 
 
 def plot_memory_bits(rows: Iterable[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
-    """Draw NF4's bits per weight in memory against block size, with and without double quantization
-    (``size_rows``)."""
+    """Draw NF4's bits per weight in memory against block size, with and without double quantization.
+
+    The rows are those of `weight_errors.size_rows`.
+    """
     ax = ax or new_figure().add_subplot()
     rows = [row for row in rows if row.get("bits_per_weight") is not None]
     for double_quant, colour, name in (
@@ -257,8 +259,10 @@ def plot_memory_bits(rows: Iterable[Mapping[str, Any]], ax: Axes | None = None) 
 
 
 def plot_file_bits(rows: Iterable[Mapping[str, Any]], crossing: int, ax: Axes | None = None) -> Axes:
-    """Draw NF4's bits per weight in bitsandbytes' file against the tensor's size; ``crossing`` is where the
-    lines meet."""
+    """Draw NF4's bits per weight in bitsandbytes' file against the size of the tensor.
+
+    `crossing` is the size at which the lines meet.
+    """
     ax = ax or new_figure().add_subplot()
     rows = [row for row in rows if row.get("file_bits_per_weight") is not None]
     for double_quant, colour, name in (
@@ -291,7 +295,7 @@ def _sizes(ax: Axes) -> Axes:
 
 
 def draw_bytes(rows: Iterable[Mapping[str, Any]], crossing: int) -> Figure:
-    """Bits per weight in memory beside those of a file."""
+    """Draw the bits per weight in memory beside those in a file."""
     rows = list(rows)
     figure = new_figure(width=9.5, height=3.9)
     left, right = figure.subplots(1, 2)
@@ -315,10 +319,10 @@ def draw_bytes(rows: Iterable[Mapping[str, Any]], crossing: int) -> Figure:
 def plot_losses(
     rows: Iterable[Mapping[str, Any]], ax: Axes | None = None, *, series: Sequence[Series] = QUANTIZERS
 ) -> Axes:
-    """Draw the loss above full precision (symmetric log scale) against bits, from ``model_table``'s rows of
-    one task.
+    """Draw the loss above full precision against bits, from the rows of `model_table` of one task.
 
-    Bars are intervals paired over batches, small dots GPTQ's single seeds; the line at 0 is full precision.
+    The scale is symmetric logarithmic, and the line at 0 is full precision. Bars are intervals paired over
+    batches, small dots GPTQ's single seeds.
 
     Raises
     ------
@@ -382,7 +386,7 @@ def plot_losses(
 
 
 def draw_losses(rows: Iterable[Mapping[str, Any]]) -> Figure:
-    """A row of panels for each task: quantizers, and fits of the integers."""
+    """Draw two panels for each task: quantizers, and fits of the integers."""
     rows = list(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = new_figure(width=9.5, height=3.7 * len(tasks) + 0.6)
@@ -405,11 +409,16 @@ def draw_losses(rows: Iterable[Mapping[str, Any]]) -> Figure:
 def write_weight_figures(
     w: Array, rows: Sequence[Mapping[str, Any]], folder: str | Path, grid: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Write ``levels``, ``blocks``, ``errors`` and ``bytes`` as PNG, of a weight (out, in) and its
-    ``weight_errors`` rows.
+    """Write `levels`, `blocks`, `errors` and `bytes` as PNG, of a weight (out, in) and its error rows.
 
-    ``grid``, rows of many block and group sizes, makes lines of the errors. Levels and blocks have a panel
-    for each type and fit, as plain rounding to these levels leaves the weight.
+    Levels and blocks have one panel for each type and fit. They show plain rounding to these levels.
+
+    Parameters
+    ----------
+    rows
+        Rows of `weight_errors`.
+    grid
+        Rows of many block and group sizes, which make lines of the errors.
     """
     configs: dict[tuple[Any, ...], QuantConfig] = {}
     for row in rows:
