@@ -27,7 +27,7 @@ from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
 from minilora.lora import LoraLinear, full, inject_lora, offset_groups, subset
 from minilora.merging import merge
-from minilora.quant.blocks import BLOCK, BlockWeight
+from minilora.quant.blocks import GGUF_BLOCK, BlockWeight
 from minilora.quant.model import dequantize_model, quantize_model
 from minilora.sweep.inputs import base_of, check_memory, make_run_task
 from minilora.sweep.settings import DEFAULT_RATES, NAMES, TINY, RunConfig
@@ -71,7 +71,7 @@ def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
     if not config.quantized:
         return dequantize_model(base, table=False)
     quant = config.base_quant()
-    as_stored = quant == QuantConfig("int4", group_size=BLOCK) and all(
+    as_stored = quant == QuantConfig("int4", group_size=GGUF_BLOCK) and all(
         isinstance(linear.weight, BlockWeight) and offset_groups(linear.weight)
         for block in base.blocks
         for _, _, linear in block.linears()
