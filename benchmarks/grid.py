@@ -135,7 +135,7 @@ def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     """One run with minilora: the row of ``run_sweep``."""
     # imported here, as the peers are in ``peer``: no process loads what the other side needs
     from minilora.config import LoraConfig, QuantConfig
-    from minilora.lora import inject_lora
+    from minilora.injection import inject_lora
     from minilora.quant.model import quantize_model
     from minilora.training.loss import evaluate
     from minilora.training.trainer import Trainer

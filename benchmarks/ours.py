@@ -14,7 +14,8 @@ from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora
+from minilora.injection import full, inject_lora
+from minilora.lora import LoraLinear
 from minilora.memory import packed_weights
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import CodebookWeight, DoubleQuant, quantize_weight

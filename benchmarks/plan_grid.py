@@ -14,7 +14,7 @@ import numpy as np
 
 from minilora.config import ModelConfig, TrainConfig, expand_modules
 from minilora.data.tasks import Batch
-from minilora.lora import full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
 from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan, published
 from minilora.memory.ledger import HELD
 from minilora.quant.model import quantize_model

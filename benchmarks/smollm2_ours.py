@@ -12,7 +12,8 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import load_gguf
 from minilora.generation import generate
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.lora import LoraLinear
 from minilora.quant.model import dequantize_model, quantize_model
 from minilora.quant.weights import CodebookWeight
 from minilora.threads import keep_memory

@@ -36,8 +36,8 @@ from minilora.config import LoraConfig, ModelConfig
 from minilora.formats.files import FileError
 from minilora.formats.gguf import write_gguf
 from minilora.formats.llama_gguf import gguf_name
+from minilora.injection import inject_lora
 from minilora.layers import DenseWeight
-from minilora.lora import inject_lora
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import CodebookWeight
 from minilora.sweep.runner import SweepConfig, expand

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig
+from minilora.injection import inject_lora
 from minilora.layers import DenseWeight, Embedding, Linear
-from minilora.lora import LoraLinear, inject_lora
+from minilora.lora import LoraLinear
 from minilora.memory import count_parameters, effective_bits, model_bytes
 from minilora.merging import merge
 from minilora.quant.affine import AffineWeight

@@ -20,8 +20,8 @@ from minilora.data import tokenizer
 from minilora.formats.files import FileError, read_json, stored_tensors
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.huggingface_config import BYTE_TOKENS
+from minilora.injection import inject_lora
 from minilora.layers import DenseWeight, Linear
-from minilora.lora import inject_lora
 from minilora.merging import merge
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import AffineWeight, CodebookWeight

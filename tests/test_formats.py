@@ -17,7 +17,8 @@ from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.lora import LoraLinear
 from minilora.merging import merge
 from minilora.quant.model import quantize_model
 from minilora.transformer import init_model

@@ -11,7 +11,7 @@ from minilora import functional as F
 from minilora import generation
 from minilora.config import LoraConfig, QuantConfig
 from minilora.generation import KVCache, decode, generate, prefill, sample, stream
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers
 

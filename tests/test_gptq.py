@@ -10,8 +10,8 @@ import pytest
 from helpers import GQA, base_arrays, digest, make_model
 
 from minilora.config import ConfigError, LoraConfig, QuantConfig
+from minilora.injection import inject_lora
 from minilora.kernels.gptq_columns import round_columns, round_columns_numpy
-from minilora.lora import inject_lora
 from minilora.memory import peak_bytes, unique_bytes
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
 from minilora.quant.gptq import Hessian, gptq, inverse_factor

@@ -15,7 +15,8 @@ from helpers import CONFIGS, make_model, random_batch
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
-from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
+from minilora.lora import LoraLinear
 from minilora.memory import arrays_in, measure, peak_bytes
 from minilora.memory.counting import buffer_of
 from minilora.memory.ledger import HELD, PASSING, Entry, held_entries, kept_entries

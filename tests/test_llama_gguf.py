@@ -17,8 +17,8 @@ from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile, write_gguf
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
+from minilora.injection import inject_lora
 from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import inject_lora
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import AffineWeight, CodebookWeight
 from minilora.transformer import build_model

@@ -24,9 +24,9 @@ from helpers import (
 )
 
 from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig, matches
-from minilora.initial import init_a
+from minilora.injection import full, inject_lora, subset
 from minilora.layers import DenseWeight, Gradients, Linear, Parameter
-from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.lora import LoraLinear, init_a
 from minilora.memory import count_parameters
 from minilora.merging import merge, merge_linear, unmerge_linear
 from minilora.quant.model import quantize_model

@@ -9,9 +9,9 @@ import pytest
 from helpers import CONFIGS, GQA, adapters, make_model, random_batch
 
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
+from minilora.injection import full, inject_lora
 from minilora.kernels.microkernel import AVAILABLE
 from minilora.layers import Gradients
-from minilora.lora import full, inject_lora
 from minilora.memory import (
     activation_bytes,
     arrays_in,

@@ -12,8 +12,8 @@ import minilora.training.loss
 from minilora.config import LoraConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_tensors, write_tensors
+from minilora.injection import full, inject_lora
 from minilora.layers import Gradients
-from minilora.lora import full, inject_lora
 from minilora.memory import arrays_in, peak_bytes
 from minilora.threads import Workers
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss

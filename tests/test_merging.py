@@ -19,7 +19,7 @@ from minilora.claims.merge_study import (
     quants_to_compare,
 )
 from minilora.config import ConfigError, LoraConfig, QuantConfig
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.memory import effective_bits
 from minilora.quant import AffineWeight
 from minilora.quant.model import quantize_model

@@ -16,9 +16,9 @@ from helpers import GQA, FakeTask, digest, make_model
 
 from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
+from minilora.injection import full
 from minilora.kernels import codes as kernels
 from minilora.layers import Gradients, Parameter
-from minilora.lora import full
 from minilora.quant import codebooks
 from minilora.quant.weights import dynamic_decode, dynamic_encode
 from minilora.training.optimizers import AdamW, make_optimizer, state_bytes

@@ -11,8 +11,8 @@ from helpers import CONFIGS, GQA, assert_close, close_rtol, fill_adapters, make_
 from minilora import functional as F
 from minilora.config import LoraConfig
 from minilora.data.tasks import Batch
+from minilora.injection import inject_lora
 from minilora.layers import Gradients
-from minilora.lora import inject_lora
 from minilora.threads import Workers
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss, split

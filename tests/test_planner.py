@@ -13,11 +13,11 @@ import pytest
 from test_llama_gguf import metadata_of, small
 
 from benchmarks import plan_grid
-from minilora.config import ConfigError, ModelConfig, QuantConfig, TrainConfig
+from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.gguf import write_gguf
 from minilora.formats.llama_gguf import load_gguf
-from minilora.lora import LoraConfig, inject_lora
+from minilora.injection import inject_lora
 from minilora.memory import ARCHITECTURES, PlanConfig, measure, plan
 from minilora.memory.ledger import PASSING
 from minilora.memory.planner import DEPTH, planned_twin

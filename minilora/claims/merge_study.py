@@ -30,8 +30,7 @@ from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
-from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import LoraLinear
+from minilora.layers import Adapter, DenseWeight, Linear, Parameter
 from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
 from minilora.quant.affine import AffineWeight
@@ -41,6 +40,7 @@ from minilora.sweep.settings import RunConfig
 from minilora.threads import available_threads, single_blas
 from minilora.training.trainer import Trainer
 from minilora.transformer import Transformer
+from minilora.variants import merged_over
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -95,13 +95,13 @@ def compare_merges(
 
 def merge_into_dense(model: Transformer, base: Transformer) -> Transformer:
     """W + ΔW for the full-precision W of ``base``, whatever base the adapter was trained over
-    (``LoraLinear.over``)."""
+    (`merged_over`)."""
     adapted = {linear.name: linear for linear in _adapted(model)}
 
     def change(linear: Any) -> Any:
         if linear.name not in adapted:
             return linear
-        w = adapted[linear.name].over(linear.weight.dense()).astype(np.float32)
+        w = merged_over(adapted[linear.name], linear.weight.dense()).astype(np.float32)
         return Linear(linear.name, DenseWeight(Parameter(f"{linear.name}.weight", w)))
 
     merged = base.map_linears(change)
@@ -126,7 +126,7 @@ def round_base_offsets(model: Transformer) -> Transformer:
     merge."""
 
     def change(linear: Any) -> Any:
-        if not isinstance(linear, LoraLinear):
+        if not isinstance(linear, Adapter):
             return linear
         changed = copy.copy(linear)
         changed.base = Linear(linear.name, linear.base.weight.stored("zero")[0])
@@ -241,8 +241,8 @@ def _over_seeds(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _adapted(model: Transformer) -> list[LoraLinear]:
-    found = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+def _adapted(model: Transformer) -> list[Any]:
+    found = [linear for _, linear in model.linears() if isinstance(linear, Adapter)]
     if not found:
         raise ConfigError("model: has no adapter to merge; inject_lora makes one")
     return found
@@ -250,7 +250,7 @@ def _adapted(model: Transformer) -> list[LoraLinear]:
 
 def _logits(model: Transformer, batch: Batch) -> Any:
     """Logits (n, V) of the counted targets."""
-    hidden = model.forward(batch.ids, keep=False)[0]
+    hidden = model.forward(batch.ids, with_cache=False)[0]
     return model.head.forward(hidden[batch.mask])[0]
 
 

@@ -22,9 +22,11 @@ import numpy as np
 from minilora.config import SVD_INITS, LoraConfig, expand_modules, matches
 from minilora.formats.files import FileError, inside, read_json, read_tensors, write_file, write_tensors
 from minilora.functional import group_repeat
+from minilora.injection import inject_lora
 from minilora.layers import Array, DenseWeight
-from minilora.lora import LoraLinear, inject_lora
+from minilora.lora import LoraLinear
 from minilora.transformer import Transformer
+from minilora.variants import DoraLinear, SvdLinear, lora_of
 
 PREFIX = "base_model.model."
 
@@ -76,20 +78,20 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     to ``inject_lora``, or for PiSSA over a residual that was quantized, which is no update of W of low rank.
     """
     folder = Path(folder)
-    adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+    adapted = [(linear, lora) for _, linear in model.linears() if (lora := lora_of(linear)) is not None]
     if not adapted:
         raise ValueError("model: has no adapter to save; inject_lora makes one")
     targets = {
         name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)
     }
-    if targets != {linear.name for linear in adapted} or not all(
-        _made_with(linear, config) for linear in adapted
+    if targets != {linear.name for linear, _ in adapted} or not all(
+        _made_with(linear, lora, config) for linear, lora in adapted
     ):
         raise ValueError(
             f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora"
         )
     if config.init_lora_weights == "pissa" and not all(
-        isinstance(linear.base.weight, DenseWeight) for linear in adapted
+        isinstance(lora.base.weight, DenseWeight) for _, lora in adapted
     ):
         raise ValueError(
             "init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing without "
@@ -118,15 +120,15 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
         "alpha_pattern": {k: alpha * v for k, v in config.alpha_pattern.items()},
     }
     arrays: dict[str, Array] = {}
-    for linear in adapted:
-        a, b = group_repeat(linear.lora_A.data, linear.pool), linear.lora_B.data
-        if twice == 2 and linear.start is not None:
-            a, b = np.concatenate([a, linear.start[0]]), np.concatenate([b, -linear.start[1]], axis=1)
-        arrays |= {PREFIX + linear.lora_A.name: a, PREFIX + linear.lora_B.name: b}
-        if linear.magnitude is not None:
+    for linear, lora in adapted:
+        a, b = group_repeat(lora.lora_A.data, lora.pool), lora.lora_B.data
+        if twice == 2 and isinstance(lora, SvdLinear):
+            a, b = np.concatenate([a, lora.start[0]]), np.concatenate([b, -lora.start[1]], axis=1)
+        arrays |= {PREFIX + lora.lora_A.name: a, PREFIX + lora.lora_B.name: b}
+        if isinstance(linear, DoraLinear):
             arrays[PREFIX + linear.magnitude.name] = linear.magnitude.data
     file = folder / "adapter_model.safetensors"
-    metadata: dict[str, Any] = {"group_size": adapted[0].pool} if config.use_qalora else {}
+    metadata: dict[str, Any] = {"group_size": adapted[0][1].pool} if config.use_qalora else {}
     metadata |= {"loftq_iter": config.loftq_iter} if config.init_lora_weights == "loftq" else {}
     write_tensors(file, arrays, metadata, plain={"format": "pt"})
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
@@ -169,11 +171,14 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
 
 
 def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None:
-    for linear in (linear for _, linear in injected.linears() if isinstance(linear, LoraLinear)):
+    for _, linear in injected.linears():
+        lora = lora_of(linear)
+        if lora is None:
+            continue
         for parameter in linear.trained():
             array = arrays.pop(PREFIX + parameter.name, None)
-            if array is not None and parameter is linear.lora_A:
-                array = _pooled(array, linear, folder)
+            if array is not None and parameter is lora.lora_A:
+                array = _pooled(array, lora, folder)
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise FileError(
@@ -273,14 +278,14 @@ def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
     return narrow
 
 
-def _made_with(linear: LoraLinear, config: LoraConfig) -> bool:
+def _made_with(linear: LoraLinear | DoraLinear, lora: LoraLinear, config: LoraConfig) -> bool:
     mine = config.of(linear.name)
     found = (
-        len(linear.lora_A.data),
-        linear.scaling,
-        linear.dropout,
-        linear.magnitude is not None,
-        linear.start is not None,
+        len(lora.lora_A.data),
+        lora.scaling,
+        lora.dropout,
+        isinstance(linear, DoraLinear),
+        isinstance(lora, SvdLinear),
     )
     return found == (
         mine.r,

@@ -18,7 +18,6 @@ import numpy as np
 
 from minilora.kernels.jit import kernel
 from minilora.kernels.microkernel import (
-    AVAILABLE,
     COLUMNS,
     FEW_ROWS,
     LANES,
@@ -50,8 +49,6 @@ SHALLOW = 128
 """The depth of a block that few rows pass."""
 TURNED = 256
 """Rows of dyᵀ that are turned at a time: half a megabyte."""
-FEW = 8
-"""So many rows or fewer do not repay the rearrangement of the other factor: BLAS multiplies them."""
 
 
 @kernel
@@ -440,12 +437,6 @@ def multiply_few(
 # ---- from NumPy
 
 
-def compiled(*arrays: Any) -> bool:
-    """Whether what is compiled here may take these arrays: all of them contiguous float32, on a processor
-    with vectors."""
-    return AVAILABLE and all(a.dtype == np.float32 and a.flags.c_contiguous for a in arrays)
-
-
 def flat(a: Array) -> Array:
     """A read-only view with one axis: kernels are compiled once, for such views."""
     view = a.reshape(-1)
@@ -518,69 +509,30 @@ def _multiply(
         )
 
 
-def product(
-    x: Array, w: Array, path: LowRank | None = None, out: Array | None = None, column: int = 0
-) -> Array:
-    """x wᵀ, with a low-rank path (h, b, s) x wᵀ + s·h bᵀ: x (…, in), w (out, in), h (…, r), b (out, r) → (…,
-    out).
-
-    Written to ``out`` (N, ≥ out) from a column on, if that is given.
-
-    >>> product(np.ones((2, 3)), np.ones((4, 3)), (np.ones((2, 1)), np.ones((4, 1)), 2.0)).tolist()
-    [[5.0, 5.0, 5.0, 5.0], [5.0, 5.0, 5.0, 5.0]]
-    """
+def linear_forward(x: Array, w: Array, low_rank: LowRank | None, out: Array | None, column: int) -> Array:
+    """Return x wᵀ + s·h bᵀ, written to `out` (N, ≥ out) from a column on if that is given."""
     n, k = w.shape
-    m = x.size // k
-    if m > FEW and compiled(x, w, *(path or ())[:2]):
-        y = np.empty((*x.shape[:-1], n), np.float32, like=x) if out is None else out
-        _multiply(x, 0, k, 1, w, 1, k, path, m, n, k, y, column)
-        return y
-    y = np.matmul(x, w.T, out=None if out is None else out[:, column : column + n])
-    if path:
-        y += (path[2] * path[0]) @ path[1].T
+    y = np.empty((*x.shape[:-1], n), np.float32, like=x) if out is None else out
+    _multiply(x, 0, k, 1, w, 1, k, low_rank, x.size // k, n, k, y, column)
     return y
 
 
-def product_t(
-    dy: Array, w: Array, path: LowRank | None = None, onto: Array | None = None, column: int = 0
-) -> Array:
-    """dy w, with a low-rank path (dh, a, s) dy w + s·dh a: dy (…, out), w (out, in), dh (…, r), a (r, in) →
-    (…, in).
-
-    It is added onto an array (…, in), if one is given. dy may have more columns, of which those from
-    ``column`` on are meant.
-
-    >>> product_t(np.ones((1, 2)), np.ones((2, 3)), (np.ones((1, 1)), np.ones((1, 3)), 2.0)).tolist()
-    [[4.0, 4.0, 4.0]]
-    """
+def linear_dx(dy: Array, w: Array, low_rank: LowRank | None, onto: Array | None, column: int) -> Array:
+    """Return dy w + s·dh a, added to `onto` if that is given; of dy only columns from `column` on count."""
     k, n = w.shape
-    m = dy.size // dy.shape[-1]
-    if m > FEW and compiled(dy, w, *(path or ())[:2]):
-        dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if onto is None else onto
-        _multiply(dy, column, dy.shape[-1], 1, w, n, 1, path, m, n, k, dx, add=onto is not None)
-        return dx
-    dx = dy[..., column : column + k] @ w
-    if path:
-        dx += (path[2] * path[0]) @ path[1]
-    if onto is not None:
-        onto += dx
-    return dx if onto is None else onto
+    dx = np.empty((*dy.shape[:-1], n), np.float32, like=dy) if onto is None else onto
+    row = dy.shape[-1]
+    _multiply(dy, column, row, 1, w, n, 1, low_rank, dy.size // row, n, k, dx, add=onto is not None)
+    return dx
 
 
-def outer(dy: Array, x: Array, onto: Array | None = None) -> Array:
-    """dyᵀ x over all rows: dy (…, out), x (…, in) → (out, in), the gradient of w in y = x wᵀ; added onto an
-    array, if given.
-
-    >>> outer(np.ones((5, 2)), np.ones((5, 3))).tolist()
-    [[5.0, 5.0, 5.0], [5.0, 5.0, 5.0]]
-    """
+def linear_dw(dy: Array, x: Array, onto: Array | None) -> Array:
+    """Return dyᵀ x over all rows, added to `onto` if that is given."""
     m, n = dy.shape[-1], x.shape[-1]
     k = x.size // n
     dw = np.zeros((m, n), dy.dtype, like=dy) if onto is None else onto
-    if k <= FEW or not compiled(dy, x, dw):
-        dw += dy.reshape(-1, m).T @ x.reshape(-1, n)
-    elif n <= COLUMNS < m:  # few rows are multiplied in place, few columns are not
-        dw += outer(x, dy).T
+    if n <= COLUMNS < m:  # few rows are multiplied in place, few columns are not
+        dw += linear_dw(x, dy, None).T
     else:
         for first in range(0, m, TURNED):
             _multiply(dy, first, 1, m, x, n, 1, None, min(TURNED, m - first), n, k, dw, first * n, add=True)

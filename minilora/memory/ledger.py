@@ -15,9 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from minilora.layers import DenseWeight, Parameter
-from minilora.lora import LoraLinear
-from minilora.memory.counting import buffer_of, format_bytes
+from minilora.layers import Adapter, DenseWeight, Parameter
+from minilora.memory.counting import adapter_parameters, buffer_of, format_bytes
 from minilora.memory.shapes import Buffer
 from minilora.transformer import Transformer
 
@@ -53,6 +52,10 @@ COLUMN = {kind: column for column, kinds in COLUMNS.items() for kind in kinds}
 """Classes that share a column of the table by layer."""
 WIDTH = 120
 """Characters of a line, up to which that table shows bytes in full."""
+
+
+ADAPTER_ARRAYS = {"row_squares": "squared length of each row of W, for DoRA"}
+"""What the arrays of an adapter are that are no parameters; others go by the attribute's name."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +274,7 @@ def held_entries(
             entries.append(Entry(kind, layer.removeprefix("model."), what, buffer.nbytes))
 
     weights = [(model.embedding.name, model.embedding.weight)]
-    weights += [(name, getattr(linear, "base", linear).weight) for name, linear in model.linears()]
+    weights += [(name, linear.base.weight) for name, linear in model.linears()]
     for layer, weight in weights:
         if isinstance(weight, DenseWeight):
             continue  # among the parameters
@@ -284,15 +287,19 @@ def held_entries(
                 add(
                     name, "shared" if kind == "code_maps" else layer, getattr(weight, "quant_type", ""), array
                 )
+    own = adapter_parameters(model)
     for p in model.parameters():
         layer = p.name.removesuffix(".weight")
-        if ".lora_" in p.name:
-            layer, _, part = p.name.partition(".lora_")
-            add("adapters", layer, f"lora_{part.removesuffix('.weight')}", p.data)
+        if p in own:
+            layer, _, part = layer.rpartition(".")
+            add("adapters", layer, part, p.data)
         else:
             add("weights", layer, str(p.data.dtype), p.data)
-    for linear in (x for _, x in model.linears() if isinstance(x, LoraLinear) and x.magnitude is not None):
-        add("adapters", linear.name, "squared length of each row of W, for DoRA", linear.row_squares)
+    for _, linear in model.linears():
+        if isinstance(linear, Adapter):
+            for name, value in vars(linear).items():
+                if hasattr(value, "dtype") and hasattr(value, "strides"):
+                    add("adapters", linear.name, ADAPTER_ARRAYS.get(name, name), value)
     for array in maps:
         add("code maps", "shared", "of 8-bit states", array)
     for name, array in (states or {}).items():

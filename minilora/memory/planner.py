@@ -23,8 +23,8 @@ from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_name
+from minilora.injection import full, inject_lora, subset
 from minilora.layers import Parameter
-from minilora.lora import full, inject_lora, subset
 from minilora.memory.architectures import ARCHITECTURES, architecture
 from minilora.memory.counting import count_parameters, effective_bits
 from minilora.memory.ledger import Entry, Ledger, deepen, held_entries
@@ -199,9 +199,7 @@ def _counts(twin: Transformer, layers: int | None) -> tuple[int, int]:
     more = layers - len(twin.blocks)
     of_block = [p.data.size for p in block.parameters()]
     of_block += [
-        math.prod(w.shape)
-        for _, _, x in block.linears()
-        if isinstance(w := getattr(x, "base", x).weight, ShapeWeight)
+        math.prod(w.shape) for _, _, x in block.linears() if isinstance(w := x.base.weight, ShapeWeight)
     ]
     return trainable + more * sum(
         p.data.size for p in block.parameters() if p.trainable

@@ -18,7 +18,7 @@ import numpy as np
 
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Adapter, Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.quant.blocks import few_rows
@@ -27,6 +27,7 @@ from minilora.quant.reference import packed_size
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
 from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.variants import lora_of
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
 """Bytes of codes and of minima in a block of 32; the scale takes two more."""
@@ -242,6 +243,10 @@ def twin_of(model: Transformer) -> Transformer:
     shares."""
     parameters: dict[int, Parameter] = {}
     weights: dict[int, Any] = {}
+    arrays: dict[int, ShapeArray] = {}
+
+    def array(a: Any) -> ShapeArray:
+        return arrays.setdefault(id(a), ShapeArray.new(a.shape, a.dtype))
 
     def parameter(p: Parameter) -> Parameter:
         if id(p) not in parameters:
@@ -256,14 +261,16 @@ def twin_of(model: Transformer) -> Transformer:
         return weights[id(w)]
 
     def linear(old: Any) -> Any:
-        if not isinstance(old, LoraLinear):
+        if isinstance(old, Linear):
             return Linear(old.name, weight(old.weight))
         new = copy.copy(old)
-        new.base = Linear(old.name, weight(old.base.weight))
-        new.lora_A, new.lora_B = parameter(old.lora_A), parameter(old.lora_B)
-        if old.magnitude is not None:
-            new.magnitude = parameter(old.magnitude)
-            new.row_squares = ShapeArray.new(old.row_squares.shape, old.row_squares.dtype)
+        for name, value in vars(old).items():  # of any adapter: its base, its parameters, its other arrays
+            if isinstance(value, Linear | Adapter):
+                setattr(new, name, linear(value))
+            elif isinstance(value, Parameter):
+                setattr(new, name, parameter(value))
+            elif isinstance(value, np.ndarray | ShapeArray):
+                setattr(new, name, array(value))
         return new
 
     twin = model.map_linears(linear)
@@ -277,7 +284,7 @@ def twin_of(model: Transformer) -> Transformer:
 
 def tile_bytes(model: Transformer) -> int:
     """Scratch that a worker keeps for decoded tiles, once the twin has run a step."""
-    weights = [getattr(linear, "base", linear).weight for _, linear in model.linears()]
+    weights = [linear.base.weight for _, linear in model.linears()]
     largest = max((w.largest_tile for w in weights if isinstance(w, ShapeWeight)), default=0)
     return 4 * largest
 
@@ -318,8 +325,9 @@ def run_step(
     meter = Meter(layer_names(twin) | {id(block): f"layers.{i}" for i, block in enumerate(model.blocks)})
     model.rope = MethodType(_rope, model)  # type: ignore[method-assign]
     for _, linear in model.linears():
-        if isinstance(linear, LoraLinear):
-            linear.dropout_mask = MethodType(_dropout_mask, linear)  # type: ignore[method-assign]
+        lora = lora_of(linear)
+        if lora is not None:
+            lora.dropout_mask = MethodType(_dropout_mask, lora)  # type: ignore[method-assign]
     _observe(model, meter, watch or (lambda what, value: None))
     with metered(meter), Workers(1) as one:
         loss_and_grads(

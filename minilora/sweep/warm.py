@@ -15,8 +15,8 @@ from minilora import kernels as fused
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.generation import generate
+from minilora.injection import full, inject_lora
 from minilora.kernels.rows import swiglu_forward
-from minilora.lora import full, inject_lora
 from minilora.quant.compilation import compile_kernels
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
@@ -63,7 +63,7 @@ def _start_helper() -> subprocess.Popen[bytes]:
 def warm_beside() -> None:
     """What the second process compiles: an adapter's narrow product, which the first needs last, and what
     quantizes."""
-    fused.product(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
+    fused.linear_forward(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
     compile_kernels()
 
 

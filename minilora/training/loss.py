@@ -44,7 +44,7 @@ def shard_loss(
     head.
     """
     hidden, cache = model.forward(
-        batch.ids, key, checkpoint, batch.segments, keep=grads is not None
+        batch.ids, key, checkpoint, batch.segments, with_cache=grads is not None
     )  # (B, T, C)
     rows = np.flatnonzero(batch.mask)
     flat = hidden.reshape(-1, hidden.shape[-1])

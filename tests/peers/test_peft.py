@@ -18,8 +18,8 @@ from make_golden import random_arrays, random_batch, torch_model
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.tasks import Batch
 from minilora.formats.peft import load_adapter, save_adapter
+from minilora.injection import inject_lora
 from minilora.layers import Gradients
-from minilora.lora import inject_lora
 from minilora.memory import trainable_line
 from minilora.merging import merge
 from minilora.training.loss import shard_loss

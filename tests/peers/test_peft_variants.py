@@ -26,15 +26,15 @@ from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.initial import loftq
+from minilora.injection import inject_lora
 from minilora.layers import Gradients
-from minilora.lora import inject_lora
 from minilora.merging import merge
 from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import AdamW
 from minilora.transformer import build_model, parameter_shapes
+from minilora.variants import loftq
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)

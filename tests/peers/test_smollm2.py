@@ -21,8 +21,8 @@ from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile, write_gguf
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
+from minilora.injection import inject_lora
 from minilora.layers import Gradients
-from minilora.lora import inject_lora
 from minilora.merging import merge
 from minilora.training.loss import shard_loss
 
