@@ -1,4 +1,4 @@
-"""Packed codes: vectors = compiled loops = plain Python = NumPy reference = loop oracle, on sizes with every rest."""
+"""Packed codes: vectors = compiled loops = plain Python = NumPy = loop oracle, on sizes with every rest."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 import minilora
 from minilora.config import QuantConfig
-from minilora.kernels import block_vectors, codes, codes_vectors
+from minilora.kernels import codes, codes_vectors
 from minilora.kernels.intrinsics import wide
 from minilora.quant import AffineWeight, BlockWeight, CodebookWeight, codebooks, quantize_weight, reference
-from minilora.quant.packed import NO_OFFSETS, frozen, levels_of
+from minilora.quant.packed import NO_OFFSETS, frozen
 
 EPS = np.finfo(np.float32).eps
 BITS = (2, 3, 4, 8)
@@ -77,9 +77,9 @@ def test_pack_and_unpack_equal_binary_digits(bits, count):
 
 def test_first_code_takes_the_highest_bits():
     cases = [(2, [1, 2, 3, 0], [0b01101100]), (3, [1, 0, 0, 0, 0, 0, 0, 7], [32, 0, 7]), (4, [10, 3], [0xA3])]
-    for bits, given, expected in cases:
+    for bits, numbers, expected in cases:
         for pack in versions("pack"):
-            assert pack(np.array(given, np.uint8), bits).tolist() == expected
+            assert pack(np.array(numbers, np.uint8), bits).tolist() == expected
 
 
 def codebook_case(seed, count, block_size, quant_type):
@@ -230,12 +230,12 @@ def test_float16_scales_and_offsets_decode_as_the_same_numbers_in_float32(affine
     floats = [frozen(a, np.float32) for a in halves]
     expected, x = np.empty(192, np.float32), np.ones(96, np.float32)
     reference.dequantize(packed, levels, *floats, block_size, 0, expected)
-    for given in (halves, floats, [halves[0], floats[1]]):
+    for numbers in (halves, floats, [halves[0], floats[1]]):
         for dequantize, matvec in zip(versions("dequantize"), versions("matvec"), strict=True):
             out, y = np.empty(192, np.float32), np.empty(2, np.float32)
-            dequantize(packed, levels, *given, block_size, 0, out)
+            dequantize(packed, levels, *numbers, block_size, 0, out)
             assert same_bits(out, expected)
-            matvec(packed, levels, *given, block_size, 0, x, y)
+            matvec(packed, levels, *numbers, block_size, 0, x, y)
             bound = 100 * EPS * np.abs(expected.astype(np.float64)).reshape(2, 96).sum(axis=1)
             # |scale·level| + |offset| is what the vectors sum
             bound += 100 * EPS * 96 * (np.abs(floats[1]).max() if affine else 0)
@@ -593,7 +593,8 @@ def test_vectors_need_avx2_and_wide_ones_avx512(features, expected):
     run = run_compiled_for(
         features,
         "-c",
-        "from minilora.kernels import codes_vectors, intrinsics; print(codes_vectors.available(), intrinsics.wide())",
+        "from minilora.kernels import codes_vectors, intrinsics\n"
+        "print(codes_vectors.available(), intrinsics.wide())",
     )
     assert run.stdout == f"{expected}\n", run.stderr
 
@@ -619,7 +620,8 @@ from minilora.quant.compilation import compile_kernels
 def count():
     modules = (codes, codes_vectors, block_codes, block_vectors)
     found = {f"{m.__name__}.{n}": f for m in modules for n, f in vars(m).items() if isinstance(f, Dispatcher)}
-    return {name: len(f.signatures) for name, f in found.items() if f.py_func.__module__ == name.rpartition(".")[0]}
+    own = {name: f for name, f in found.items() if f.py_func.__module__ == name.rpartition(".")[0]}
+    return {name: len(f.signatures) for name, f in own.items()}
 compile_kernels()
 warmed = count()
 for quant_type in ("nf2", "nf3", "nf4", "nf8", "fp4", "int2", "int3", "int4", "int8"):
@@ -640,8 +642,8 @@ print(json.dumps([warmed, count()]))
 """
 
 USED = {
-    "codes": "_pack _unpack _quantize_by_comparing _quantize_by_table _group_range _quantize_affine _dequantize _matvec "
-    "_half_to_float",
+    "codes": "_pack _unpack _quantize_by_comparing _quantize_by_table _group_range _quantize_affine "
+    "_dequantize _matvec _half_to_float",
     "codes_vectors": "quantize_codebook dequantize _matvec",
     "block_codes": "_dequantize_blocks _multiply_blocks",
     "block_vectors": "dequantize_blocks multiply_blocks",
@@ -684,7 +686,9 @@ made += [gptq(w, hessian.value(), QuantConfig(t, 32, quantizer="gptq"))[0] for t
 made += [BlockWeight.quantize(w, t) for t in ("Q4_0", "Q4_1", "Q8_0")]
 for q in made:
     q.matmul(x), q.matmul(x[0]), q.matmul_t(q.matmul(x)), q.rows(np.array([3])), q.dense(), q.bits_per_weight
-dynamic_decode(*dynamic_encode(w.reshape(-1)))
+codes, absmax = np.empty(w.size, np.uint8), np.empty(-(-w.size // 256), np.float32)
+dynamic_encode(w.reshape(-1), codes, absmax)
+dynamic_decode(codes, absmax)
 print(minilora.kernels.is_plain(), "numba" in sys.modules, "llvmlite" in sys.modules)
 """
 

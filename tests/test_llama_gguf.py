@@ -19,8 +19,9 @@ from minilora.formats.gguf import GGUFFile, write_gguf
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
 from minilora.injection import inject_lora
 from minilora.layers import DenseWeight, Linear, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import build_model
 
 CONFIG = ModelConfig(

@@ -40,7 +40,8 @@ from minilora.formats.files import (
 )
 from minilora.formats.huggingface_config import Quantization, read_config, read_quantization, settings_of
 from minilora.layers import DenseWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.affine import AffineWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import Transformer, build_model, parameter_shapes
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

@@ -93,9 +93,14 @@ def _code_at(packed: Array, bits: int, i: int) -> np.uint32:
 # ---- quantizing
 
 
-def quantize_codebook(w: Array, midpoints: Array, block_size: int) -> tuple[Array, Array]:
-    """Do what `reference.quantize_codebook` does: 15 midpoints by comparing, 255 by a table."""
-    ranks, absmax = np.empty(w.size, np.uint8), np.empty(-(-w.size // block_size), np.float32)
+def quantize_codebook(
+    w: Array, midpoints: Array, block_size: int, out: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
+    """Do what `reference.quantize_codebook` does, written to `out` = (ranks, absmax) if that is given.
+
+    Up to 15 midpoints are compared one by one; 255 take a table.
+    """
+    ranks, absmax = out or (np.empty(w.size, np.uint8), np.empty(-(-w.size // block_size), np.float32))
     w, (midpoints, below) = read_only(w), _search_tables(midpoints.tobytes())
     whole = block_size % 32 == 0 and w.size % block_size == 0
     if below.size:

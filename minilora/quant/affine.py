@@ -103,18 +103,19 @@ class AffineWeight(CodedWeight):
         scale, offset = fits.fit_groups(w.reshape(-1, group_size), bits, fit, store)
         numbers = scale.astype(np.float32), fits.offset_of(offset, scale)
         codes = implementation("codes").quantize_affine(w.reshape(-1), *numbers, bits)
-        return cls.from_stored(packed(codes, bits), scale, offset, (w.shape[0], w.shape[1]), bits, group_size)
+        shape, groups = (w.shape[0], w.shape[1]), (w.shape[0], w.shape[1] // group_size)
+        stored = packed(codes, bits), scale.reshape(groups), offset.reshape(groups)
+        return cls.from_stored(*stored, shape, bits, group_size)
 
     @staticmethod
     def from_stored(
         codes: Array, scale: Array, offset: Array, shape: tuple[int, int], bits: int, group_size: int
     ) -> AffineWeight:
-        """Return a weight from what `fits.fit_groups` makes: uint8 offsets are zero points."""
+        """Return a weight of these arrays, a `ZeroPointWeight` if the offsets are uint8."""
         from minilora.quant.zero_points import ZeroPointWeight  # which is an AffineWeight itself
 
-        groups = (shape[0], shape[1] // group_size)
         make = ZeroPointWeight if offset.dtype == np.uint8 else AffineWeight
-        return make(codes, scale.reshape(groups), offset.reshape(groups), shape, bits, group_size)
+        return make(codes, scale, offset, shape, bits, group_size)
 
     @property
     def group_size(self) -> int:

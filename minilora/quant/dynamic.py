@@ -11,7 +11,8 @@ from functools import cache
 
 import numpy as np
 
-from minilora.quant import codebooks
+from minilora.kernels import is_plain, load
+from minilora.quant import codebooks, reference
 from minilora.quant.packed import NO_OFFSETS, Array, frozen
 from minilora.quant.switch import implementation
 
@@ -28,32 +29,35 @@ def _midpoints(signed: bool) -> Array:
     return frozen(midpoints, np.float32)
 
 
-def dynamic_encode(values: Array, signed: bool = True) -> tuple[Array, Array]:
+def dynamic_encode(values: Array, codes: Array, absmax: Array, signed: bool = True) -> None:
     """Quantize float32 numbers to 8 bits: the nearest value of the dynamic map, times max|x| of the block.
 
-    A tie takes the lower code. `signed=False` is for numbers from 0 on. Of these, one above 0 gets a code above 0
-    even where 0 is nearest, because Adam divides by their root.
+    A tie takes the lower code. `signed=False` is for numbers from 0 on. Of these, one above 0 gets a code
+    above 0 even where 0 is nearest, because Adam divides by their root.
 
     Parameters
     ----------
     values : Array
         (n,) float32.
+    codes : Array
+        (n,) uint8, written.
+    absmax : Array
+        (⌈n/256⌉,) float32, written.
     signed : bool
         False: spend the sign's bit on precision.
 
-    Returns
-    -------
-    codes : Array
-        (n,) uint8.
-    absmax : Array
-        (⌈n/256⌉,) float32.
-
     Examples
     --------
-    >>> print(dynamic_decode(*dynamic_encode(np.array([0, 1, -4], np.float32))).round(2))
+    >>> codes, absmax = np.empty(3, np.uint8), np.empty(1, np.float32)
+    >>> dynamic_encode(np.array([0, 1, -4], np.float32), codes, absmax)
+    >>> print(dynamic_decode(codes, absmax).round(2))
     [ 0.    0.99 -3.97]
     """
-    return implementation("codes").quantize_codebook(values, _midpoints(signed), DYNAMIC_BLOCK_SIZE)
+    if is_plain():
+        codes[:], absmax[:] = reference.quantize_codebook(values, _midpoints(signed), DYNAMIC_BLOCK_SIZE)
+    else:  # in place: Adam's states are updated piece by piece
+        quantize = load("codes").quantize_codebook
+        quantize(values, _midpoints(signed), DYNAMIC_BLOCK_SIZE, (codes, absmax))
 
 
 def dynamic_decode(

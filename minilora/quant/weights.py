@@ -57,7 +57,10 @@ class DoubleQuant:
     def quantize(cls, scales: Array) -> DoubleQuant:
         """Quantize positive float32 block scales (blocks,) to 8 bits around their mean."""
         offset = np.float32(scales.mean(dtype=np.float64))
-        return cls(*dynamic_encode(scales - offset), np.array([offset]))
+        blocks = -(-scales.size // DYNAMIC_BLOCK_SIZE)
+        codes, absmax = np.empty(scales.size, np.uint8), np.empty(blocks, np.float32)
+        dynamic_encode(scales - offset, codes, absmax)
+        return cls(codes, absmax, np.array([offset]))
 
     def decode(self, first: int, last: int) -> Array:
         """Return the scales of blocks first … last - 1, float32."""
