@@ -584,7 +584,7 @@ def info(command: Info) -> int:
     for library in threadpool_info():
         details = " ".join(str(library.get(name, "")) for name in ("internal_api", "version", "architecture"))
         print(f"{library['user_api']:<16} {details}")
-    cache = cast(Any, kernels.dequantize).stats.cache_path or "not on disk"
+    cache = cast(Any, kernels._dequantize).stats.cache_path or "not on disk"
     print(f"{'threads':<16} {available_threads()} (shards of a batch, one BLAS thread each)")
     print(
         f"{'numba layer':<16} {cast(Any, numba.config).THREADING_LAYER} (kernels themselves are single-threaded)"

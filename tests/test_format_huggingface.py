@@ -24,8 +24,9 @@ from minilora.injection import inject_lora
 from minilora.layers import Linear
 from minilora.merging import merge
 from minilora.parameters import DenseWeight
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import Transformer
 
 IDS = np.array([[1, 2, 3, 4]])

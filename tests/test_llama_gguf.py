@@ -22,8 +22,9 @@ from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_g
 from minilora.injection import inject_lora
 from minilora.layers import Linear
 from minilora.parameters import DenseWeight, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 
 CONFIG = ModelConfig(
     vocab_size=40,

@@ -31,8 +31,9 @@ from minilora.lora import LoraLinear, init_a
 from minilora.memory import count_parameters
 from minilora.merging import merge, merge_linear, unmerge_linear
 from minilora.parameters import DenseWeight, Gradients, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.model import quantize_model
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.training.loss import shard_loss
 from minilora.training.trainer import Trainer
 

@@ -41,7 +41,8 @@ from minilora.formats.files import (
 )
 from minilora.formats.huggingface_config import Quantization, read_config, read_quantization, settings_of
 from minilora.parameters import DenseWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.affine import AffineWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import Transformer
 
 CONFIG_FILE = "config.json"

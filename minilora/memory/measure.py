@@ -21,7 +21,7 @@ from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import tile_bytes, twin_of
 from minilora.parameters import Gradients
-from minilora.quant import weights
+from minilora.quant.compilation import compile_kernels
 from minilora.quant.packed import reserve_tile
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads, split
@@ -136,7 +136,7 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
 def trainer_bytes() -> int:
     """What a process that trains has in memory before its model: Python, NumPy, Numba and the kernels; 0 if
     unknown."""
-    weights.warm_up()
+    compile_kernels()
     return resident_bytes()[0] or 0
 
 

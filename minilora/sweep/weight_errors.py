@@ -15,9 +15,10 @@ from minilora.formats.bitsandbytes import BLOCK_SIZES, QUANT_TYPES, to_arrays
 from minilora.layers import Array
 from minilora.quant import codebooks
 from minilora.quant.affine import AffineWeight
+from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE
 from minilora.quant.gptq import gptq
 from minilora.quant.packed import checked
-from minilora.quant.weights import NESTED_BLOCK_SIZE, CodebookWeight, quantize_weight
+from minilora.quant.weights import CodebookWeight, quantize_weight
 from minilora.sweep.results import Row
 from minilora.threads import single_blas
 
@@ -150,7 +151,7 @@ def file_bytes(weights: int, block_size: int = 64, double_quant: bool = True) ->
     (9280, 9540)
     """
     blocks = -(-weights // block_size)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 * 256 if double_quant else 4 * blocks
+    scales = blocks + 4 * -(-blocks // DYNAMIC_BLOCK_SIZE) + 4 * 256 if double_quant else 4 * blocks
     return (weights + 1) // 2 + 4 * 16 + scales
 
 

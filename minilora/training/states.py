@@ -18,7 +18,7 @@ import numpy as np
 
 from minilora.formats.files import FileError
 from minilora.layers import Array
-from minilora.quant.weights import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
+from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
 
 CHUNK = 65536
 """Elements that are updated at a time: whole blocks of 256, and in float32 256 KiB an array."""
