@@ -45,7 +45,8 @@ from minilora.sweep.weight_errors import (
     size_rows,
     weight_errors,
 )
-from minilora.threads import Workers, available_threads, keep_memory
+from minilora.threads import Workers, available_threads
+from minilora.training.allocator import keep_freed_memory
 from minilora.training.loss import evaluate
 from minilora.transformer import Transformer
 
@@ -321,7 +322,7 @@ def quantization_study(
     study = study or QuantizationStudy()
     folder = Path(folder)
     writable_folder(folder)
-    keep_memory()
+    keep_freed_memory()
     start = time.perf_counter()
     base = load_base() if model is None else model
     linear = find_linear(base, study.weight)

@@ -40,7 +40,7 @@ from minilora.memory.twin import (
     tile_bytes,
 )
 from minilora.parameters import Parameter
-from minilora.training.optimizers import state_bytes, state_layout
+from minilora.training.states import state_bytes, state_layout
 from minilora.transformer import Transformer
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
