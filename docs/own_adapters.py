@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.functional import flat
-from minilora.layers import Adapter, Array, Cache, Key, Linear
+from minilora.layers import Array, Cache, Key, Linear
 from minilora.parameters import Gradients, Parameter
 
 

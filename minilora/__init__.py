@@ -26,7 +26,7 @@ _EXPORTS = {
     "subset": "injection",
     "inject_lora": "injection",
     "inject": "injection",
-    "Adapter": "layers",
+    "Adapter": "adapter",
     "LoraLinear": "lora",
     "plain": "kernels",
     "quantize_model": "quant.model",

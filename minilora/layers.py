@@ -6,7 +6,7 @@
 `cache` is in the return statement. So a layer can run twice or in two threads, and its memory can be counted.
 `grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no input, builds no dW and still
 passes dx on. The letters of the shapes are those of `minilora.functional`.
-Parameters, gradients and weights are in `minilora.parameters`.
+Parameters, gradients and weights are in `minilora.parameters`; adapters wrap a Linear (`minilora.adapter`).
 
 Three arguments recur:
 
@@ -18,7 +18,6 @@ Three arguments recur:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -70,61 +69,6 @@ class Linear:
             # y = x Wᵀ
             F.linear_dw(dy, x, grads[self.weight.param])
         return self.weight.matmul_t(dy, onto=onto) if need_dx else None
-
-
-class Adapter(ABC):
-    """A frozen Linear with something trainable beside it: base class of LoRA and of adapters of your own.
-
-    A subclass defines four methods. `forward(x, key)` returns y (…, out) and its cache. `backward(dy, cache,
-    grads, need_dx, onto)` adds to `grads` and returns dx (…, in), added to `onto` if that is given.
-    `trained()` lists the parameters. `delta()` returns ΔW (out, in) in float64, for merging.
-    """
-
-    pool = 1
-    """Neighbouring inputs that are summed before they reach the adapter (QA-LoRA)."""
-
-    def __init__(self, base: Linear):
-        self.base = base
-
-    @property
-    def name(self) -> str:
-        """The adapted module's name."""
-        return self.base.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the base."""
-        return self.base.shape
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yield the base's dense parameter, which is frozen, and the adapter's own."""
-        yield from self.base.parameters()
-        yield from self.trained()
-
-    @abstractmethod
-    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """Map x (…, in) to y (…, out)."""
-
-    def cache_of(self, x: Array, key: Key = None) -> Cache:
-        """Return the cache of `forward`, for a block that is computed again."""
-        return self.forward(x, key)[1]
-
-    @abstractmethod
-    def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
-    ) -> Any:
-        """Return dx (…, in) for dy (…, out)."""
-
-    @abstractmethod
-    def trained(self) -> list[Parameter]:
-        """Return the adapter's parameters, frozen ones included."""
-
-    @abstractmethod
-    def delta(self) -> Array:
-        """Return ΔW (out, in) in float64."""
-
-
-AnyLinear = Linear | Adapter
 
 
 class Embedding:
@@ -187,9 +131,7 @@ class AttentionCache(NamedTuple):
 class Attention:
     """Causal grouped-query attention with rotary positions; projections q, k, v and o are separate."""
 
-    def __init__(
-        self, config: ModelConfig, q_proj: AnyLinear, k_proj: AnyLinear, v_proj: AnyLinear, o_proj: AnyLinear
-    ):
+    def __init__(self, config: ModelConfig, q_proj: Any, k_proj: Any, v_proj: Any, o_proj: Any):
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
@@ -244,7 +186,7 @@ class MLPCache(NamedTuple):
 class MLP:
     """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with `gate_proj=None` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
 
-    def __init__(self, gate_proj: AnyLinear | None, up_proj: AnyLinear, down_proj: AnyLinear):
+    def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, MLPCache]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Adapter, AnyLinear, Array, Linear
+from minilora.layers import Array, Linear
 from minilora.parameters import DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight

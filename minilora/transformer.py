@@ -13,18 +13,7 @@ import numpy as np
 
 from minilora import functional
 from minilora.config import ModelConfig
-from minilora.layers import (
-    AnyLinear,
-    Block,
-    BlockCache,
-    Cache,
-    Checkpoint,
-    Embedding,
-    Key,
-    Linear,
-    RMSNorm,
-    Rope,
-)
+from minilora.layers import Block, BlockCache, Cache, Checkpoint, Embedding, Key, Linear, RMSNorm, Rope
 from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
 
@@ -50,7 +39,7 @@ class Transformer:
     """
 
     def __init__(
-        self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: AnyLinear
+        self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Any
     ):
         self.config, self.embedding, self.blocks, self.norm, self.head = config, embedding, blocks, norm, head
 

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import kernels as F
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, LoraConfig, QuantConfig, require
-from minilora.layers import Adapter, Array, Key, Linear
+from minilora.layers import Array, Key, Linear
 from minilora.lora import LoraCache, LoraLinear
 from minilora.parameters import DenseWeight, Gradients, Parameter, Weight
 from minilora.quant.weights import quantize_weight

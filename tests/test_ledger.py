@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from helpers import CONFIGS, make_model, random_batch
 
+from minilora.adapter import Adapter
 from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Adapter
 from minilora.memory import arrays_in, measure, peak_bytes
 from minilora.memory.counting import buffer_of
 from minilora.memory.ledger import HELD, PASSING, Entry, held_entries, kept_entries

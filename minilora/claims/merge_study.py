@@ -31,11 +31,12 @@ import numpy as np
 from scipy.special import log_softmax
 from tqdm import tqdm
 
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
-from minilora.layers import Adapter, Linear
+from minilora.layers import Linear
 from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
 from minilora.parameters import DenseWeight, Parameter

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import Adapter, Key
+from minilora.adapter import Adapter
+from minilora.layers import Key
 from minilora.memory.shapes import ShapeArray
 from minilora.parameters import DenseWeight, Parameter
 from minilora.transformer import Transformer

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import Adapter
+from minilora.adapter import Adapter
 from minilora.memory.counting import adapter_parameters, buffer_of, format_bytes
 from minilora.memory.shapes import Buffer, ShapeArray
 from minilora.parameters import DenseWeight, Parameter

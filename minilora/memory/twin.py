@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.layers import Adapter, Array, Embedding, Linear, RMSNorm
+from minilora.layers import Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.parameters import DenseWeight, Parameter

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.config import TINY, ConfigError, require
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.bases import Pretrained, save_tokenizer
@@ -19,7 +20,6 @@ from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import WRITABLE_TYPES, load_gguf, save_gguf
 from minilora.formats.peft import load_adapter
 from minilora.generation import generate, stream
-from minilora.layers import Adapter
 from minilora.memory import format_bytes
 from minilora.merging import MergeError, merge, merge_errors
 from minilora.quant.blocks import GGUF_BLOCK
