@@ -24,15 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import functional
-from minilora.functional import (
-    AttentionCache,
-    cross_entropy_backward,
-    flat,
-    gelu_backward,
-    gelu_forward,
-    rope_tables,
-    softmax,
-)
+from minilora.functional import AttentionCache, flat
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
@@ -63,8 +55,6 @@ __all__ = [
     "rms_norm_forward",
     "rope_backward",
     "rope_forward",
-    "rope_tables",
-    "softmax",
     "swiglu_backward",
     "swiglu_forward",
 ]
@@ -378,6 +368,21 @@ def cross_entropy_forward(
         out[...] = logits
     total = _run(load("rows").cross_entropy, (targets.astype(np.int64),), (logits.shape[-1],), (probs,))
     return total / normalizer, (probs, targets, normalizer)
+
+
+def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
+    """Return dlogits (N, V); NumPy takes two passes, which are not worth a kernel."""
+    return functional.cross_entropy_backward(cache, out)
+
+
+def gelu_forward(x: Array) -> tuple[Array, Cache]:
+    """Return GELU; it is not compiled, since only the LoRA paper's figure has it."""
+    return functional.gelu_forward(x)
+
+
+def gelu_backward(dy: Array, cache: Cache) -> Array:
+    """Return dx of `gelu_forward`."""
+    return functional.gelu_backward(dy, cache)
 
 
 def group_sum(x: Array, g: int) -> Array:
