@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from minilora import memory
 from minilora.config import CONTROLS, ConfigError
-from minilora.data.sft import SFTTask, products_chat, read_jsonl, split_examples
+from minilora.data.examples import read_jsonl, split_examples
+from minilora.data.sft import SFTTask, products_chat
 from minilora.data.tasks import Task, make_task
 from minilora.formats.bases import Pretrained, load_pretrained, shape_of, stored_bytes
 from minilora.quant.blocks import GGUF_BLOCK
