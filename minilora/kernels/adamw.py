@@ -26,7 +26,12 @@ def adamw(
     m: Array,
     v: Array,
 ) -> None:
-    """Move p, m and v, all (n,), in one pass over memory; the numbers are those of ``_Numbers``."""
+    """Update p, m and v in place from the gradient g, all (n,) of one dtype, as are the numbers.
+
+    m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²;  p ← p − rate · m / (√(v / correct_v) + eps) − decay · p, with
+    rest1 = 1 − β₁, rest2 = 1 − β₂, correct_v = 1 − β₂ᵗ, rate = lr / (1 − β₁ᵗ), decay = lr · λ. tests/test_optimizers.py
+    compares it with `functional.adamw`.
+    """
     for i in range(p.size):
         m[i] = beta1 * m[i] + rest1 * g[i]
         v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
