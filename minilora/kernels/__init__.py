@@ -114,7 +114,12 @@ def load(name: str) -> Any:
 
 @cache
 def has_vectors() -> bool:
-    """Return whether the processor has vectors and fused multiply-adds that repay code of our own."""
+    """Return whether the processor has vectors and fused multiply-adds that repay code of our own.
+
+    All modules are imported at once here, so that no later step pays for one.
+    """
+    for name in ("attention", "gemm", "lowrank", "rows"):
+        load(name)
     return bool(load("microkernel").AVAILABLE)
 
 

@@ -11,8 +11,17 @@ from minilora.kernels.jit import kernel
 Array = np.ndarray
 
 
+def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
+    """Do what `functional.adamw` does, for arrays (n,) of one dtype, which all numbers take too."""
+    one = p.dtype.type
+    rate = one(lr)
+    means = one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2)
+    correct_v, step = one(1 - c.beta2**t), rate / one(1 - c.beta1**t)
+    _update(g, *means, correct_v, one(c.eps), step, rate * one(c.weight_decay), p, m, v)
+
+
 @kernel
-def adamw(
+def _update(
     g: Array,
     beta1: Any,
     rest1: Any,
@@ -26,12 +35,7 @@ def adamw(
     m: Array,
     v: Array,
 ) -> None:
-    """Update p, m and v in place from the gradient g, all (n,) of one dtype, as are the numbers.
-
-    m ← β₁m + (1 − β₁)g;  v ← β₂v + (1 − β₂)g²;  p ← p − rate · m / (√(v / correct_v) + eps) − decay · p, with
-    rest1 = 1 − β₁, rest2 = 1 − β₂, correct_v = 1 − β₂ᵗ, rate = lr / (1 − β₁ᵗ), decay = lr · λ. tests/test_optimizers.py
-    compares it with `functional.adamw`.
-    """
+    """Update p, m and v in one pass. Numbers have their dtype: a float64 would make float64 of all."""
     for i in range(p.size):
         m[i] = beta1 * m[i] + rest1 * g[i]
         v[i] = beta2 * v[i] + rest2 * g[i] * g[i]

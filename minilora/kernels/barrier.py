@@ -14,9 +14,10 @@ from llvmlite import ir  # type: ignore[import-untyped]
 from numba import carray
 from numba.core import types
 
-from minilora.kernels.codes import Array
 from minilora.kernels.intrinsics import I8, I32, call, intrinsic, pointer
 from minilora.kernels.jit import kernel
+
+Array = np.ndarray
 
 available = sys.platform != "win32"  # Windows has no sched_yield
 

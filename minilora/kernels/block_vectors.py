@@ -25,7 +25,6 @@ from numba.core import types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import register_model
 
-from minilora.kernels.codes import Array
 from minilora.kernels.intrinsics import (
     F16,
     F32,
@@ -56,6 +55,8 @@ from minilora.kernels.intrinsics import (
     wide,
 )
 from minilora.kernels.jit import kernel
+
+Array = np.ndarray
 
 __all__ = ["available", "dequantize_blocks", "multiply_blocks", "multiply_rows", "order_input"]
 

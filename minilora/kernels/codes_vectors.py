@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
+from numpy.typing import NDArray
 
-from minilora.kernels.codes import SMALLEST_ABSMAX, Array
 from minilora.kernels.intrinsics import (
     F32,
     FLOATS,
@@ -56,6 +56,11 @@ from minilora.kernels.intrinsics import (
 from minilora.kernels.jit import kernel
 
 __all__ = ["available", "dequantize", "matvec", "quantize_codebook"]
+
+Array = NDArray[Any]
+
+SMALLEST_ABSMAX = np.float32(1e-38)
+"""Divisor of a block of zeros."""
 
 NO_OFFSET = np.float32(-0.0)
 """The offset that changes no number when added, not even the sign of a zero."""

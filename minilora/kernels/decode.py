@@ -6,7 +6,6 @@ the shapes: see `minilora.functional`. tests/test_decoding.py compares with the 
 
 from __future__ import annotations
 
-
 import numpy as np
 
 from minilora.kernels.barrier import bytes_at, meet

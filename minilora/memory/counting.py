@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import Adapter, DenseWeight, Key, Parameter
+from minilora.layers import Adapter, Key
 from minilora.memory.shapes import ShapeArray
+from minilora.parameters import DenseWeight, Parameter
 from minilora.transformer import Transformer
 
 Array = np.ndarray
