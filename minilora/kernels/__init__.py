@@ -305,7 +305,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     y, tops, totals = np.empty_like(q), *(np.empty((B, H, T), q.dtype, like=q) for _ in range(2))
     scratch = np.empty(attention.scratch_size(T, D, 2, 1), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    inputs = (q, k, v, _numbers(segments), scratch)
+    inputs = (q, k, v, _numbers(segments))
     _run(attention.attention_forward, inputs, numbers, (scratch, y, tops, totals))
     return y, AttentionCache(q, k, v, (tops, totals, segments))
 
@@ -327,7 +327,7 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     scratch = np.empty(attention.scratch_size(T, D, 4, 2), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    inputs = (dy, q, k, v, tops, totals, _numbers(segments), scratch)
+    inputs = (dy, q, k, v, tops, totals, _numbers(segments))
     _run(attention.attention_backward, inputs, numbers, (scratch, dq, dk, dv))
     return dq, dk, dv
 
