@@ -10,6 +10,7 @@ import numpy as np
 
 from benchmarks import workload
 from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
+from minilora.building import build_model
 from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
@@ -23,7 +24,7 @@ from minilora.threads import Workers, single_blas
 from minilora.training.allocator import keep_freed_memory
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
-from minilora.transformer import Transformer, build_model
+from minilora.transformer import Transformer
 
 Array = np.ndarray
 SMALL = {"checkpoint": True, "logits_chunk": 32}

@@ -72,7 +72,8 @@ class Plot:
 @dataclass(frozen=True)
 class Generate:
     """Continue a text, or answer as a chat does, with a base, an adapter over it, or a trained run; it
-    appears as it is made."""
+    appears as it is made.
+    """
 
     prompt: tuple[str, ...] = ()  # texts to continue, as they are; several make one batch
     chat: tuple[str, ...] = ()  # instead: user messages to answer, through the model's chat template
@@ -91,7 +92,8 @@ class Generate:
 @dataclass(frozen=True)
 class Merge:
     """Merge a trained adapter into its base, and say what that costs; with --compare in every way there
-    is."""
+    is.
+    """
 
     run: str | None = None  # a folder that `minilora train` wrote
     model: str | None = None  # or a base (smollm2, a .gguf file, a Hugging Face folder) …
@@ -117,7 +119,8 @@ class Merge:
 @dataclass(frozen=True)
 class Quantize:
     """Show what a weight loses in few bits: levels, error by block, error against bits; or quantize a model
-    and save it."""
+    and save it.
+    """
 
     model: str | None = (
         None  # smollm2, a .gguf, a model file of ours or a Hugging Face folder; default: the tiny base
@@ -237,7 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _refusal(stop: BaseException) -> ConfigError | None:
     """Our own refusal of a setting, which tyro turns into a box of its own and an exit: one line says it
-    better."""
+    better.
+    """
     cause: BaseException | None = stop
     while cause is not None and not isinstance(cause, ConfigError):
         cause = cause.__context__

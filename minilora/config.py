@@ -1,5 +1,6 @@
 """Configuration: small frozen dataclasses, validated once, with the field's names (PEFT's, bitsandbytes',
-Llama's)."""
+Llama's).
+"""
 
 from __future__ import annotations
 
@@ -220,7 +221,8 @@ class LoraConfig:
 
     def of(self, module: str) -> LoraConfig:
         """The configuration of one module, its full name given: patterns resolved, of which the first that
-        matches counts."""
+        matches counts.
+        """
         r = next((v for k, v in self.rank_pattern.items() if matches(module, k)), self.r)
         alpha = next((v for k, v in self.alpha_pattern.items() if matches(module, k)), self.lora_alpha)
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})

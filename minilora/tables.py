@@ -55,7 +55,7 @@ def html_table(caption: str, heads: Sequence[str], rows: Rows) -> str:
 
 
 def _alignment(heads: Sequence[str], rows: Rows) -> list[str]:
-    """Say "right" for a column in which most cells start with a number; empty cells and dashes do not count."""
+    """Return "right" for a column in which most cells start with a number; dashes do not count."""
     sides = []
     for column in range(len(heads)):
         cells = [row[column] for row in rows if re.search(r"\w", row[column])]

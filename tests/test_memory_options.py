@@ -13,8 +13,8 @@ from minilora.config import LoraConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError
 from minilora.injection import full, inject_lora
-from minilora.layers import Gradients
 from minilora.memory import arrays_in, peak_bytes
+from minilora.parameters import Gradients
 from minilora.threads import Workers
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss
 from minilora.training.resume import CHECKPOINT

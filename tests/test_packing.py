@@ -12,7 +12,7 @@ from minilora import functional as F
 from minilora.config import LoraConfig
 from minilora.data.tasks import Batch
 from minilora.injection import inject_lora
-from minilora.layers import Gradients
+from minilora.parameters import Gradients
 from minilora.threads import Workers
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss

@@ -29,7 +29,7 @@ from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_tensors, write_tensors
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss

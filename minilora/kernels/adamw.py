@@ -35,7 +35,7 @@ def _update(
     m: Array,
     v: Array,
 ) -> None:
-    """Move p, m and v in one pass; a float64 among the numbers would make float64 of all."""
+    """Update p, m and v in one pass. Numbers have their dtype: a float64 would make float64 of all."""
     for i in range(p.size):
         m[i] = beta1 * m[i] + rest1 * g[i]
         v[i] = beta2 * v[i] + rest2 * g[i] * g[i]

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, by short name: what the planner needs, and nothing is downloaded."""
+"""Shapes of well-known models by short name, which is all that the planner needs."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _smollm2 = partial(ModelConfig, vocab_size=49152, context_length=8192, rope_thet
 
 
 def _shape(C: int, F: int, L: int, H: int, K: int) -> dict[str, Any]:
+    """Name the numbers: hidden size, width of the MLP, layers, heads, key/value heads."""
     return {
         "hidden_size": C,
         "intermediate_size": F,
@@ -46,13 +47,16 @@ ARCHITECTURES: dict[str, ModelConfig] = {
         **_shape(12288, 49152, 96, 96, 96),
     ),
 }
-"""Name → shape. GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the
-same matrices, but no biases, no table of positions (with all of it 38 million numbers, 0.02 %), and one
-vector for each norm instead of two."""
+"""Name → shape.
+
+GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the same matrices, but
+no biases, no table of positions, and one vector for each norm instead of two. What is missing are 38 million
+numbers, 0.02 %.
+"""
 
 
 def architecture(name: str) -> ModelConfig:
-    """The shape of a built-in architecture; raises ConfigError that lists those there are.
+    """Return the shape of a built-in architecture; raises ConfigError, which lists those there are.
 
     >>> architecture("llama-7b").intermediate_size
     11008
@@ -62,7 +66,7 @@ def architecture(name: str) -> ModelConfig:
         near = get_close_matches(name.lower(), ARCHITECTURES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed package), "
-            "a .gguf file, a Hugging Face folder, or its config.json"
+            f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed "
+            "package), a .gguf file, a Hugging Face folder, or its config.json"
         )
     return found

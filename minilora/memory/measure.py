@@ -12,7 +12,6 @@ from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.entries import Entry, held_entries, kept_entries
 from minilora.memory.ledger import Ledger
@@ -20,7 +19,8 @@ from minilora.memory.planner import with_update
 from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import BATCHES_ALIKE, tile_bytes, twin_of
-from minilora.quant import weights
+from minilora.parameters import Gradients
+from minilora.quant.compilation import compile_kernels
 from minilora.quant.packed import reserve_tile
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads
@@ -165,7 +165,7 @@ def trainer_bytes() -> int:
 
     0 if the system does not tell.
     """
-    weights.warm_up()
+    compile_kernels()
     return resident_bytes()[0] or 0
 
 

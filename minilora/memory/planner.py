@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import parameter_shapes
 from minilora.config import ModelConfig, PlanConfig, QuantConfig, expand_modules, require
 from minilora.formats.bases import shape_of
 from minilora.formats.files import read_json
@@ -23,7 +24,6 @@ from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_name
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Parameter
 from minilora.memory.architectures import ARCHITECTURES, architecture
 from minilora.memory.counting import count_parameters, effective_bits
 from minilora.memory.entries import Entry, deepen, held_entries
@@ -32,8 +32,9 @@ from minilora.memory.profile import profile
 from minilora.memory.shape_weights import BLOCK_FORMATS, ShapeWeight, code_maps
 from minilora.memory.shapes import Meter, ShapeArray, metered
 from minilora.memory.twin import BATCHES_ALIKE, Draws, base_twin, shape_batch, tile_bytes
+from minilora.parameters import Parameter
 from minilora.training.states import state_bytes, state_layout
-from minilora.transformer import Transformer, parameter_shapes
+from minilora.transformer import Transformer
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
 """(name, shape) of a matrix → its weight as a file stores it; None for a dense one."""

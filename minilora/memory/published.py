@@ -1,7 +1,6 @@
-"""Figures that papers print, beside what the planner says of the same setting, each with the assumption that
-it needs.
+"""Figures that papers print beside what the planner says of the same setting, and what that assumes.
 
-Of a paper only its own number stands here; ours all come from ``plan``, and none is tuned to come nearer.
+Only the papers' own numbers stand here. Ours all come from `plan`, and none is tuned to come nearer.
 """
 
 from __future__ import annotations
@@ -23,8 +22,19 @@ GPT3_PARAMETERS = 175_255_800_000
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what, by whom, as printed there, ours (a number and how it is printed), and what ours
-    assumes."""
+    """One figure.
+
+    Attributes
+    ----------
+    what, paper : str
+        The figure, and where it stands.
+    published : str
+        As printed there.
+    ours, value : str, float
+        As we print it, and its number.
+    assumption : str
+        What ours assumes.
+    """
 
     what: str
     paper: str
@@ -41,17 +51,17 @@ class Published:
     rows: tuple[Row, ...]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(heads, rows), the assumptions by number."""
+        """Return (heads, rows); the assumptions stand below, by number."""
         rows = [[str(i), row.what, row.paper, row.published, row.ours] for i, row in enumerate(self.rows, 1)]
         return ["", "figure", "whose", "published", "ours"], rows
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return everything, for JSON."""
         return asdict(self)
 
     def __str__(self) -> str:
         below = [
-            textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    ")
+            textwrap.fill(f"{i:>2}  {row.assumption}", 110, subsequent_indent="    ")
             for i, row in enumerate(self.rows, 1)
         ]
         return "\n".join([text_table(*self.table()), "", *below])
@@ -70,7 +80,7 @@ class Published:
 
 @cache
 def published() -> Published:
-    """The table; takes a few seconds, once.
+    """Return the table; the first call takes a few seconds.
 
     >>> published().rows[0].ours
     '159,907,840'
@@ -107,16 +117,16 @@ def _bits() -> list[Row]:
     saved, bits = single.held - double.held, single.effective_bits - double.effective_bits
     return [
         Row(
-            "NF4, double quantization: bits a weight",
+            "NF4, double quantization: bits per weight",
             QLORA + ", section 3",
             "4 + 0.127",
             f"{double.effective_bits:.4f}",
             double.effective_bits,
             "LLaMA-65B's block projections, blocks of 64, 256 of them under one float32; ours counts the "
-            "mean of each matrix too, but not the table of 16 values, which all share",
+            "mean of each matrix too, but not the table of 16 values, which all matrices share",
         ),
         Row(
-            "what double quantization saves: bits a weight",
+            "what double quantization saves: bits per weight",
             QLORA + ", section 3",
             "0.373",
             f"{bits:.4f}",
@@ -147,8 +157,8 @@ def _gpt3() -> list[Row]:
     frozen = r4.held
     adapter = r4.by_kind()["adapters"]
     stand_in = (
-        "GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, and does not "
-        "say of what)"
+        "GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, "
+        "and does not say of what)"
     )
     return [
         Row(
@@ -182,8 +192,8 @@ def _gpt3() -> list[Row]:
             "1.2 TB",
             f"{_tb(states)} to {_tb(all_of_it)}",
             states,
-            "float16 throughout, no activations: the lower number is weights and "
-            "Adam's two means, the higher one has the gradients too; the paper does not say, and its number lies between",
+            "float16 throughout, no activations: the lower number is weights and Adam's two means, the "
+            "higher one has the gradients too; the paper does not say which, and its number lies between",
         ),
         Row(
             "GPT-3 175B, LoRA",
@@ -233,8 +243,8 @@ def _llama65() -> list[Row]:
             "more than 780 GB",
             _gb(mixed),
             mixed,
-            "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes a parameter, no activations; ours in "
-            f"float32 takes 16, {_gb(all_float32)}",
+            "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes for each parameter, no "
+            f"activations; ours in float32 takes 16, {_gb(all_float32)}",
         )
     ]
     for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
@@ -255,8 +265,9 @@ def _llama65() -> list[Row]:
                 "less than 48 GB",
                 _gb(need),
                 need,
-                "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks checkpointed, logits by 128 rows, "
-                f"all that is dense in float32{paged}; a GPU of 48 GB has 2³⁰ bytes in each: {_fits(need)}",
+                "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks "
+                "checkpointed, logits by 128 rows, dense arrays in float32"
+                f"{paged}; a GPU of 48 GB has 48 GiB: {_fits(need)}",
             )
         )
         if optimizer == "paged_adamw":
@@ -293,8 +304,8 @@ def _llama7() -> list[Row]:
             "567 MB",
             f"{inputs / 1e6:,.0f} MB",
             inputs,
-            "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, at 2 bytes a number; "
-            "the paper does not say which arrays it counts, and the number is not tuned",
+            "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, in "
+            "16 bits; the paper does not say which arrays it counts, and the number is not tuned",
         ),
         Row(
             "the same with checkpointing, a sequence",
@@ -302,8 +313,9 @@ def _llama7() -> list[Row]:
             "18 MB",
             f"{left / 1e6:,.0f} MB",
             left,
-            "all that ours keeps between the passes, at 2 bytes a number: of each block its two inputs and q, k, v, so that no "
-            f"product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB a block, the paper counts otherwise",
+            "all that ours keeps between the passes, in 16 bits: of each block its two inputs and q, k, v, "
+            f"so that no product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB for each "
+            "block, the paper counts otherwise",
         ),
         Row(
             "LLaMA-7B, base in 4 bits",
@@ -311,14 +323,16 @@ def _llama7() -> list[Row]:
             "5,048 MB",
             f"{base / 1e6:,.0f} MB",
             base,
-            "NF4 with double quantization, embedding, head and norms in 16 bits: nothing else is in our base, what else is in "
-            "the paper's it does not say",
+            "NF4 with double quantization, embedding, head and norms in 16 bits: nothing else is in our "
+            "base, and what else is in the paper's it does not say",
         ),
     ]
 
 
 def _fits(n: float) -> str:
-    return f"{format_bytes(n)}, {'below' if n < 48 * 2**30 else 'above'} 48 GiB, {'below' if n < 48e9 else 'above'} 48·10⁹"
+    gib = "below" if n < 48 * 2**30 else "above"
+    gb = "below" if n < 48e9 else "above"
+    return f"{format_bytes(n)}, {gib} 48 GiB, {gb} 48·10⁹"
 
 
 def _gb(n: float) -> str:

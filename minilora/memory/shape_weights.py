@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from minilora.config import QuantConfig, require
-from minilora.kernels import block_vectors as blocks_simd
-from minilora.kernels import codes as kernels
 from minilora.layers import Array
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.quant.blocks import few_rows
 from minilora.quant.packed import PackedWeight, in_vectors
+from minilora.quant.reference import packed_size
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
 """GGUF type → bytes of codes and of the minimum in a block of 32; the scale takes two more."""
@@ -114,7 +114,7 @@ class ShapeWeight(PackedWeight):
             shape,
             arrays,
             offset_group=32 if minima else 0,
-            few=16 if blocks_simd.available() else 1,  # as BlockWeight has it
+            few=few_rows(),
             bits=int(quant_type[1]),
             quant_type=quant_type,
         )
@@ -165,11 +165,11 @@ def _affine_arrays(shape: tuple[int, int], config: QuantConfig) -> dict[str, lis
     require(in_ % config.group_size == 0, "group_size", config.group_size, f"must divide in={in_}")
     groups = (out, in_ // config.group_size)
     if config.offset_dtype == "zero":  # whole numbers, packed as the codes are
-        offset = ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8)
+        offset = ShapeArray.new((packed_size(prod(groups), config.bits),), np.uint8)
     else:
         offset = ShapeArray.new(groups, config.offset_dtype)
     return {
-        "codes": [ShapeArray.new((kernels.packed_size(out * in_, config.bits),), np.uint8)],
+        "codes": [ShapeArray.new((packed_size(out * in_, config.bits),), np.uint8)],
         "scales": [ShapeArray.new(groups, np.float16)],
         "offsets": [offset],
         "code_maps": [],
@@ -184,7 +184,7 @@ def _codebook_arrays(shape: tuple[int, int], config: QuantConfig) -> dict[str, l
         scales, maps = [ShapeArray.new(*s) for s in stored], code_maps(config.quant_type, "dynamic")
     else:
         scales, maps = [ShapeArray.new((blocks,), np.float32)], code_maps(config.quant_type)
-    codes = ShapeArray.new((kernels.packed_size(size, config.bits),), np.uint8)
+    codes = ShapeArray.new((packed_size(size, config.bits),), np.uint8)
     return {"codes": [codes], "scales": scales, "offsets": [], "code_maps": maps}
 
 

@@ -14,19 +14,22 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Adapter, AnyLinear, Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shape_weights import ShapeWeight
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import DenseWeight, Parameter
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 from minilora.variants import lora_of
 
 BATCHES_ALIKE = 3
-"""Batches of gradient accumulation that run: the first, one that finds a sum, one that stands for the rest."""
+"""Batches of gradient accumulation that run: the first, one that finds a sum, and one for the rest."""
 
 
 class Draws:

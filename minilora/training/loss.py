@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from minilora.data.tasks import Batch
 from minilora.kernels import cross_entropy_backward, cross_entropy_forward
-from minilora.layers import Array, Gradients, Key
+from minilora.layers import Array, Key
+from minilora.parameters import Gradients
 from minilora.threads import Workers, single_blas
 from minilora.training.shards import add_gradients, split_batch
 from minilora.transformer import Transformer

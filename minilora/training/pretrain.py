@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import minilora
+from minilora.building import init_model
 from minilora.config import ModelConfig, PretrainConfig, require
 from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
@@ -19,7 +20,6 @@ from minilora.training.induction import start_with_induction
 from minilora.training.loss import evaluate
 from minilora.training.resume import CHECKPOINT
 from minilora.training.trainer import Trainer
-from minilora.transformer import init_model
 
 
 class RowsTask:

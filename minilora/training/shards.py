@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.threads import Workers
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from minilora.config import OPTIMIZERS, require
-from minilora.layers import Array, Parameter
+from minilora.layers import Array
+from minilora.parameters import Parameter
 from minilora.quant.codebooks import dynamic_map
 from minilora.quant.weights import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
 from minilora.training.paging import Layout, hand_back, mapped_file_of, zeros_in_file, zeros_in_memory

@@ -26,6 +26,7 @@ from minilora.training.paging import hand_back
 from minilora.training.resume import CHECKPOINT, History, Progress, read_checkpoint, write_checkpoint
 from minilora.training.schedule import learning_rate
 from minilora.transformer import Transformer
+from minilora.variants import warn_if_it_cannot_train
 
 Callback = Callable[[int, dict[str, float]], None]
 
@@ -78,6 +79,8 @@ class Trainer:
             raise ValueError(
                 "model: nothing is trainable; use full(model), subset(model, ...) or inject_lora(model, ...)"
             )
+        for _, linear in model.linears():
+            warn_if_it_cannot_train(linear)
         if task.n_train < 1:
             raise ValueError(f"task={task.name!r}: has no training examples")
         self.model, self.task, self.config = model, task, config
