@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import lru_cache
 from importlib import import_module
 from multiprocessing import get_context
@@ -39,7 +39,7 @@ EVAL_BATCHES = 4
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid, as ``run_sweep`` wants it: fields, and a key."""
+    """One run of the grid, as `run_sweep` wants it: columns, and a key."""
 
     method: str
     r: int
@@ -49,12 +49,11 @@ class Run:
     steps: int = 100
     task: str = "text"
 
-    @property
-    def quant_type(self) -> str | None:
-        return "nf4" if self.method == "qlora" else None
-
     def key(self) -> str:
         return f"{self.size}-{self.steps}-{self.method}-{self.r}-{self.learning_rate:g}-{self.seed}"
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self) | {"quant_type": "nf4" if self.method == "qlora" else None}
 
     def train(self) -> TrainConfig:
         """The trainer's part; the batch is the size's."""

@@ -28,8 +28,9 @@ from minilora.layers import Array
 from minilora.memory import effective_bits
 from minilora.quant.model import find_linear, input_hessian, quantize_model
 from minilora.report.statistics import Interval, mean_interval
+from minilora.sweep.building import unpadded
+from minilora.sweep.environment import environment
 from minilora.sweep.results import Row
-from minilora.sweep.run import environment, unpadded
 from minilora.sweep.weight_errors import (
     aligned,
     block_errors,

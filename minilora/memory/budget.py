@@ -11,7 +11,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from minilora.config import ADAPTERS, PlanConfig, expand_modules, matches, require
+from minilora.composed import PlanConfig
+from minilora.config import ADAPTERS, expand_modules, matches, require
 from minilora.memory.compare import check_methods, check_taken, settings_of
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import Ledger, html_table, text_table

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Trainer:
             )
         if task.n_train < 1:
             raise ValueError(f"task={task.name!r}: has no training examples")
+        config = replace(config, learning_rate=config.peak_learning_rate)
         self.model, self.task, self.config = model, task, config
         self.callbacks, self.folder = list(callbacks), None if folder is None else Path(folder)
         self.optimizer = make_optimizer(parameters, config, self.folder)
@@ -184,9 +185,7 @@ class Trainer:
             if self.folder and self.config.checkpoint_every
             else "no checkpoint was asked for"
         )
-        return (
-            f"{kept}. A learning_rate below {self.config.learning_rate:g} or more warmup_steps usually helps"
-        )
+        return f"{kept}. A learning_rate below {self.config.peak_learning_rate:g} or more warmup_steps usually helps"
 
     def _check_finite(self) -> None:
         for name, array in self._arrays().items():
