@@ -20,9 +20,10 @@ FILES = {
 
 # module (or package) → what of minilora it may import; itself is always allowed
 LAYERS = {"config", "functional", "kernels", "threads", "layers", "quant"}
-MODELS = LAYERS | {"transformer", "lora", "variants", "merging"}
+MODELS = LAYERS | {"composed", "transformer", "lora", "variants", "merging"}
 ALLOWED = {
     "config": set(),
+    "composed": {"config"},  # configurations made of others
     "functional": set(),  # knows nobody
     "kernels": {"functional"},  # everything compiled
     "threads": set(),
@@ -46,7 +47,7 @@ ALLOWED = {
     "claims": MODELS | {"data", "formats", "training", "memory", "generation", "sweep", "report"},
     "labs": MODELS | {"data", "training"},
 }
-TOP = {"cli", "commands", "__main__", ""}  # know everything below, and nobody below knows them
+TOP = {"cli", "__main__", ""}  # know everything below, and nobody below knows them
 
 
 def runtime_imports(tree: ast.Module, module: str, is_package: bool) -> set[str]:
