@@ -296,7 +296,7 @@ def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows
     caches, uncounted."""
     ours = [
         "-m",
-        "minilora.cli",
+        "minilora",
         "generate",
         "--model",
         model,

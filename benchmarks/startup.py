@@ -58,7 +58,7 @@ def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
 
 def _help() -> float:
     start = time.perf_counter()
-    _process("-m", "minilora.cli", "--help")
+    _process("-m", "minilora", "--help")
     return time.perf_counter() - start
 
 

@@ -21,7 +21,7 @@ def measure(out: Path, say: Any) -> list[dict[str, Any]]:
     import resource  # not on every system
 
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "minilora.cli", "sweep"]
+        command = [sys.executable, "-m", "minilora", "sweep"]
         start = time.perf_counter()
         subprocess.run(
             command, env=os.environ | {"NUMBA_CACHE_DIR": f"{folder}/numba"}, cwd=folder, check=True

@@ -182,7 +182,7 @@ def peers_installed() -> bool:
 
 def machine() -> dict[str, Any]:
     """What the numbers depend on: processor, memory, load, versions."""
-    from minilora.sweep.run import cpu_name
+    from minilora.sweep.environment import cpu_name
 
     def installed(name: str) -> str | None:
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -160,7 +160,7 @@ def prompts(n: int, length: int = 32) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid, as ``run_sweep`` wants it: fields, and a key."""
+    """One run of the grid, as `run_sweep` wants it: columns, and a key."""
 
     method: str
     r: int
@@ -170,12 +170,11 @@ class Run:
     steps: int = 100
     task: str = "text"
 
-    @property
-    def quant_type(self) -> str | None:
-        return "nf4" if self.method == "qlora" else None
-
     def key(self) -> str:
         return f"{self.size}-{self.steps}-{self.method}-{self.r}-{self.learning_rate:g}-{self.seed}"
+
+    def row(self) -> dict[str, Any]:
+        return asdict(self) | {"quant_type": "nf4" if self.method == "qlora" else None}
 
     def train(self) -> TrainConfig:
         """The trainer's part; the batch is the size's."""

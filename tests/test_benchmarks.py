@@ -626,7 +626,7 @@ def test_memory_is_measured_in_every_mode_and_written_to_a_page_of_its_own(
         assert row["loss"]["fast"] == pytest.approx(row["loss"]["small"], rel=1e-5)
         assert all(len(values) == 2 and min(values) >= 0 for values in row["rise_mib"].values())
     runs = expand(
-        SweepConfig(method=("qlora", "base"), steps=1, seed=(0,), n_train=8, n_eval=4, write_all=False)
+        SweepConfig({"method": ("qlora", "base"), "steps": 1, "n_train": 8, "n_eval": 4, "write_all": False})
     )
     seen = memory.workers(said.append, runs, n_jobs=1)
     assert [(r["method"], r["process"]) for r in seen] == [("qlora", os.getpid()), ("base", os.getpid())]

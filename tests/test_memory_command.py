@@ -14,9 +14,8 @@ from test_llama_gguf import CONFIG, metadata_of, small
 from minilora import cli
 from minilora.config import ConfigError
 from minilora.formats.files import FileError
-from minilora.formats.gguf_writer import write_gguf
-from minilora.memory import budget as fit
-from minilora.memory import compare, plan, published
+from minilora.formats.gguf import write_gguf
+from minilora.memory import compare, fit, plan, published
 from minilora.memory.architectures import ARCHITECTURES
 
 
@@ -161,7 +160,7 @@ def test_fit_prints_what_the_function_says(capsys):
 
 
 def test_figures_beside_the_table(tmp_path, capsys, monkeypatch):
-    from minilora.sweep import memory_plots
+    from minilora.report import memory_plots
 
     asked = []
     monkeypatch.setattr(

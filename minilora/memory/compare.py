@@ -8,16 +8,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minilora.config import (
-    ADAPTERS,
-    AFFINE_TYPES,
-    CODEBOOK_TYPES,
-    TRAINED,
-    ConfigError,
-    PlanConfig,
-    require,
-    require_in,
-)
+from minilora.composed import PlanConfig
+from minilora.config import ADAPTERS, AFFINE_TYPES, CODEBOOK_TYPES, TRAINED, ConfigError, require, require_in
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import HELD, PASSING, Ledger
 from minilora.memory.planner import plan

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from minilora.building import parameter_shapes
-from minilora.config import ModelConfig, PlanConfig, QuantConfig, expand_modules, require
+from minilora.composed import PlanConfig
+from minilora.config import ModelConfig, QuantConfig, expand_modules, require
 from minilora.formats.bases import shape_of
 from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile
