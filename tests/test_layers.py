@@ -19,9 +19,10 @@ from helpers import GQA, assert_close, close_rtol, digest, fill_adapters, make_l
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
 from minilora.injection import inject_lora
-from minilora.layers import MLP, DenseWeight, Embedding, Gradients, Linear, Parameter, RMSNorm
+from minilora.layers import MLP, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory import arrays_in, unique_bytes
+from minilora.parameters import DenseWeight, Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import quantize_weight
 from minilora.training.gradcheck import gradcheck

@@ -17,12 +17,14 @@ from helpers import GQA, FakeTask, digest, make_model
 from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
 from minilora.injection import full
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
-from minilora.quant.dynamic import dynamic_decode, dynamic_encode
-from minilora.training.optimizers import AdamW, make_optimizer, state_bytes
-from minilora.training.states import CHUNK, BlockwiseMoment, hand_back
-from minilora.training.trainer import CHECKPOINT, Trainer
+from minilora.quant.weights import dynamic_decode, dynamic_encode
+from minilora.training.optimizers import AdamW, make_optimizer
+from minilora.training.paging import hand_back
+from minilora.training.resume import CHECKPOINT
+from minilora.training.states import CHUNK, BlockwiseMoment, state_bytes, state_maps
+from minilora.training.trainer import Trainer
 
 ADAMW = [name for name in OPTIMIZERS if name != "sgd"]
 PAGED = [name for name in ADAMW if name.startswith("paged")]
@@ -154,7 +156,7 @@ def test_state_bytes_are_those_of_the_real_arrays(name, dtype, tmp_path):
     states = sum(a.nbytes for a in optimizer.state().values()) - absmax
     expected = (0, 0, states + absmax) if name in PAGED else (states, absmax, 0)
     assert (predicted["states"], predicted["absmax"], predicted["on_disk"]) == expected
-    assert predicted["maps"] == sum(a.nbytes for a in optimizer.code_maps())
+    assert predicted["maps"] == sum(a.nbytes for a in state_maps(optimizer.state()))
 
 
 def test_sgd_keeps_an_array_for_its_momentum():

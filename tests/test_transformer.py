@@ -19,14 +19,15 @@ from helpers import (
     weights,
 )
 
+from minilora.building import build_model, init_model, parameter_shapes
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Block, Gradients, Parameter
+from minilora.layers import Block
 from minilora.memory import arrays_in, unique_bytes
+from minilora.parameters import Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
-from minilora.transformer import build_model, init_model, parameter_shapes
 
 SMALL = replace(
     GQA, vocab_size=11, hidden_size=8, intermediate_size=6

@@ -10,9 +10,10 @@ from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.injection import inject_lora
-from minilora.layers import Gradients, Linear
+from minilora.layers import Linear
 from minilora.memory import count_parameters, model_bytes
 from minilora.merging import merge, merge_linear
+from minilora.parameters import Gradients
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
@@ -44,7 +45,8 @@ def dora(quant=None, dtype=np.float64, seed=1):
 def explicit(layer, x):
     """y = x W'ᵀ with W' = m ∘ (W + sBA)/‖W + sBA‖, by the definition."""
     whole = (
-        layer.base.weight.dense().astype(np.float64) + layer.lora.scaling * layer.lora.lora_B.data @ layer.lora.lora_A.data
+        layer.base.weight.dense().astype(np.float64)
+        + layer.lora.scaling * layer.lora.lora_B.data @ layer.lora.lora_A.data
     )
     return x @ (layer.magnitude.data[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)).T
 

@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.layers import Adapter, Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.blocks import few_rows
 from minilora.quant.packed import PackedWeight, in_vectors
 from minilora.quant.reference import packed_size
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 from minilora.variants import lora_of
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}

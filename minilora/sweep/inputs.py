@@ -6,7 +6,8 @@ from functools import lru_cache
 
 from minilora import memory
 from minilora.config import CONTROLS, ConfigError
-from minilora.data.sft import SFTTask, products_chat, read_jsonl
+from minilora.data.examples import read_jsonl, split_examples
+from minilora.data.sft import SFTTask, products_chat
 from minilora.data.tasks import Task, make_task
 from minilora.formats.bases import Pretrained, load_pretrained, shape_of, stored_bytes
 from minilora.quant.blocks import GGUF_BLOCK
@@ -39,9 +40,8 @@ def _task(
             tokenizer, n_train=n_train, n_eval=n_eval, max_length=max_length, packing=packing
         )
     if name == "jsonl":
-        return SFTTask(
-            tokenizer, read_jsonl(data or ""), max_length=max_length, packing=packing, n_eval=n_eval
-        )
+        examples = split_examples(read_jsonl(data or ""), n_eval)
+        return SFTTask(tokenizer, examples, max_length=max_length, packing=packing)
     return make_task(
         name, text_path=text_path, n_eval=n_eval, window=min(max_length, 128), tokenizer=tokenizer
     )

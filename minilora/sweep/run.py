@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 import minilora
 from minilora import memory
+from minilora.adapter import Adapter
 from minilora.config import ADAPTERS, LoraConfig, QuantConfig, expand_modules, require
 from minilora.data.sft import SFTTask
 from minilora.data.tasks import Batch, Task
@@ -26,7 +27,6 @@ from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Adapter
 from minilora.merging import merge
 from minilora.quant.blocks import GGUF_BLOCK, BlockWeight
 from minilora.quant.model import dequantize_model, quantize_model

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora import kernels as fused
+from minilora.building import init_model
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.generation import generate
@@ -22,7 +23,7 @@ from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
-from minilora.transformer import Transformer, init_model
+from minilora.transformer import Transformer
 
 
 def warm_kernels() -> float:
