@@ -16,7 +16,7 @@ from minilora.injection import inject_lora
 from minilora.lora import LoraLinear
 from minilora.quant.model import dequantize_model, quantize_model
 from minilora.quant.weights import CodebookWeight
-from minilora.threads import keep_memory
+from minilora.training.allocator import keep_freed_memory
 
 Array = np.ndarray
 
@@ -57,7 +57,7 @@ class OursGGUF(Ours):
         del base
         if adapters is not None:
             set_adapters(model, adapters)
-        keep_memory()
+        keep_freed_memory()
         self._ready(model, ids, targets)
 
     def loss_of_small(self) -> float:

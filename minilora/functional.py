@@ -26,9 +26,6 @@ def flat(x: Array) -> Array:
     return x.reshape(-1, x.shape[-1])
 
 
-# --- linear and low-rank: what LoRA is about ---------------------------------------------------------------
-
-
 def linear_forward(x: Array, w: Array) -> Array:
     """Return y = x wᵀ: x (…, in), w (out, in) → y (…, out)."""
     return x @ w.T
@@ -79,9 +76,6 @@ def low_rank_backward(dy: Array, cache: Cache, a: Array, b: Array, s: float) -> 
     return dp, da, db
 
 
-# --- embedding, norm, rotation -----------------------------------------------------------------------------
-
-
 def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
     """Add each row of dy (…, C) to the row of dtable (V, C) that its token took."""
     dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
@@ -120,11 +114,7 @@ def rms_norm_backward(
 
 
 def rope_tables(
-    positions: Array,
-    head_dim: int,
-    theta: float,
-    dtype: np.dtype[Any],
-    factors: tuple[float, ...] | None = None,
+    positions: Array, head_dim: int, theta: float, dtype: Any, factors: Any = None
 ) -> tuple[Array, Array]:
     """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864, §3.2).
 
@@ -350,9 +340,6 @@ def group_sum(x: Array, g: int) -> Array:
 def group_repeat(dy: Array, g: int) -> Array:
     """Give each member of a group the group's gradient, (…, in/g) → (…, in): the backward of `group_sum`."""
     return dy if g == 1 else np.repeat(dy, g, axis=-1)
-
-
-# --- AdamW -------------------------------------------------------------------------------------------------
 
 
 def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:

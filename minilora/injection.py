@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.layers import Adapter, AnyLinear, DenseWeight, Linear, Parameter
+from minilora.layers import Linear
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import single_blas
-from minilora.variants import adapt
+from minilora.variants import adapt, warn_if_it_cannot_train
 
 if TYPE_CHECKING:
     from minilora.transformer import Transformer
@@ -41,7 +43,8 @@ def inject(
     --------
     >>> from minilora import LoraConfig, LoraLinear, init_model, ModelConfig
     >>> rng = np.random.default_rng(0)
-    >>> model = inject(init_model(ModelConfig(), rng), lambda linear: LoraLinear(linear, LoraConfig(r=2), rng))
+    >>> base = init_model(ModelConfig(), rng)
+    >>> model = inject(base, lambda linear: LoraLinear(linear, LoraConfig(r=2), rng))
     >>> len(model.trainable())  # A and B of 7 projections in each of 4 blocks
     56
     """
@@ -68,14 +71,15 @@ def inject_lora(
     Raises
     ------
     ConfigError
-        If nothing matches, if the model has adapters already, or if QA-LoRA finds a base without a float offset.
+        If nothing matches, if the model has adapters already, or if QA-LoRA finds a base without offsets.
     """
     names = _names_without_adapter(model)
     for field in ("target_modules", "rank_pattern", "alpha_pattern"):
         _check_targets(field, tuple(getattr(config, field)), names)
     if quant is not None and any(not isinstance(linear.weight, DenseWeight) for _, linear in model.linears()):
         raise ConfigError(
-            "quant: the base is quantized already, and would be rounded twice; leave it out, or give a dense model"
+            "quant: the base is quantized already, and would be rounded twice; leave it out, or give a "
+            "dense model"
         )
     frozen = model.map_parameters(Parameter.freeze)
     chosen = _chosen(names, config.target_modules)
@@ -123,9 +127,10 @@ def _wrap(frozen: Transformer, make: Callable[[Linear], Adapter], chosen: set[st
         made = make(linear.base)
         if not isinstance(made, Adapter):
             raise ConfigError(
-                f"make: returned a {type(made).__name__} for {linear.name}; it must return an Adapter, a subclass of "
-                "minilora.Adapter with forward, backward, trained and delta"
+                f"make: returned a {type(made).__name__} for {linear.name}; it must return an Adapter, a "
+                "subclass of minilora.Adapter with forward, backward, trained and delta"
             )
+        warn_if_it_cannot_train(made)
         return made
 
     return frozen.map_linears(change)
@@ -135,7 +140,8 @@ def _names_without_adapter(model: Transformer) -> list[str]:
     for name, linear in model.linears():
         if isinstance(linear, Adapter):
             raise ConfigError(
-                f"model: already injected ({name} has an adapter); inject into the base, once for each adapter"
+                f"model: already injected ({name} has an adapter); inject into the base, once for each "
+                "adapter"
             )
     return [name for name, _ in model.linears()]
 
@@ -153,8 +159,8 @@ def _offset_group(linear: Linear, frozen: Transformer) -> int:
         else:
             why = f"{linear.name} is stored as {getattr(weight, 'quant_type', type(weight).__name__)}"
         raise ConfigError(
-            f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize the base "
-            "to int2, int3, int4 or int8 (Q4_1 will do as it is), or leave it out of target_modules"
+            f"use_qalora=True: needs a base weight with a float offset for each group, but {why}; quantize "
+            "the base to int2, int3, int4 or int8 (Q4_1 will do as it is), or leave it out of target_modules"
         )
     return weight.offset_group
 

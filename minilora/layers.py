@@ -6,6 +6,7 @@
 `cache` is in the return statement. So a layer can run twice or in two threads, and its memory can be counted.
 `grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no input, builds no dW and still
 passes dx on. The letters of the shapes are those of `minilora.functional`.
+Parameters, gradients and weights are in `minilora.parameters`; adapters wrap a Linear (`minilora.adapter`).
 
 Three arguments recur:
 
@@ -17,158 +18,17 @@ Three arguments recur:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
-
-import numpy as np
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
 from minilora.config import ModelConfig
-from minilora.kernels import LowRank
+from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
-Array = np.ndarray
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
 Rope = tuple[Array, Array]
 """Cosines and sines of the positions, as `functional.rope_tables` makes them."""
-
-
-# --- parameters and gradients ------------------------------------------------------------------------------
-
-
-class Parameter:
-    """A named array that may or may not train; compared and hashed by identity."""
-
-    __slots__ = ("name", "data", "trainable")
-
-    def __init__(self, name: str, data: Array, trainable: bool = False):
-        self.name, self.data, self.trainable = name, data, trainable
-
-    def freeze(self) -> Parameter:
-        """Return a frozen parameter over the same array, which becomes read-only."""
-        self.data.flags.writeable = False
-        return Parameter(self.name, self.data)
-
-    def thaw(self) -> Parameter:
-        """Return a trainable parameter over a copy of the array."""
-        return Parameter(self.name, self.data.copy(), trainable=True)
-
-    def __repr__(self) -> str:
-        state = "trainable" if self.trainable else "frozen"
-        return f"Parameter({self.name}, {self.data.shape}, {self.data.dtype}, {state})"
-
-
-class Gradients(dict[Parameter, Array]):
-    """One zeroed array for each trainable parameter.
-
-    >>> w, frozen = Parameter("w", np.ones(2), trainable=True), Parameter("frozen", np.ones(2))
-    >>> grads = Gradients([w, frozen])
-    >>> grads.add(w, np.ones(2)); grads.add(w, np.ones(2)); grads.add(frozen, np.ones(2))
-    >>> grads[w], grads.of(frozen)
-    (array([2., 2.]), None)
-    """
-
-    def __init__(self, parameters: Iterable[Parameter]):
-        super().__init__((p, np.zeros_like(p.data)) for p in parameters if p.trainable)
-
-    def add(self, parameter: Parameter, gradient: Array) -> None:
-        """Add to the gradient of a parameter; of a frozen one nothing is kept."""
-        if parameter.trainable:
-            self[parameter] += gradient
-
-    def of(self, parameter: Parameter) -> Array | None:
-        """Return the array to which a gradient is added, or None for a frozen parameter."""
-        return self[parameter] if parameter.trainable else None
-
-
-# --- weights -----------------------------------------------------------------------------------------------
-
-
-class Weight(Protocol):
-    """What a Linear asks of its weight W (out, in), however the numbers are stored."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The type of dense numbers."""
-
-    @property
-    def trainable(self) -> bool:
-        """Whether a Linear must keep its input for dW."""
-
-    @property
-    def offset_group(self) -> int:
-        """Inputs that share one float offset, into which QA-LoRA merges; 0 without such offsets."""
-
-    def matmul(self, x: Array, low_rank: LowRank | Array | None = None) -> Array:
-        """Return x Wᵀ + low_rank: (…, in) → (…, out)."""
-
-    def matmul_t(
-        self, dy: Array, low_rank: LowRank | Array | None = None, onto: Array | None = None
-    ) -> Array:
-        """Return dy W + low_rank: (…, out) → (…, in), added to `onto` if that is given."""
-
-    def rows(self, ids: Array) -> Array:
-        """Return rows of W in floating point, for embeddings."""
-
-    def dense(self) -> Array:
-        """Return W as one (out, in) array."""
-
-    def arrays(self) -> dict[str, list[Array]]:
-        """Return the stored arrays by class of bytes: weights, codes, scales, offsets, code_maps."""
-
-
-class DenseWeight:
-    """A weight stored as it is: one floating-point array."""
-
-    offset_group = 0
-
-    def __init__(self, param: Parameter):
-        self.param = param
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.param.data.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The array's own dtype."""
-        return self.param.data.dtype
-
-    @property
-    def trainable(self) -> bool:
-        """Whether the array trains."""
-        return self.param.trainable
-
-    def matmul(self, x: Array, low_rank: LowRank | Array | None = None) -> Array:
-        """Return x Wᵀ + low_rank."""
-        return F.linear_forward(x, self.param.data, low_rank)
-
-    def matmul_t(
-        self, dy: Array, low_rank: LowRank | Array | None = None, onto: Array | None = None
-    ) -> Array:
-        """Return dy W + low_rank."""
-        return F.linear_dx(dy, self.param.data, low_rank, onto)
-
-    def rows(self, ids: Array) -> Array:
-        """Return W[ids]."""
-        return self.param.data[ids]
-
-    def dense(self) -> Array:
-        """Return the array itself, not a copy."""
-        return self.param.data
-
-    def arrays(self) -> dict[str, list[Array]]:
-        """Return one class: weights."""
-        return {"weights": [self.param.data]}
-
-
-# --- layers ------------------------------------------------------------------------------------------------
 
 
 class Linear:
@@ -209,61 +69,6 @@ class Linear:
             # y = x Wᵀ
             F.linear_dw(dy, x, grads[self.weight.param])
         return self.weight.matmul_t(dy, onto=onto) if need_dx else None
-
-
-class Adapter(ABC):
-    """A frozen Linear with something trainable beside it: base class of LoRA and of adapters of your own.
-
-    A subclass defines four methods. `forward(x, key)` returns y (…, out) and its cache. `backward(dy, cache,
-    grads, need_dx, onto)` adds to `grads` and returns dx (…, in), added to `onto` if that is given.
-    `trained()` lists the parameters. `delta()` returns ΔW (out, in) in float64, for merging.
-    """
-
-    pool = 1
-    """Neighbouring inputs that are summed before they reach the adapter (QA-LoRA)."""
-
-    def __init__(self, base: Linear):
-        self.base = base
-
-    @property
-    def name(self) -> str:
-        """The adapted module's name."""
-        return self.base.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the base."""
-        return self.base.shape
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yield the base's dense parameter, which is frozen, and the adapter's own."""
-        yield from self.base.parameters()
-        yield from self.trained()
-
-    @abstractmethod
-    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """Map x (…, in) to y (…, out)."""
-
-    def cache_of(self, x: Array, key: Key = None) -> Cache:
-        """Return the cache of `forward`, for a block that is computed again."""
-        return self.forward(x, key)[1]
-
-    @abstractmethod
-    def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
-    ) -> Any:
-        """Return dx (…, in) for dy (…, out)."""
-
-    @abstractmethod
-    def trained(self) -> list[Parameter]:
-        """Return the adapter's parameters, frozen ones included."""
-
-    @abstractmethod
-    def delta(self) -> Array:
-        """Return ΔW (out, in) in float64."""
-
-
-AnyLinear = Linear | Adapter
 
 
 class Embedding:
@@ -326,9 +131,7 @@ class AttentionCache(NamedTuple):
 class Attention:
     """Causal grouped-query attention with rotary positions; projections q, k, v and o are separate."""
 
-    def __init__(
-        self, config: ModelConfig, q_proj: AnyLinear, k_proj: AnyLinear, v_proj: AnyLinear, o_proj: AnyLinear
-    ):
+    def __init__(self, config: ModelConfig, q_proj: Any, k_proj: Any, v_proj: Any, o_proj: Any):
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
@@ -383,7 +186,7 @@ class MLPCache(NamedTuple):
 class MLP:
     """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with `gate_proj=None` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
 
-    def __init__(self, gate_proj: AnyLinear | None, up_proj: AnyLinear, down_proj: AnyLinear):
+    def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, MLPCache]:

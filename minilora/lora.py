@@ -6,8 +6,8 @@
 * `pool` = identity over a 4-bit NormalFloat base: QLoRA (arXiv 2305.14314, eq. 5).
 * `pool` = sum over the groups of an affine base: QA-LoRA (arXiv 2309.14717, Algorithm 1).
 
-The mathematics is in `functional.low_rank_forward` and `low_rank_backward`. `minilora.injection` puts adapters
-into a model; DoRA, PiSSA and LoftQ, built on `LoraLinear`, are in `minilora.variants`.
+The mathematics is in `functional.low_rank_forward` and `low_rank_backward`. `minilora.injection` puts
+adapters into a model. `minilora.variants` builds DoRA, PiSSA and LoftQ on `LoraLinear`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
+from minilora.adapter import Adapter
 from minilora.config import LoraConfig, require
-from minilora.layers import Adapter, Array, Gradients, Key, Linear, Parameter
+from minilora.layers import Array, Key, Linear
+from minilora.parameters import Gradients, Parameter
 
 
 class LoraCache(NamedTuple):
-    """What an adapter keeps: its input p (…, in/g), h = p Aᵀ (…, r), and one bit for each p that dropout kept."""
+    """What LoRA keeps: its input p (…, in/g), h = p Aᵀ (…, r), and a bit for each p that dropout left."""
 
     p: Array
     h: Array

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Adapter, AnyLinear, Array, DenseWeight, Linear, Parameter, Weight
+from minilora.layers import Array, Linear
+from minilora.parameters import DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import quantize_weight
@@ -51,8 +53,8 @@ def merge_linear(
     Parameters
     ----------
     adapted : a LoraLinear or any other adapter
-    how : `dense`, `requantize` (rounded to `quant` again, which loses some of ΔW), `offsets` (QA-LoRA: offset +=
-        ΔW, the codes stay the same object) or `auto` (offsets if the adapter pools, else dense)
+    how : `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
+        offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense
     quant : the storage that `requantize` rounds to
 
     Raises
@@ -101,7 +103,7 @@ def _merge_offsets(adapted: Adapter) -> AffineWeight:
 
 
 def unmerge_linear(merged: Weight, adapted: Adapter) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is returned."""
+    """Subtract ΔW again, for the lesson; return the base and its largest error, which is rounding."""
     base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
     error = float(np.abs(base - adapted.base.weight.dense()).max())
     return DenseWeight(Parameter(f"{adapted.name}.weight", base)), error

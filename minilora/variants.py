@@ -6,15 +6,18 @@ those of W's rounding error.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from minilora import kernels as F
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, LoraConfig, QuantConfig, require
-from minilora.layers import Adapter, Array, DenseWeight, Gradients, Key, Linear, Parameter, Weight
+from minilora.layers import Array, Key, Linear
 from minilora.lora import LoraCache, LoraLinear
+from minilora.parameters import DenseWeight, Gradients, Parameter, Weight
 from minilora.quant.weights import quantize_weight
 
 # --- DoRA --------------------------------------------------------------------------------------------------
@@ -29,7 +32,7 @@ class DoraCache(NamedTuple):
 
 
 class DoraLinear(Adapter):
-    """A LoraLinear whose rows keep their direction and get a trained length m (DoRA, arXiv 2402.09353, eq. 5).
+    """A LoraLinear whose rows keep their direction and train their length m (DoRA, arXiv 2402.09353, eq. 5).
 
         y = (m / n) ∘ (base(x) + s·x Aᵀ Bᵀ),   n = ‖W + s·B A‖ of each row
 
@@ -107,7 +110,7 @@ def adapt(
     pool: int = 1,
     quant: QuantConfig | None = None,
 ) -> LoraLinear | DoraLinear:
-    """Return the adapter that a `LoraConfig` describes; `quant` is the storage of a base that starts dense."""
+    """Return the adapter that a `LoraConfig` describes; `quant` stores the base that an SVD start makes."""
     if config.init_lora_weights in ("pissa", "loftq"):
         lora: LoraLinear = SvdLinear(base, config, rng, quant)
     else:
@@ -120,6 +123,26 @@ def lora_of(linear: Any) -> LoraLinear | None:
     if isinstance(linear, DoraLinear):
         return linear.lora
     return linear if isinstance(linear, LoraLinear) else None
+
+
+def warn_if_it_cannot_train(adapter: Any) -> None:
+    """Warn of an adapter whose A and B can never change: dA is a product with B, and dB with A."""
+    lora = lora_of(adapter)
+    if lora is None:
+        return
+    a, b = lora.lora_A, lora.lora_B
+    moves = (a.trainable and b.data.any()) or (b.trainable and a.data.any())
+    if moves or not (a.trainable or b.trainable):
+        return
+    if not a.data.any() and not b.data.any():
+        why = "A = 0 and B = 0, so both gradients are 0"
+    elif a.trainable:
+        why = "B = 0 is frozen, so the gradient of A is 0"
+    else:
+        why = "A = 0 is frozen, so the gradient of B is 0"
+    warnings.warn(
+        f"{lora.name}: {why} and this adapter never trains; start one of them at random", stacklevel=2
+    )
 
 
 def merged_over(linear: LoraLinear | DoraLinear, w: Array) -> Array:
@@ -136,10 +159,10 @@ def merged_over(linear: LoraLinear | DoraLinear, w: Array) -> Array:
 
 
 def svd_factors(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
-    """Return A (r, in), B (out, r), float64, whose s·B A approximates M best: M = U S Vᵀ, A = √(S/s) Vᵀ, B =
-    U √(S/s).
+    """Return A (r, in) and B (out, r) in float64 whose s·B A is the best approximation of M of rank r.
 
-    Signs are arbitrary in a decomposition; here the largest element of each row of A is positive.
+    M = U S Vᵀ, A = √(S/s) Vᵀ, B = U √(S/s). Signs are arbitrary in a decomposition; here the largest element
+    of each row of A is positive.
 
     >>> A, B = svd_factors(np.diag([8.0, 1.0]), 1, scaling=2.0)
     >>> (A.tolist(), B.tolist())
@@ -153,10 +176,9 @@ def svd_factors(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
 
 
 def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
-    """Return (residual W − s·B A, A, B): the adapter starts as the r principal directions of W, which then
-    train.
+    """Return (residual W − s·B A, A, B): the r principal directions of W train (arXiv 2404.02948, section 3).
 
-    PiSSA (arXiv 2404.02948, section 3). W = residual + s·B A: nothing has changed yet.
+    W = residual + s·B A, so nothing has changed yet.
     """
     a, b = (x.astype(w.dtype) for x in svd_factors(w, r, scaling))
     residual = w - scaling * (b.astype(np.float64) @ a.astype(np.float64))
@@ -166,10 +188,9 @@ def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
 def loftq(
     w: Array, r: int, scaling: float, quantize: Callable[[Array], Any], steps: int = 1
 ) -> tuple[Any, Array, Array]:
-    """Return (quantized weight, A, B) with Q + s·B A ≈ W: the adapter starts as the best answer to the
-    rounding error.
+    """Return (quantized weight, A, B) with Q + s·B A ≈ W: A and B start as a fit of the rounding error.
 
-    for t in 1 … steps:  Q = quantize(W − s·B A);  s·B A = svd_r(W − Q)        LoftQ (arXiv 2310.08659, Algorithm 1)
+    for t in 1 … steps:  Q = quantize(W − s·B A);  s·B A = svd_r(W − Q)    LoftQ (arXiv 2310.08659, Alg. 1)
 
     The decomposition is divided by s. PEFT leaves that out, so that its start is right only when α = r.
     """
@@ -185,8 +206,9 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
     """Return PiSSA's or LoftQ's new base, A and B."""
     if not isinstance(base.weight, DenseWeight):
         raise ConfigError(
-            f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and this start "
-            "needs the weight in full precision; inject into the dense model and pass quant=QuantConfig(…)"
+            f"init_lora_weights={config.init_lora_weights!r}: {base.name} is quantized already, and "
+            "this start needs the weight in full precision; inject into the dense model and pass "
+            "quant=QuantConfig(…)"
         )
     w, name = base.weight.dense(), base.name
     if config.init_lora_weights == "loftq":
@@ -203,8 +225,8 @@ def _from_svd(base: Linear, config: LoraConfig, quant: QuantConfig | None) -> tu
         2 * config.r <= min(w.shape),
         "r",
         config.r,
-        f"PiSSA on {name} {w.shape} takes at most {min(w.shape) // 2}: what it learns is saved as an ordinary "
-        "adapter of rank 2r",
+        f"PiSSA on {name} {w.shape} takes at most {min(w.shape) // 2}: what it learns is saved as an "
+        "ordinary adapter of rank 2r",
     )
     residual, a, b = pissa(w, config.r, config.scaling)
     weight: Weight

@@ -62,7 +62,7 @@ def test_tests_tools_and_machine_files_are_left_out() -> None:
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="split is 'dev'.*train, validation, test"):
+    with pytest.raises(ValueError, match="split='dev'.*train, validation, test"):
         python_source("dev")
 
 
@@ -170,10 +170,10 @@ def test_text_file_replaces_the_real_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"n_tokens": 10}, "n_tokens is 10"),
-        ({"window": 1}, "window is 1"),
-        ({"catalogue_share": 1.5}, "catalogue_share is 1.5"),
-        ({"catalogue_share": float("nan")}, "catalogue_share is nan"),
+        ({"n_tokens": 10}, "n_tokens=10"),
+        ({"window": 1}, "window=1"),
+        ({"catalogue_share": 1.5}, "catalogue_share=1.5"),
+        ({"catalogue_share": float("nan")}, "catalogue_share=nan"),
     ],
 )
 def test_bad_sizes_are_refused(arguments: dict[str, float], match: str) -> None:

@@ -302,7 +302,7 @@ NESTED_DAMAGE = {
     "codes short": (replaced(NAME, lambda x: x[:-1]), r"\(1583, 1\)"),
     "map of fp4": (
         lambda a: a | {f"{NAME}.quant_map": to_arrays(NAME, make(quant_type="fp4"))[f"{NAME}.quant_map"]},
-        r"quant_map\[0\]=0.0, the nf4 map has -1.0 \(1. of 16 values differ\): another codebook",
+        r"quant_map\[0\]=0.0, the nf4 map has -1.0 \(1. of 16 values differ\): other codebooks",
     ),
     "map one bit off": (
         replaced(f"{NAME}.quant_map", lambda x: np.nextafter(x, np.float32([9] + [0] * 15))),

@@ -21,10 +21,12 @@ from minilora.formats.files import FileError, read_json, stored_tensors
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.huggingface_config import BYTE_TOKENS
 from minilora.injection import inject_lora
-from minilora.layers import DenseWeight, Linear
+from minilora.layers import Linear
 from minilora.merging import merge
+from minilora.parameters import DenseWeight
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import Transformer
 
 IDS = np.array([[1, 2, 3, 4]])
@@ -292,7 +294,7 @@ CANNOT = {
     "offsets": (
         lambda: quantized(base(), lambda w: AffineWeight.quantize(w, 4, 4)),
         {},
-        "has float offsets, GPTQ stores whole",
+        "has float offsets, but GPTQ stores whole",
     ),
     "some dense": (
         lambda: mixed(CodebookWeight.quantize, None),
@@ -478,9 +480,9 @@ def overlapping(h):
 
 
 HEADERS = {
-    "overlap": (overlapping, "byte .* ends a tensor, byte .* begins the next"),
-    "hole": (lambda h: h.pop(UP) and None, "byte .* ends a tensor"),
-    "far": (lambda h: h[UP].update(data_offsets=[10**12, 10**12 + 1280]), "byte .* ends a tensor"),
+    "overlap": (overlapping, "a tensor ends at byte .*, but the next"),
+    "hole": (lambda h: h.pop(UP) and None, "a tensor ends at byte"),
+    "far": (lambda h: h[UP].update(data_offsets=[10**12, 10**12 + 1280]), "a tensor ends at byte"),
     "backwards": (lambda h: h[UP]["data_offsets"].reverse(), "has -1280 bytes"),
     "negative": (lambda h: h[UP].update(data_offsets=[-1280, 0]), r"data_offsets=\[-1280, 0\]"),
     "floats": (lambda h: h[UP].update(data_offsets=[0.0, 1280.0]), r"data_offsets=\[0.0, 1280.0\]"),

@@ -364,7 +364,7 @@ def test_tensors_of_any_type_and_shape_are_refused_or_valid(folders, kind, data)
 def test_settings_of_any_length_are_not_read(folders):
     config = b'{"peft_type": "LORA", "target_modules": [' + b"[], " * 1_200_000 + b"[]]}"
     assert not survives("lora", folders, config)
-    with pytest.raises(FileError, match=f"has {len(config)} bytes, such a file is read up to 4000000"):
+    with pytest.raises(FileError, match=f"has {len(config)} bytes, at most 4000000 are read"):
         load_adapter(DENSE, folders["lora"][0])
 
 

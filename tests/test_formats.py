@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
@@ -21,7 +22,6 @@ from minilora.injection import inject_lora
 from minilora.lora import LoraLinear
 from minilora.merging import merge
 from minilora.quant.model import quantize_model
-from minilora.transformer import init_model
 
 IDS = np.array([[1, 2, 3, 4]])
 LORA = LoraConfig(
@@ -590,8 +590,8 @@ def test_json_that_says_something_twice_or_is_too_long_is_refused(tmp_path):
     with pytest.raises(FileError, match="a name comes twice"):
         read_json(tmp_path / "f.json")
     (tmp_path / "f.json").write_text('{"r": 1}' + " " * 100)
-    with pytest.raises(FileError, match="has 108 bytes, such a file is read up to 50"):
-        read_json(tmp_path / "f.json", longest=50)
+    with pytest.raises(FileError, match="has 108 bytes, at most 50 are read"):
+        read_json(tmp_path / "f.json", max_bytes=50)
 
 
 Q = "model.layers.0.self_attn.q_proj"

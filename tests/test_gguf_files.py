@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from minilora.formats import gguf as ours
 from minilora.formats.files import FileError
-from minilora.formats.gguf import GGUFFile, TensorInfo, write_gguf
-from minilora.layers import DenseWeight
+from minilora.formats.gguf import GGUFFile, TensorInfo
+from minilora.formats.gguf_writer import write_gguf
+from minilora.parameters import DenseWeight
 from minilora.quant.blocks import BlockWeight
 
 # ---- an independent little writer: everything is bytes, so that a test can put in what no writer would
@@ -227,7 +228,7 @@ def test_what_cannot_be_read_is_refused_only_when_it_is_asked_for(make):
         ),
         (file.weight, "k", "tensor 'k' is Q6_K"),
         (file.weight, "future", "tensor 'future' is type 99"),
-        (file.array, "q", r"tensor 'q' is Q4_1; .*; weight\(name\) can"),
+        (file.array, "q", r"tensor 'q' is Q4_1; .*; weight\(name\) reads it"),
         (file.weight, "norm.weight", r"tensor 'norm.weight' has shape \(32,\); a weight has two dimensions"),
         (file.weight, "cube", r"shape \(2, 1, 2\)"),
         (file.array, "nothing", r"no tensor 'nothing' among its 10 \(norm.weight, w, q, half, bf, …\)"),
@@ -465,7 +466,7 @@ def test_the_limits_of_a_header(make, monkeypatch):
     three = [entry("a", 8, text("")), entry("b", 8, text("")), entry("c", 8, text(""))]
     GGUFFile(make(build(three)))
     with pytest.raises(
-        FileError, match="metadata 'd' has a string or an array too many: 3 and 4096 are read"
+        FileError, match="metadata 'd' is too much: at most 3 strings and 4096 arrays are read"
     ):
         GGUFFile(make(build([*three, entry("d", 8, text(""))])))
 

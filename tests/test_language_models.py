@@ -17,7 +17,8 @@ from minilora.config import ConfigError
 from minilora.data.tasks import Batch
 from minilora.formats.bases import load_pretrained, shape_of, stored_bytes
 from minilora.formats.files import read_json
-from minilora.formats.gguf import GGUFFile, write_gguf
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import load_gguf
 from minilora.memory import available_bytes, measure
 from minilora.sweep.inputs import base_of, check_memory, make_run_task, planned

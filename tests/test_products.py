@@ -149,7 +149,7 @@ def test_mixed_products_belong_to_no_split() -> None:
 
 
 def test_unknown_split_is_refused() -> None:
-    with pytest.raises(ValueError, match="split is 'dev'.*test_values"):
+    with pytest.raises(ValueError, match="split='dev'.*test_values"):
         draw_product(random.Random(0), "dev")
 
 
@@ -227,7 +227,7 @@ def test_a_longer_word_is_another_value() -> None:
 
 @pytest.mark.parametrize(("products", "completions"), [([], []), ([LAMP], []), ([LAMP], ["a", "b"])])
 def test_one_completion_for_each_prompt(products: list[Product], completions: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{len(completions)} entries.*{len(products)} prompts"):
+    with pytest.raises(ValueError, match=f"completions={len(completions)}: .*{len(products)} prompts"):
         score_descriptions(products, completions)
 
 

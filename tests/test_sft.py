@@ -15,17 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.config import ConfigError
+from minilora.data.examples import Example, read_jsonl, split_examples
 from minilora.data.products import score_descriptions
-from minilora.data.sft import (
-    Example,
-    SFTTask,
-    encode_example,
-    pack,
-    products_chat,
-    prompt_ids,
-    read_jsonl,
-    split_examples,
-)
+from minilora.data.sft import SFTTask, encode_example, pack, products_chat, prompt_ids
 from minilora.data.tasks import Batch, ProductsTask
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import BOS, EOS, PAD, ByteTokenizer, encode
@@ -89,7 +81,8 @@ def test_line_breaks_of_windows_and_a_mark_at_the_beginning(tmp_path):
         ("[1]", r"\[1\] is no JSON object"),
         (
             {},
-            r"has none of the fields that are read \(its fields: none\); it needs prompt and completion, messages, or text",
+            r"has none of the fields that are read \(its fields: none\); "
+            "it needs prompt and completion, messages, or text",
         ),
         ({"question": "a"}, r"its fields: 'question'"),
         ({"prompt": "a"}, "lacks the field 'completion'"),
@@ -203,9 +196,9 @@ def test_an_empty_answer_without_end_of_turn_teaches_nothing():
 
 def test_conversations_need_a_template():
     with pytest.raises(ConfigError, match="tiny base has none"):
-        SFTTask(BYTES, [Example(messages=(user("Hi"), assistant("Yo")))] * 3)
+        SFTTask(BYTES, {"train": [Example(messages=(user("Hi"), assistant("Yo")))]})
     with pytest.raises(ConfigError, match="no chat template"):
-        SFTTask(chatty(chat_template=None), [Example(messages=(user("Hi"), assistant("Yo")))] * 3)
+        SFTTask(chatty(chat_template=None), {"train": [Example(messages=(user("Hi"), assistant("Yo")))]})
 
 
 # ---- packing ----
@@ -256,7 +249,7 @@ def unpacked(batch: Batch) -> list[tuple[tuple[int, ...], tuple[int, ...], tuple
 
 
 def test_a_packed_row_holds_the_examples_unchanged():
-    examples = numbered(60)
+    examples = split_examples(numbered(60))
     packed, padded = (SFTTask(BYTES, examples, max_length=32, packing=packing) for packing in (True, False))
     assert (
         padded.n_train == 48 > packed.n_train and "48 to train" in packed.report and "filled" in packed.report
@@ -276,19 +269,16 @@ def test_a_packed_row_holds_the_examples_unchanged():
 
 
 def test_splits_are_the_same_for_every_seed():
-    examples = numbered(60)
-    tasks = [SFTTask(BYTES, examples, n_eval=5, seed=seed) for seed in (0, 0, 1)]
+    examples = split_examples(numbered(60), 5)
+    tasks = [SFTTask(BYTES, examples, seed=seed) for seed in (0, 0, 1)]
     first, again, other = ([row.tobytes() for row in task.batch(range(task.n_train)).ids] for task in tasks)
     assert first == again != other and sorted(first) == sorted(other)
     for split in ("validation", "test"):
         assert len({str(task.prompts(split)) for task in tasks}) == 1
         assert len({task.eval_batches(split)[0].ids.tobytes() for task in tasks}) == 1
     assert len({task.sha256 for task in tasks}) == 1
-    assert (
-        SFTTask(BYTES, examples[:-1], n_eval=5).sha256
-        != tasks[0].sha256
-        != SFTTask(chatty(), examples, n_eval=5).sha256
-    )
+    fewer = SFTTask(BYTES, split_examples(numbered(60)[:-1], 5))
+    assert fewer.sha256 != tasks[0].sha256 != SFTTask(chatty(), examples).sha256
 
 
 @pytest.mark.parametrize(
@@ -304,19 +294,17 @@ def test_sizes_of_splits(n, n_eval, sizes):
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(
-        ConfigError, match="examples=2: at least 3 are needed: one each to train, to validate and to test"
-    ):
-        SFTTask(BYTES, numbered(2))
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"), [({"max_length": 1}, "max_length=1"), ({"n_eval": 0}, "n_eval=0")]
-)
-def test_sizes_that_cannot_be(changed, message):
+    message = "number of examples=2: must be at least 3: one each to train, to validate and to test"
     with pytest.raises(ConfigError, match=message):
-        SFTTask(BYTES, numbered(5), **changed)
-    with pytest.raises(ConfigError, match="examples='validation': needs 'train'"):
+        split_examples(numbered(2))
+
+
+def test_sizes_that_cannot_be():
+    with pytest.raises(ConfigError, match="max_length=1: must be at least 2"):
+        SFTTask(BYTES, split_examples(numbered(5)), max_length=1)
+    with pytest.raises(ConfigError, match="n_eval=0: must be at least 1"):
+        split_examples(numbered(5), 0)
+    with pytest.raises(ConfigError, match="splits='validation': must have 'train' among them"):
         SFTTask(BYTES, {"validation": numbered(5)})
 
 
@@ -337,11 +325,11 @@ def test_a_single_token_without_bos_teaches_nothing():
 
 @pytest.mark.parametrize("packing", [True, False])
 def test_nothing_left_to_learn_is_refused_with_the_numbers(packing):
-    with pytest.raises(
-        ConfigError,
-        match=r"train: targets=0: of 1 examples, 1 were cut at max_length=8 .* the longest has 23",
-    ):
-        SFTTask(BYTES, [Example("y", "x" * 20)] * 3, max_length=8, packing=packing)
+    message = (
+        r"train: no token to learn is left of 1 examples; 1 were cut at max_length=8 .* the longest has 23"
+    )
+    with pytest.raises(ConfigError, match=message):
+        SFTTask(BYTES, {"train": [Example("y", "x" * 20)]}, max_length=8, packing=packing)
 
 
 def test_prompts_references_and_scores():
@@ -351,11 +339,11 @@ def test_prompts_references_and_scores():
     assert task.prompts("validation") == [[BOS, *b"a"], [BOS, *b"a"]]  # a text has none
     assert task.score("validation", [" b\n", "c"]) == {"exact": 0.5}
     assert [batch.ids.shape for batch in task.eval_batches("validation", 2)] == [(2, 6), (1, 4)]
-    with pytest.raises(ConfigError, match="completions=1: one for each of 2 prompts"):
+    with pytest.raises(ConfigError, match="number of completions=1: give one for each of 2 prompts"):
         task.score("validation", ["b"])
-    with pytest.raises(ValueError, match="split is 'test'"):
+    with pytest.raises(ValueError, match="split='test'"):
         task.prompts("test")
-    with pytest.raises(ValueError, match="indices has 3"):
+    with pytest.raises(ValueError, match="indices=3: give"):
         task.batch([3])
     assert SFTTask(BYTES, {"train": examples[:1], "test": examples[:1]}).max_new_tokens == 0
 

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.data import make_task
 from minilora.data.corpora import python_source
 from minilora.data.products import HELD_OUT_WORDS, describe, pair_split
-from minilora.data.tasks import Batch, ProductsTask, Task, pad_batch
+from minilora.data.tasks import Batch, ProductsTask, Task, make_task, pad_batch
 from minilora.data.tokenizer import BOS, EOS, PAD, decode
 
 
@@ -77,19 +76,19 @@ def test_bad_indices_are_refused(task: Task, indices: list[int]) -> None:
 
 def test_unknown_splits_are_refused(task: Task) -> None:
     for ask in (task.eval_batches, task.prompts, lambda split: task.score(split, [])):
-        with pytest.raises(ValueError, match="split is 'train'.*validation, test"):
+        with pytest.raises(ValueError, match="split='train'.*validation, test"):
             ask("train")
 
 
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        ({"name": "poems"}, "task is 'poems'.*products, python, text"),
-        ({"name": "products", "n_train": 0}, "n_train is 0"),
-        ({"name": "python", "n_eval": 0}, "n_eval is 0"),
-        ({"name": "python", "window": 0}, "window is 0"),
-        ({"name": "text"}, "text_path is None"),
-        ({"name": "products", "text_path": "x.txt"}, "text_path is 'x.txt'"),
+        ({"name": "poems"}, "task='poems'.*products, python, text"),
+        ({"name": "products", "n_train": 0}, "n_train=0"),
+        ({"name": "python", "n_eval": 0}, "n_eval=0"),
+        ({"name": "python", "window": 0}, "window=0"),
+        ({"name": "text"}, "text_path=None"),
+        ({"name": "products", "text_path": "x.txt"}, "text_path='x.txt'"),
     ],
 )
 def test_bad_arguments_are_refused(arguments: dict[str, object], match: str) -> None:

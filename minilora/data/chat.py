@@ -1,5 +1,7 @@
-"""Chat templates: a conversation becomes text as transformers does it, in a sandbox, because templates come
-with models."""
+"""Chat templates: turn a conversation into text as transformers does, in a sandbox.
+
+Templates are programs that come with a model, so they run in a sandbox that ends their loops.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,10 @@ from minilora.config import ConfigError
 from minilora.data.tokenizer import Messages
 
 INSTALL = "pip install 'minilora[llm]' (in a checkout: pip install -e '.[llm]')"
-MOST_TURNS_OF_LOOPS = 200_000
-LONGEST_TEXT = 16_000_000
-_WIDENING = {
+MAX_LOOP_TURNS = 200_000
+MAX_TEXT_LENGTH = 16_000_000
+"""Longest text that a template may write, in characters."""
+_PADDING_METHODS = {
     "batch",
     "center",
     "expandtabs",
@@ -31,25 +34,33 @@ _WIDENING = {
 
 
 class ChatTemplate:
-    """A chat template in Jinja, compiled at its first use.
+    r"""A chat template in Jinja, compiled at its first use.
 
-    It sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers gives
-    templates (`raise_exception`, `strftime_now`, `tojson`); it can reach nothing else, and its loops end. Not
-    allowed: repeating and padding strings. (A string that a loop doubles still fills the memory, as it does
-    in transformers.)
+    A template sees `messages`, `add_generation_prompt`, the special tokens by name, and what transformers
+    gives: `raise_exception`, `strftime_now` and `tojson`. It reaches nothing else, and its loops end. It must
+    not repeat or pad strings. A string that a loop doubles still fills the memory, as in transformers.
 
-    Args:
-        source: the template.
-        where: the file it comes from, for messages.
-        tokens: special tokens by name, such as `{"bos_token": "<s>"}`.
+    Parameters
+    ----------
+    source : str
+        The template.
+    where : str
+        The file it comes from, for messages.
+    tokens : mapping of str to str
+        Special tokens by name, such as `{"bos_token": "<s>"}`.
 
-    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\\n{% endfor %}")
+    Raises
+    ------
+    ImportError
+        At the first use: jinja2 is not installed.
+    ConfigError
+        At the first use: the template is no Jinja, raises, or does not end.
+
+    Examples
+    --------
+    >>> template = ChatTemplate("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}")
     >>> template.render([{"role": "user", "content": "Hi"}])
-    'user: Hi\\n'
-
-    Raises:
-        ImportError: jinja2 is not installed.
-        ConfigError: the template is no Jinja, raises, or does not end.
+    'user: Hi\n'
     """
 
     def __init__(
@@ -58,19 +69,22 @@ class ChatTemplate:
         self.source, self.where, self.tokens = source, where, dict(tokens or {})
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
-        """Return the conversation's text, and with `add_generation_prompt` the words after which the
-        assistant speaks.
+        """Return the text of a conversation; `add_generation_prompt` adds what opens the assistant's turn.
 
-        Raises ConfigError for messages that are none, and if the template raises or does not end.
+        Raises
+        ------
+        ConfigError
+            `messages` is no conversation, or the template raises or does not end.
         """
         chat = [dict(message) for message in check_messages(messages)]
         template = self._compiled
-        left = [MOST_TURNS_OF_LOOPS]
+        left = MAX_LOOP_TURNS
 
         def spend() -> None:
-            left[0] -= 1
-            if left[0] < 0:
-                raise ConfigError(f"its loops turn more than {MOST_TURNS_OF_LOOPS} times")
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise ConfigError(f"its loops turn more than {MAX_LOOP_TURNS} times")
 
         parts: list[str] = []
         size = 0
@@ -85,8 +99,8 @@ class ChatTemplate:
             ):
                 parts.append(part)
                 size += len(part)
-                if size > LONGEST_TEXT:
-                    raise ConfigError(f"it writes more than {LONGEST_TEXT} characters")
+                if size > MAX_TEXT_LENGTH:
+                    raise ConfigError(f"it writes more than {MAX_TEXT_LENGTH} characters")
         except (Exception, RecursionError, MemoryError) as error:
             raise self._refuse(error) from None
         return "".join(parts)
@@ -101,8 +115,7 @@ class ChatTemplate:
             raise ImportError(f"chat templates need jinja2: {INSTALL}") from None
 
         class Generation(ext.Extension):
-            """`{% generation %}…{% endgeneration %}`, which marks what the assistant said: here it changes
-            nothing."""
+            """`{% generation %}…{% endgeneration %}`: marks the assistant's words, and writes nothing."""
 
             tags = {"generation"}
 
@@ -111,7 +124,7 @@ class ChatTemplate:
                 return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
         class Sandbox(ImmutableSandboxedEnvironment):
-            """Refuses, besides what jinja2's refuses, the expressions that fill the memory in one step."""
+            """jinja2's sandbox, which here also refuses expressions that fill the memory in one step."""
 
             intercepted_binops = frozenset({"*", "**", "%"})
 
@@ -123,22 +136,22 @@ class ChatTemplate:
                 return super().call_binop(context, operator, left, right)
 
             def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-                return not (isinstance(obj, str) and attr in _WIDENING) and super().is_safe_attribute(
-                    obj, attr, value
-                )
+                if isinstance(obj, str) and attr in _PADDING_METHODS:
+                    return False
+                return super().is_safe_attribute(obj, attr, value)
 
             def wrap_str_format(self, value: Any) -> Any:
-                return None  # str.format is an attribute like others, and not a safe one
+                return None  # then str.format is checked like any attribute, and refused
 
         def raise_exception(message: str) -> None:
             raise TemplateError(message)
 
         def to_json(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
-            return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's own escapes HTML
+            return json.dumps(value, ensure_ascii=ensure_ascii, **options)  # jinja's filter escapes HTML
 
         environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, ext.loopcontrols])
         environment.filters["tojson"] = to_json
-        for name in _WIDENING & environment.filters.keys():
+        for name in _PADDING_METHODS & environment.filters.keys():
             del environment.filters[name]
         del environment.globals["lipsum"]
         environment.globals |= {
@@ -147,27 +160,34 @@ class ChatTemplate:
         }
         try:
             tree: Any = environment.parse(self.source)
-            for loop in tree.find_all((nodes.For, nodes.Macro)):  # a sandbox alone lets loops run for years
-                loop.body.insert(
-                    0, nodes.ExprStmt(nodes.Call(nodes.Name("_spend", "load"), [], [], None, None))
-                )
+            for loop in tree.find_all((nodes.For, nodes.Macro)):  # the sandbox alone lets loops run for years
+                call = nodes.Call(nodes.Name("_spend", "load"), [], [], None, None)
+                loop.body.insert(0, nodes.ExprStmt(call))
             code = environment.compile(tree)
             return environment.template_class.from_code(environment, code, environment.make_globals(None))
         except (Exception, RecursionError, MemoryError) as error:
             raise self._refuse(error) from None
 
     def _refuse(self, error: BaseException) -> ConfigError:
-        line = f", line {error.lineno}" if getattr(error, "lineno", None) else ""  # type: ignore[attr-defined]
+        lineno = getattr(error, "lineno", None)
+        line = f", line {lineno}" if lineno else ""
+        problem = str(error)[:300] or type(error).__name__
         return ConfigError(
-            f"{self.where}: the chat template cannot be used{line}: {str(error)[:300] or type(error).__name__}; "
+            f"{self.where}: the chat template cannot be used{line}: {problem}; "
             "give raw text (--prompt, or JSONL with prompt and completion)"
         )
 
 
 def check_messages(messages: Any, what: str = "messages") -> Messages:
-    """Return the messages if they are a conversation: a list, not empty, of objects whose role and content
-    are strings.
+    """Return the messages if they are a conversation: at least one object with strings `role` and `content`.
 
+    Raises
+    ------
+    ConfigError
+        They are not.
+
+    Examples
+    --------
     >>> check_messages([{"role": "user"}])
     Traceback (most recent call last):
     minilora.config.ConfigError: messages[0] has no 'content': a message is {"role": "user", "content": "..."}

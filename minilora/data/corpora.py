@@ -1,8 +1,8 @@
-"""Real text that is on every machine with Python, and the mixture on which the tiny base is pretrained.
+"""Text that every Python installation has, and the mixture that the tiny base is pretrained on.
 
-Source code of the standard library, split by module into train, validation and test; docstrings of the train
-modules only; the language reference in `pydoc_data.topics`. It differs between Python versions, therefore
-every result carries a SHA-256.
+The text is the standard library's source code, split by module into train, validation and test, the
+docstrings of the train modules, and the language reference in `pydoc_data.topics`. It differs between Python
+versions, so every result carries a SHA-256.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minilora.config import ConfigError, require, require_in
 from minilora.data.products import HELD_OUT_WORDS, catalogue_documents, definition_sha256
 from minilora.data.tokenizer import BOS, EOS
 
@@ -25,7 +26,7 @@ SPLITS = ("train", "validation", "test")
 MAX_FILE_BYTES = 200_000
 MAX_TRAIN_BYTES = 3_000_000
 MAX_EVAL_BYTES = 400_000
-_ALL_BYTES = 1 << 40
+_UNLIMITED = 1 << 40
 
 _SKIPPED_FOLDERS = {
     "test",
@@ -44,19 +45,22 @@ _HELD_OUT = re.compile(rf"\b(?:{'|'.join(sorted(HELD_OUT_WORDS))})\b", re.IGNORE
 
 
 def module_split(name: str) -> str:
-    """Return the split of a module by the SHA-256 of its dotted name: about 80 % train, 10 % validation, 10 %
-    test.
+    """Return the split of a module: about 80 % train, 10 % validation, 10 % test, by the hash of its name.
 
+    Examples
+    --------
     >>> module_split("json.decoder") in SPLITS
     True
     """
     bucket = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") % 10
-    return "train" if bucket < 8 else "validation" if bucket == 8 else "test"
+    if bucket < 8:
+        return "train"
+    return "validation" if bucket == 8 else "test"
 
 
 @cache
 def _module_files() -> tuple[tuple[str, Path], ...]:
-    """Return (dotted name, path) of the standard library's modules in the order of their names' hashes."""
+    """Return (dotted name, path) of the standard library's modules, ordered by their names' hashes."""
     root = sysconfig.get_path("stdlib")
     found: list[tuple[str, Path]] = []
     for folder, subfolders, files in os.walk(root):
@@ -64,16 +68,16 @@ def _module_files() -> tuple[tuple[str, Path], ...]:
         for file in files:
             stem, suffix = os.path.splitext(file)
             # _sysconfigdata… and sitecustomize describe the machine, not the library.
-            if (
-                suffix == ".py"
-                and stem.isidentifier()
-                and not stem.startswith(("_sysconfigdata", "sitecustomize"))
-            ):
-                path = Path(folder, file)
-                parts = path.relative_to(root).with_suffix("").parts
-                found.append((".".join(parts[:-1] if stem == "__init__" and len(parts) > 1 else parts), path))
+            describes_machine = stem.startswith(("_sysconfigdata", "sitecustomize"))
+            if suffix != ".py" or not stem.isidentifier() or describes_machine:
+                continue
+            path = Path(folder, file)
+            parts = path.relative_to(root).with_suffix("").parts
+            if stem == "__init__" and len(parts) > 1:
+                parts = parts[:-1]
+            found.append((".".join(parts), path))
     if not found:
-        raise ValueError(
+        raise ConfigError(
             f"standard library: no Python source under {root!r} (a zipped or stripped installation); "
             "use a Python with its library's source, or a text file of your own"
         )
@@ -82,6 +86,7 @@ def _module_files() -> tuple[tuple[str, Path], ...]:
 
 @cache
 def _read_modules(split: str, max_bytes: int) -> tuple[tuple[str, str], ...]:
+    """Return (dotted name, source) of a split's modules, up to `max_bytes`."""
     modules: list[tuple[str, str]] = []
     total = 0
     for name, path in _module_files():
@@ -96,52 +101,60 @@ def _read_modules(split: str, max_bytes: int) -> tuple[tuple[str, str], ...]:
             modules.append((name, text))
             total += len(data)
     if not modules:
-        raise ValueError(
+        raise ConfigError(
             f"standard library: no readable module in the {split} split; use a complete Python installation"
         )
     return tuple(modules)
 
 
 def python_source(split: str, max_bytes: int | None = None) -> dict[str, str]:
-    """Return the source code of the standard library's modules of one split, by dotted name.
+    """Return the source code of the standard library's modules in one split, by dotted name.
 
-    Files above 200 kB, not UTF-8, or of tests and tools are left out; so is what does not fit into
-    `max_bytes` (default 3 MB for train, 0.4 MB for validation and test), in an order that depends on the
-    names only.
+    Tests, tools, files above 200 kB and files that are not UTF-8 are left out.
 
-    Raises:
-        ValueError: an unknown split, or an installation without source.
+    Parameters
+    ----------
+    split : {"train", "validation", "test"}
+        The split.
+    max_bytes : int, optional
+        Limit of the sum; by default 3 MB for train, else 0.4 MB. Modules that do not fit are left out, in an
+        order that depends on their names only.
+
+    Raises
+    ------
+    ConfigError
+        The split is unknown, or the installation has no source.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+    require_in(split, SPLITS, "split")
     if max_bytes is None:
         max_bytes = MAX_TRAIN_BYTES if split == "train" else MAX_EVAL_BYTES
     return dict(_read_modules(split, max_bytes))
 
 
 def _without_held_out(text: str) -> str:
-    """Drop the paragraphs that hold a held-out product word, so that no such word is ever seen in
-    pretraining."""
+    """Drop the paragraphs with a held-out product word, so pretraining never shows one."""
     if not _HELD_OUT.search(text):
         return text
     return "\n\n".join(part for part in text.split("\n\n") if not _HELD_OUT.search(part))
 
 
 def docstrings(source: str, name: str = "module") -> str:
-    """Return the docstrings of a module, its classes and functions, each under its name, as one text.
+    r"""Return the docstrings of a module, its classes and functions as one text, each after its name.
 
-    >>> print(docstrings('"Adds."\\ndef add(a, b):\\n    "Return the sum of a and b."\\n', "sums"))
+    Examples
+    --------
+    >>> print(docstrings('"Adds."\ndef add(a, b):\n    "Return the sum of a and b."\n', "sums"))
     sums: Adds.
     <BLANKLINE>
     add: Return the sum of a and b.
     """
-    import ast  # 10 ms that only pretraining pays
+    import ast  # takes 10 ms, which only pretraining pays
 
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):  # templates and deliberately broken files
+    except (SyntaxError, ValueError):  # templates, and files that are broken on purpose
         return ""
-    found: dict[str, None] = {}  # ordered, without repetitions
+    found: dict[str, None] = {}  # an ordered set
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
@@ -155,29 +168,36 @@ def _standard_documents() -> tuple[str, ...]:
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
-        raise ValueError(
+        raise ConfigError(
             "pydoc_data.topics is missing from this Python; use a complete installation"
         ) from error
     texts = [topics[key] for key in sorted(topics)]
-    texts += [docstrings(source, name) for name, source in python_source("train", _ALL_BYTES).items()]
+    texts += [docstrings(source, name) for name, source in python_source("train", _UNLIMITED).items()]
     cleaned = (_without_held_out(text).strip() for text in texts)
     return tuple(text for text in cleaned if len(text) >= 40)
 
 
 def real_documents(text_path: str | os.PathLike[str] | None = None) -> tuple[str, ...]:
-    """Return the real text for pretraining: a text file's pieces, or language reference and train docstrings.
+    """Return the real text for pretraining; paragraphs with a held-out product word are left out.
 
-    Paragraphs with a held-out product word are left out. A file is cut at blank lines into pieces of about 4
-    kB; its last 20 % (the `text` task's validation and test) are left out.
+    Parameters
+    ----------
+    text_path : path, optional
+        A text file. It is cut at blank lines into pieces of about 4 kB, without its last 20 %, which are the
+        `text` task's validation and test. By default: the language reference and the docstrings of the train
+        modules.
 
-    Raises:
-        ValueError: no standard library source, or an unusable file (`read_text`).
+    Raises
+    ------
+    ConfigError
+        The installation has no source, or the file cannot be used (`read_text`).
     """
     if text_path is None:
         return _standard_documents()
     text = read_text(text_path)
     train = text.encode()[: len(text.encode()) * 8 // 10].decode(errors="ignore")
-    pieces, size = [[""]], 0
+    pieces = [[""]]
+    size = 0
     for paragraph in _without_held_out(train).split("\n\n"):
         if size > 4000:
             pieces.append([])
@@ -191,30 +211,32 @@ def real_documents(text_path: str | os.PathLike[str] | None = None) -> tuple[str
 def read_text(path: str | os.PathLike[str], min_bytes: int = 1) -> str:
     """Return the text of a UTF-8 file.
 
-    Raises:
-        ValueError: the file is missing, empty, not UTF-8 or shorter than `min_bytes`; the message names the
-        path.
+    Raises
+    ------
+    ConfigError
+        The file is missing, empty, not UTF-8 or shorter than `min_bytes`.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
-        raise ValueError(
+        raise ConfigError(
             f"text file {os.fspath(path)!r}: {error.strerror or error}; give the path of a text file"
         ) from error
     if not data.strip():
-        raise ValueError(
+        raise ConfigError(
             f"text file {os.fspath(path)!r} is empty; give a file with at least {min_bytes} bytes"
         )
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(
+        raise ConfigError(
             f"text file {os.fspath(path)!r} is not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}); "
             "convert it, for example with `iconv -t utf-8`"
         ) from error
     if len(data) < min_bytes:
-        raise ValueError(
-            f"text file {os.fspath(path)!r} has {len(data)} bytes: at least {min_bytes} are needed; give a longer one"
+        raise ConfigError(
+            f"text file {os.fspath(path)!r} has {len(data)} bytes: at least {min_bytes} are needed; give a "
+            "longer one"
         )
     return text
 
@@ -222,6 +244,8 @@ def read_text(path: str | os.PathLike[str], min_bytes: int = 1) -> str:
 def token_stream(texts: Iterable[str]) -> np.ndarray:
     """Return BOS text EOS BOS text EOS … as one uint16 array.
 
+    Examples
+    --------
     >>> token_stream(["ab", "c"]).tolist()
     [256, 97, 98, 257, 256, 99, 257]
     """
@@ -233,7 +257,7 @@ def token_stream(texts: Iterable[str]) -> np.ndarray:
 
 
 def _catalogue_rows(seed: int, n_rows: int, window: int) -> np.ndarray:
-    """Return rows that each begin with a document, so that a card and its blurb are seen together."""
+    """Return rows (n_rows, window) that each begin with a document, so a card stands beside its blurb."""
     documents = catalogue_documents(seed)
     rows = np.empty((n_rows, window), np.uint16)
     for row in rows:
@@ -258,22 +282,38 @@ def pretraining_tokens(
     catalogue_share: float = 0.5,
     text_path: str | os.PathLike[str] | None = None,
 ) -> np.ndarray:
-    """Return about `n_tokens` tokens, uint16, for pretraining; a whole number of rows of `window` tokens.
+    """Return the tokens for pretraining: a whole number of rows of `window` tokens, in random order.
 
-    `tokens.reshape(-1, window)` are rows in random order: catalogue rows begin with a document (freshly
-    generated, never repeated); the others are consecutive cuts of the real documents, shuffled anew each time
-    round. Read row by row (inputs `row[:-1]`, targets `row[1:]`) no card is separated from its blurb; as a
-    flat stream it may be cut anywhere.
+    Catalogue rows begin with a document, and no document is repeated. The other rows are consecutive cuts of
+    the real documents, which are shuffled anew for each pass. Read by rows, `tokens.reshape(-1, window)`, no
+    card is separated from its blurb.
 
-    Raises:
-        ValueError: sizes or share out of range, or unusable real text.
+    Parameters
+    ----------
+    seed : int
+        Decides documents and order.
+    n_tokens : int
+        Upper limit of the length.
+    window : int
+        Tokens per row.
+    catalogue_share : float
+        Share of catalogue rows, 0 to 1.
+    text_path : path, optional
+        Source of the real documents (`real_documents`).
+
+    Returns
+    -------
+    ndarray of uint16, (n_rows · window,)
+        The tokens.
+
+    Raises
+    ------
+    ConfigError
+        A size or the share is out of range, or there is no usable real text.
     """
-    if window < 2 or n_tokens < window:
-        raise ValueError(
-            f"n_tokens is {n_tokens}, window is {window}: window must be 2 or more and n_tokens at least window"
-        )
-    if not 0.0 <= catalogue_share <= 1.0:
-        raise ValueError(f"catalogue_share is {catalogue_share}: it must be between 0 and 1")
+    require(window >= 2, "window", window, "must be at least 2")
+    require(n_tokens >= window, "n_tokens", n_tokens, f"must be at least window, which is {window}")
+    require(0.0 <= catalogue_share <= 1.0, "catalogue_share", catalogue_share, "must be from 0 to 1")
     rng = random.Random(seed)
     n_rows = n_tokens // window
     n_catalogue = round(catalogue_share * n_rows)
@@ -292,8 +332,7 @@ def pretraining_tokens(
 
 
 def corpus_sha256(text_path: str | os.PathLike[str] | None = None) -> str:
-    """Return the SHA-256 of the pretraining corpus: the real documents and the definition of the
-    catalogue."""
+    """Return the SHA-256 of the pretraining corpus: the real documents and the catalogue's definition."""
     digest = hashlib.sha256(definition_sha256().encode())
     for document in real_documents(text_path):
         digest.update(len(document).to_bytes(8, "big") + document.encode("utf-8"))

@@ -1,13 +1,17 @@
-"""The standing example: an instruction with attributes becomes a product description.
+"""The products task: write the description of a product from its attributes.
 
     Describe: lamp                                       the prompt
     scent=mint; trim=ivory; origin=oslo; colour=teal
     Text:
     This lamp is smelling of mint, edged in ivory, ...   the description
 
-Two things are held out: pairs of words (a product of `validation` or `test` holds a pair of values that no
-training product and no catalogue document shows together) and 8 of the 40 words of each kind (`test_values`).
-The catalogue for pretraining is in `catalogue_text`: other layouts, other frames, training words only.
+Two things are held out:
+
+* pairs of words: each product of `validation` and `test` has two values that no training product and no
+  catalogue document shows together;
+* words: 8 of the 40 of each kind occur in `test_values` only.
+
+`catalogue_text` is for pretraining. It has other layouts and other frames, and training words only.
 """
 
 from __future__ import annotations
@@ -22,37 +26,58 @@ from itertools import combinations
 
 import numpy as np
 
+from minilora.config import require, require_in
+
 SPLITS = ("train", "validation", "test", "test_values")
 CATEGORIES = ("lamp", "chair", "bag", "mug", "rug", "clock", "coat", "vase")
 KINDS = ("colour", "trim", "material", "pattern", "scent", "origin", "style", "buyer")
 N_SHOWN = 4
 N_PLANS = 20
 
-# 32 words seen in training | 8 words held out. Colour and trim share a pool, so that swapping them is
-# possible.
+# 32 words seen in training | 8 words held out. Colour and trim share a pool, so a model can swap them.
 _POOLS = {
-    "colour": "teal amber ivory crimson navy olive coral indigo scarlet maroon beige cream lilac mauve purple silver"
-    " golden copper bronze rust black white grey pink red blue green yellow orange brown tan violet"
-    " | ochre cobalt fuchsia cerise russet umber taupe puce",
-    "material": "oak pine birch walnut bamboo cork leather linen cotton wool silk velvet canvas felt denim steel"
-    " iron brass tin glass crystal marble granite clay paper wicker rattan plastic rubber nylon suede ash"
-    " | ebony jute pewter slate tweed onyx balsa hemp",
-    "pattern": "stars moons waves leaves ferns roses tulips daisies birds foxes owls bears fish whales anchors arrows"
-    " hearts dots stripes checks circles squares diamonds spirals clouds rainbows trees cats dogs bees crowns boats"
-    " | herons acorns thistles comets plumes beetles zebras lanterns",
-    "scent": "mint rose lemon vanilla lavender honey cinnamon ginger clove basil thyme sage jasmine coffee cocoa"
-    " almond apple peach cherry plum pear mango melon coconut caramel musk moss smoke rain hay tea tobacco"
-    " | fennel nutmeg myrrh bergamot papaya anise saffron quince",
-    "origin": "paris oslo lima rome delhi cairo tokyo kyoto seoul london dublin madrid lisbon vienna prague berlin"
-    " munich milan venice athens havana boston chicago austin denver toronto sydney perth nairobi accra dakar tunis"
-    " | bogota hanoi quito tbilisi riga zagreb lagos bergen",
-    "style": "rustic modern retro classic simple elegant bold cosy gothic nautical tropical vintage urban rural"
-    " sporty playful festive formal casual minimal baroque romantic regal quirky dreamy sleek rugged dainty lively"
-    " serene moody grand | bohemian stoic opulent pastoral austere nordic kitsch gallant",
-    "buyer": "sailors bakers farmers teachers students writers painters dancers singers hikers campers runners"
-    " cyclists gardeners cooks barbers doctors nurses pilots drivers poets artists knitters readers gamers parents"
-    " children jewellers scholars lawyers actors tailors"
-    " | weavers fencers jugglers surfers potters divers monks smiths",
+    "colour": (
+        "teal amber ivory crimson navy olive coral indigo scarlet maroon beige cream lilac mauve purple"
+        " silver golden copper bronze rust black white grey pink red blue green yellow orange brown tan"
+        " violet"
+        " | ochre cobalt fuchsia cerise russet umber taupe puce"
+    ),
+    "material": (
+        "oak pine birch walnut bamboo cork leather linen cotton wool silk velvet canvas felt denim steel"
+        " iron brass tin glass crystal marble granite clay paper wicker rattan plastic rubber nylon suede"
+        " ash"
+        " | ebony jute pewter slate tweed onyx balsa hemp"
+    ),
+    "pattern": (
+        "stars moons waves leaves ferns roses tulips daisies birds foxes owls bears fish whales anchors"
+        " arrows hearts dots stripes checks circles squares diamonds spirals clouds rainbows trees cats dogs"
+        " bees crowns boats"
+        " | herons acorns thistles comets plumes beetles zebras lanterns"
+    ),
+    "scent": (
+        "mint rose lemon vanilla lavender honey cinnamon ginger clove basil thyme sage jasmine coffee cocoa"
+        " almond apple peach cherry plum pear mango melon coconut caramel musk moss smoke rain hay tea"
+        " tobacco"
+        " | fennel nutmeg myrrh bergamot papaya anise saffron quince"
+    ),
+    "origin": (
+        "paris oslo lima rome delhi cairo tokyo kyoto seoul london dublin madrid lisbon vienna prague"
+        " berlin munich milan venice athens havana boston chicago austin denver toronto sydney perth nairobi"
+        " accra dakar tunis"
+        " | bogota hanoi quito tbilisi riga zagreb lagos bergen"
+    ),
+    "style": (
+        "rustic modern retro classic simple elegant bold cosy gothic nautical tropical vintage urban rural"
+        " sporty playful festive formal casual minimal baroque romantic regal quirky dreamy sleek rugged"
+        " dainty lively serene moody grand"
+        " | bohemian stoic opulent pastoral austere nordic kitsch gallant"
+    ),
+    "buyer": (
+        "sailors bakers farmers teachers students writers painters dancers singers hikers campers runners"
+        " cyclists gardeners cooks barbers doctors nurses pilots drivers poets artists knitters readers"
+        " gamers parents children jewellers scholars lawyers actors tailors"
+        " | weavers fencers jugglers surfers potters divers monks smiths"
+    ),
 }
 _POOLS["trim"] = _POOLS["colour"]
 
@@ -61,7 +86,7 @@ HELD_OUT_VALUES = {kind: tuple(_POOLS[kind].split(" | ")[1].split()) for kind in
 HELD_OUT_WORDS = frozenset(word for words in HELD_OUT_VALUES.values() for word in words)
 _KNOWN_WORDS = HELD_OUT_WORDS.union(*TRAIN_VALUES.values())
 
-# A value counts only behind a frame of its own kind. No frame occurs in the catalogue text.
+# A value counts only after a frame of its own kind. No frame occurs in the catalogue text.
 FRAMES = {
     "colour": ("painted", "coloured", "tinted"),
     "trim": ("edged in", "trimmed with", "bordered by"),
@@ -98,7 +123,7 @@ _SHAPES = (
 
 @dataclass(frozen=True)
 class Product:
-    """A category and its attributes, `(kind, value)` in the order in which the prompt shows them."""
+    """A category and its attributes, `(kind, value)` in the prompt's order."""
 
     category: str
     attributes: tuple[tuple[str, str], ...]
@@ -106,6 +131,8 @@ class Product:
     def prompt(self) -> str:
         r"""Return the instruction.
 
+        Examples
+        --------
         >>> Product("lamp", (("scent", "mint"), ("colour", "teal"))).prompt()
         'Describe: lamp\nscent=mint; colour=teal\nText:\n'
         """
@@ -114,9 +141,12 @@ class Product:
 
 
 def describe(product: Product, plan: int) -> str:
-    """Fill sentence plan 0..19: a sentence shape and a wording of the frames. The attributes keep the
-    prompt's order, which is random, so that no plan says which kind comes where.
+    """Return the description by sentence plan 0..19: a sentence shape and one wording of each frame.
 
+    Attributes keep the prompt's order, which is random. So no plan tells where a kind stands.
+
+    Examples
+    --------
     >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
     >>> describe(lamp, 0)
     'This lamp is smelling of mint, edged in ivory, shipped from oslo and painted teal.'
@@ -126,9 +156,15 @@ def describe(product: Product, plan: int) -> str:
 
 
 def longest_description(count: Callable[[str], int] = len) -> int:
-    """Return an upper bound of a description's length, over all splits and plans, in bytes or in what `count`
-    counts.
+    """Return an upper bound of a description's length over all splits and plans.
 
+    Parameters
+    ----------
+    count : callable
+        Returns the length of a text; by default in bytes.
+
+    Examples
+    --------
     >>> longest_description() < 140
     True
     """
@@ -147,8 +183,10 @@ def longest_description(count: Callable[[str], int] = len) -> int:
 
 @cache
 def pair_split(a: str, b: str) -> str:
-    """Return the split to which two value words shown together belong: 90 % train, 5 % validation, 5 % test.
+    """Return the split of two value words shown together: 90 % train, 5 % validation, 5 % test.
 
+    Examples
+    --------
     >>> pair_split("teal", "mint") == pair_split("mint", "teal")
     True
     """
@@ -158,23 +196,29 @@ def pair_split(a: str, b: str) -> str:
 
 
 def product_split(values: Sequence[str]) -> str | None:
-    """Return the split of a product with these values; None if it belongs to none (pairs of two splits, mixed
-    words)."""
+    """Return the split of a product with these values.
+
+    None means that it belongs to no split: it mixes training and held-out words, or has pairs of both
+    `validation` and `test`.
+    """
     held_out = sum(value in HELD_OUT_WORDS for value in values)
     if held_out:
         return "test_values" if held_out == len(values) else None
     splits = {pair_split(a, b) for a, b in combinations(values, 2)} - {"train"}
-    return None if len(splits) > 1 else next(iter(splits), "train")
+    if len(splits) > 1:
+        return None
+    return splits.pop() if splits else "train"
 
 
 def draw_product(rng: random.Random, split: str = "train") -> Product:
-    """Draw a product of a split: category, 4 kinds in random order, one value each, all different.
+    """Draw a product of a split: a category and 4 kinds in random order, with 4 different values.
 
-    Raises:
-        ValueError: an unknown split.
+    Raises
+    ------
+    ConfigError
+        The split is unknown.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split is {split!r}: choose one of {', '.join(SPLITS)}")
+    require_in(split, SPLITS, "split")
     pools = HELD_OUT_VALUES if split == "test_values" else TRAIN_VALUES
     category = rng.choice(CATEGORIES)
     while True:
@@ -191,8 +235,10 @@ _STATED = {
 
 
 def stated_values(text: str) -> dict[str, set[str]]:
-    """Return what a text states: for each kind the words that stand in one of its frames.
+    """Return, for each kind, the words that a text states after one of the kind's frames.
 
+    Examples
+    --------
     >>> stated_values("painted teal and made of oak; scent=mint")
     {'colour': {'teal'}, 'material': {'oak'}}
     """
@@ -201,22 +247,34 @@ def stated_values(text: str) -> dict[str, set[str]]:
 
 
 def score_descriptions(products: Sequence[Product], completions: Sequence[str]) -> dict[str, float]:
-    """Return `recall`, the share of attributes rightly stated, and `exact`, the share equal to a filled plan.
+    """Score generated descriptions.
 
-    An attribute is rightly stated if its kind's frames hold its value and no other value: a value in another
-    kind's frame (swapped), a bare value (the copied prompt) or a contradiction does not count.
+    An attribute is right if its kind's frames hold its value and no other. A value in another kind's frame
+    (swapped), a bare value (the prompt copied) or a contradiction does not count.
 
+    Returns
+    -------
+    dict of str to float
+        `recall`, the share of attributes that are right, and `exact`, the share of texts that equal a plan's.
+
+    Raises
+    ------
+    ConfigError
+        There is no product, or another number of completions.
+
+    Examples
+    --------
     >>> lamp = Product("lamp", (("scent", "mint"), ("trim", "ivory"), ("origin", "oslo"), ("colour", "teal")))
-    >>> score_descriptions([lamp], ["A lamp painted ivory, edged in teal, smelling of mint and sent from oslo."])
+    >>> text = "A lamp painted ivory, edged in teal, smelling of mint and sent from oslo."
+    >>> score_descriptions([lamp], [text])
     {'recall': 0.5, 'exact': 0.0}
-
-    Raises:
-        ValueError: no products, or another number of completions.
     """
-    if not products or len(products) != len(completions):
-        raise ValueError(
-            f"completions has {len(completions)} entries: give one for each of {len(products)} prompts"
-        )
+    require(
+        len(products) > 0 and len(products) == len(completions),
+        "number of completions",
+        len(completions),
+        f"give one for each of {len(products)} prompts, and at least one",
+    )
     right = shown = exact = 0
     for product, text in zip(products, completions, strict=True):
         stated = stated_values(text)
@@ -268,9 +326,9 @@ _CLAUSES = {
     "style": ("its style is {}", "it looks rather {}", "it has a {} feel", "the look is {}", "we call it {}"),
     "buyer": ("its buyer is {}", "{} love it", "we mean it for {}", "{} pick it", "a gift for {}"),
 }
-# these name the kind, so that finding a value in a card is learnt before what the other clauses mean
+# These name the kind: a model learns to find a value in a card before it learns the other clauses.
 _NAMING = ("its {k} is {}", "the {k} is {}", "{k}: {}", "{k} of {}", "for {k}, {}")
-# start of the card, one entry, between entries, end of the card
+# The start of a card, one entry, what stands between entries, and the end of the card.
 _CARDS = (
     ("{c}\n", "{k}: {v}", "\n", "\n"),
     ("{c} (", "{k} {v}", ", ", ")\n"),
@@ -294,7 +352,7 @@ _BLURB_STARTS = (
     "",
 )
 _BLURB_JOINS = (", ", "; ", " and ", ", and ", ". ")
-# A syllable is an onset, a nucleus and a coda, which is often empty.
+# A syllable is an onset, a nucleus and a coda; the coda is often empty.
 _SYLLABLE = tuple(
     part.split(" ")
     for part in (
@@ -314,8 +372,10 @@ def pseudo_word(rng: random.Random) -> str:
 
 
 def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """Draw n attributes; half of the cards and a tenth of the other values are invented words, some keys
-    too."""
+    """Draw n attributes; some words are invented.
+
+    On half of the cards all values are invented, on the others a tenth. Of the keys 6 % are.
+    """
     invented = 1.0 if rng.random() < 0.5 else 0.1
     while True:
         kinds = rng.sample(KINDS, n)
@@ -323,7 +383,7 @@ def _catalogue_attributes(rng: random.Random, n: int) -> list[tuple[str, str]]:
         if len(set(values)) == n and product_split(values) == "train":
             break
     values = [pseudo_word(rng) if rng.random() < invented else value for value in values]
-    # An invented key has an invented value: nothing but the card says what belongs together.
+    # An invented key gets an invented value, so only the card says what belongs together.
     return [
         (pseudo_word(rng), pseudo_word(rng)) if rng.random() < 0.06 else pair
         for pair in zip(kinds, values, strict=True)
@@ -359,14 +419,11 @@ def _answers(rng: random.Random, attributes: list[tuple[str, str]]) -> str:
 
 
 def _said_again(rng: random.Random, words: list[str]) -> str:
-    """Repeat a list of words, in its order or in another: plain copying, which everything else builds on."""
-    words = rng.sample(words, rng.randint(1, len(words))) + [
-        pseudo_word(rng) for _ in range(rng.randint(0, 5))
-    ]
-    comma, between = (
-        rng.choice((", ", " ", "; ", "\n", " - ", " / ")),
-        rng.choice(("\n", "\nagain: ", " > ", ". ", " | ")),
-    )
+    """Repeat a list of words, in its order or another: plain copying, which the rest builds on."""
+    words = rng.sample(words, rng.randint(1, len(words)))
+    words += [pseudo_word(rng) for _ in range(rng.randint(0, 5))]
+    comma = rng.choice((", ", " ", "; ", "\n", " - ", " / "))
+    between = rng.choice(("\n", "\nagain: ", " > ", ". ", " | "))
     if rng.random() < 0.2:
         return comma.join(f"{word}{between.strip()}{word}" for word in words)
     if rng.random() < 0.6:
@@ -375,11 +432,11 @@ def _said_again(rng: random.Random, words: list[str]) -> str:
 
 
 def catalogue_documents(seed: int) -> Iterator[str]:
-    """Yield catalogue documents without end: cards with a blurb (65 %) or questions (15 %), comparisons,
-    lists said again (15 %).
+    """Yield catalogue documents without end.
 
-    All value words of one document are training words whose pairs are training pairs, or invented; a card and
-    its blurb together are mostly shorter than 200 bytes.
+    Of the documents 65 % are a card with a blurb, 15 % a card with questions, 5 % comparisons of two cards,
+    and 15 % repeated lists. Value words are invented, or training words whose pairs are training pairs. A
+    card with its blurb is mostly shorter than 200 bytes.
     """
     rng = random.Random(seed)
     while True:
@@ -402,6 +459,8 @@ def catalogue_documents(seed: int) -> Iterator[str]:
 def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
     """Return at least `n_bytes` of catalogue documents (ASCII), separated by blank lines.
 
+    Examples
+    --------
     >>> len(catalogue_text(np.random.default_rng(0), 1000)) >= 1000
     True
     """
@@ -417,11 +476,10 @@ def catalogue_text(rng: np.random.Generator, n_bytes: int) -> str:
 
 @cache
 def definition_sha256() -> str:
-    """Return the SHA-256 of all that products and the catalogue are made from: words, frames, shapes,
-    examples."""
+    """Return the SHA-256 of what products and catalogue are made from: words, frames, shapes, examples."""
     rng = random.Random(0)
     parts: list[object] = [_POOLS, FRAMES, _SHAPES, CATEGORIES, N_SHOWN, _CLAUSES, _NAMING, _CARDS]
-    parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # pins the generators too
+    parts += [draw_product(rng, split) for split in SPLITS for _ in range(20)]  # holds the generators too
     documents = catalogue_documents(0)
     parts += [next(documents) for _ in range(100)]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
@@ -429,7 +487,7 @@ def definition_sha256() -> str:
 
 @cache
 def task_sha256() -> str:
-    """Return the SHA-256 of the task: what products are made from, and how they are described."""
+    """Return the SHA-256 of the task: what products are made from, and their descriptions."""
     rng = random.Random(0)
     texts = [describe(draw_product(rng, split), plan) for split in SPLITS for plan in range(N_PLANS)]
     return hashlib.sha256(repr([definition_sha256(), texts]).encode()).hexdigest()

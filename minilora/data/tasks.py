@@ -1,4 +1,4 @@
-"""Tasks: batches for training, fixed batches and prompts for evaluation, and scores for generated text."""
+"""Tasks: training batches, fixed evaluation batches and prompts, and scores of generated text."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from minilora.config import require, require_in
 from minilora.data.corpora import python_source, read_text, token_stream
 from minilora.data.products import (
     N_PLANS,
@@ -31,10 +32,16 @@ TASK_NAMES = ("products", "python", "text")
 class Batch:
     """Sequences padded on the right.
 
-    Attributes:
-        ids: (B, T) int64, the input tokens. targets: (B, T) int64; `targets[b, t]` is the token after `ids[b,
-        t]`. mask: (B, T) bool, which targets count in the loss. segments: (B, T) integers or None; examples
-        packed into one row have different numbers and do not see each other.
+    Attributes
+    ----------
+    ids : ndarray of int64, (B, T)
+        Input tokens.
+    targets : ndarray of int64, (B, T)
+        `targets[b, t]` is the token after `ids[b, t]`.
+    mask : ndarray of bool, (B, T)
+        Which targets count in the loss.
+    segments : ndarray of int, (B, T), or None
+        Examples packed into one row have different numbers, and do not see each other.
     """
 
     ids: np.ndarray
@@ -44,16 +51,16 @@ class Batch:
 
 
 class Task(Protocol):
-    """What training and evaluation need to know of a task."""
+    """What training and evaluation need from a task."""
 
     @property
     def name(self) -> str:
-        """The name by which `make_task` knows it."""
+        """The name that `make_task` takes."""
         ...
 
     @property
     def sha256(self) -> str:
-        """The hash of everything it is made from, the same for every seed."""
+        """The hash of everything the task is made from; the same for every seed."""
         ...
 
     @property
@@ -63,12 +70,12 @@ class Task(Protocol):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits for evaluation."""
+        """The names of the evaluation splits."""
         ...
 
     @property
     def max_new_tokens(self) -> int:
-        """How many tokens a completion may need, EOS included; 0 for tasks without generation."""
+        """The most tokens a completion needs, EOS included; 0 for tasks without generation."""
         ...
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
@@ -89,9 +96,17 @@ class Task(Protocol):
 
 
 def pad_batch(sequences: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Batch:
-    """Return a batch of whole sequences (prompt, answer, EOS) in which all but the first `n_prompt` tokens
-    are targets.
+    """Return a batch of sequences (prompt, answer, EOS) whose tokens after the prompt are targets.
 
+    Parameters
+    ----------
+    sequences : sequence of sequences of int
+        Token ids.
+    n_prompt : sequence of int
+        Number of prompt tokens in each sequence.
+
+    Examples
+    --------
     >>> pad_batch([[BOS, 7, 8, EOS], [BOS, 9, EOS]], n_prompt=[2, 2]).mask.tolist()
     [[False, True, True], [False, True, False]]
     """
@@ -106,31 +121,33 @@ def pad_batch(sequences: Sequence[Sequence[int]], n_prompt: Sequence[int]) -> Ba
 
 
 def check_indices(indices: Sequence[int] | np.ndarray, n_train: int) -> list[int]:
-    """Return the indices as a list; raises ValueError if there is none, or one outside 0..n_train-1."""
+    """Return the indices as a list; raise ConfigError if there is none, or one outside 0..n_train-1."""
     chosen = [int(i) for i in indices]
+    allowed = f"give training examples 0..{n_train - 1}"
+    require(len(chosen) > 0, "indices", chosen, allowed)
     bad = next((i for i in chosen if not 0 <= i < n_train), None)
-    if not chosen or bad is not None:
-        raise ValueError(
-            f"indices has {'no entry' if bad is None else bad}: give training examples 0..{n_train - 1}"
-        )
+    require(bad is None, "indices", bad, allowed)
     return chosen
 
 
 def check_split(split: str, splits: tuple[str, ...]) -> None:
-    """Raise ValueError for a split that the task does not have."""
-    if split not in splits:
-        raise ValueError(f"split is {split!r}: this task has {', '.join(splits)}")
+    """Raise ConfigError for a split that the task does not have."""
+    require(split in splits, "split", split, f"this task has {', '.join(splits)}")
 
 
 class ProductsTask:
-    """Instruction with attributes to product description (`minilora.data.products`); the prompt is masked.
+    """The products task (`minilora.data.products`) for the byte tokenizer; the prompt is masked.
 
-    Training example i depends on (seed, i) only; the evaluation examples on neither.
+    Training example i depends on (seed, i) only. Evaluation examples depend on neither.
 
-    Args:
-        n_train: number of training examples.
-        n_eval: number of prompts of each evaluation split.
-        seed: which training examples are drawn.
+    Parameters
+    ----------
+    n_train : int
+        Number of training examples.
+    n_eval : int
+        Number of prompts in each evaluation split.
+    seed : int
+        Decides which training examples are drawn.
     """
 
     name = "products"
@@ -192,19 +209,27 @@ def _product_batch(examples: Sequence[tuple[Product, int]]) -> Batch:
 
 
 class WindowTask:
-    """Next-byte prediction in windows of a token stream; the loss divided by ln 2 is bits per byte.
+    """Next-token prediction in windows of a token stream.
 
-    Targets that are no bytes (BOS, EOS) are masked. Training windows lie evenly over the train stream,
-    shifted by the seed; evaluation windows lie evenly over theirs and do not depend on it.
+    With the byte tokenizer, the loss divided by ln 2 is bits per byte; BOS and EOS are no targets. Windows
+    lie evenly over their stream. The seed shifts the training windows only.
 
-    Args:
-        name: the task's name.
-        streams: tokens of "train", "validation" and "test".
-        n_train: number of training windows; by default as many as fit without overlap.
-        n_eval: number of evaluation windows of each split.
-        seed: shifts the training windows.
-        window: tokens a window.
-        targets: ids from here on are no targets; by default the byte tokenizer's specials.
+    Parameters
+    ----------
+    name : str
+        The task's name.
+    streams : dict of str to ndarray
+        Tokens of "train", "validation" and "test".
+    n_train : int, optional
+        Number of training windows; by default as many as fit without overlap.
+    n_eval : int
+        Number of evaluation windows in each split.
+    seed : int
+        Shifts the training windows.
+    window : int
+        Tokens per window.
+    targets : int
+        Ids below this one are targets; by default all bytes.
     """
 
     splits = ("validation", "test")
@@ -221,10 +246,12 @@ class WindowTask:
         targets: int = BOS,
     ) -> None:
         for split in ("train", *self.splits):
-            if len(streams[split]) <= window:
-                raise ValueError(
-                    f"{name}: the {split} split has {len(streams[split])} tokens, more than {window} are needed"
-                )
+            require(
+                len(streams[split]) > window,
+                f"{name}: tokens of the {split} split",
+                len(streams[split]),
+                f"must be more than window, which is {window}: give more text or a smaller window",
+            )
         self.name = name
         free = len(streams["train"]) - window  # possible starts
         self.n_train = n_train or max(1, free // window)
@@ -261,12 +288,12 @@ class WindowTask:
         return [self._batch(split, starts[i : i + batch_size]) for i in range(0, self.n_eval, batch_size)]
 
     def prompts(self, split: str) -> list[list[int]]:
-        """Return no prompts: this task is judged by its loss."""
+        """Return no prompts: this task is measured by its loss."""
         check_split(split, self.splits)
         return []
 
     def score(self, split: str, completions: list[str]) -> dict[str, float]:
-        """Return no measures: this task is judged by its loss."""
+        """Return no scores: this task is measured by its loss."""
         check_split(split, self.splits)
         return {}
 
@@ -281,32 +308,45 @@ def make_task(
     window: int = 128,
     tokenizer: Tokenizer | None = None,
 ) -> Task:
-    """Return a task by name: "products", "python" (standard library source) or "text" (any UTF-8 file).
+    """Return a task by name.
 
-    Args:
-        name: which task.
-        text_path: the file of the text task: its last 10 % are the test split, the 10 % before it validation.
-        n_train: number of training examples; default 4096 products, or all windows that fit without overlap.
-        n_eval: number of examples of each evaluation split.
-        seed: which training examples are drawn; the evaluation examples never depend on it.
-        window: tokens a window of "python" and "text".
-        tokenizer: of "text"; without one a byte is a token.
+    Parameters
+    ----------
+    name : {"products", "python", "text"}
+        Product descriptions, the standard library's source, or any UTF-8 file.
+    text_path : path, optional
+        The file of "text". Its last 10 % are the test split, the 10 % before them validation.
+    n_train : int, optional
+        Number of training examples; by default 4096 products, or all windows that fit without overlap.
+    n_eval : int
+        Number of examples in each evaluation split.
+    seed : int
+        Decides which training examples are drawn. Evaluation examples do not depend on it.
+    window : int
+        Tokens per window of "python" and "text".
+    tokenizer : Tokenizer, optional
+        For "text"; by default a byte is a token.
 
+    Raises
+    ------
+    ConfigError
+        The name is unknown, a size is below 1, the text file cannot be used, or the standard library has no
+        source.
+
+    Examples
+    --------
     >>> make_task("products", n_train=8).batch([0, 1]).ids.shape[0]
     2
-
-    Raises:
-        ValueError: an unknown name, sizes below 1, an unusable text file, no standard library source.
     """
-    if name not in TASK_NAMES:
-        raise ValueError(f"task is {name!r}: choose one of {', '.join(TASK_NAMES)}")
+    require_in(name, TASK_NAMES, "task")
     for field, value in (("n_train", n_train), ("n_eval", n_eval), ("window", window)):
-        if value is not None and value < 1:
-            raise ValueError(f"{field} is {value}: it must be 1 or more")
-    if (name == "text") != (text_path is not None):
-        raise ValueError(
-            f"text_path is {text_path!r}: the task 'text' needs it, the others take none (task is {name!r})"
-        )
+        require(value is None or value >= 1, field, value, "must be at least 1")
+    require(
+        (name == "text") == (text_path is not None),
+        "text_path",
+        text_path,
+        f"the task 'text' needs it, the others take none; task is {name!r}",
+    )
     if name == "products":
         return ProductsTask(n_train or 4096, n_eval, seed)
     if name == "python":
@@ -316,9 +356,11 @@ def make_task(
         return WindowTask("python", streams, n_train, n_eval, seed, window)
     text = read_text(text_path or "", 10 * (window + 1))
     if tokenizer is None:
-        tokens, known = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16), BOS
+        tokens = np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.uint16)
+        targets = BOS
     else:
-        tokens, known = np.array(tokenizer.encode(text, add_special=False), np.uint32), tokenizer.vocab_size
+        tokens = np.array(tokenizer.encode(text, add_special=False), np.uint32)
+        targets = tokenizer.vocab_size
     first, second = len(tokens) * 8 // 10, len(tokens) * 9 // 10
     streams = {"train": tokens[:first], "validation": tokens[first:second], "test": tokens[second:]}
-    return WindowTask("text", streams, n_train, n_eval, seed, window, known)
+    return WindowTask("text", streams, n_train, n_eval, seed, window, targets)

@@ -1,8 +1,7 @@
-"""The tokenizer of a language model, from a GGUF's metadata or a Hugging Face folder, by the `tokenizers`
-library.
+"""A language model's tokenizer, from a GGUF or a Hugging Face folder, with the `tokenizers` library.
 
-Byte-level BPE: a pre-tokenizer cuts the text into words, each word's bytes are spelled in 256 visible
-characters (a space is Ġ), and the merges join them in the order in which they were learnt.
+Byte-level BPE: a pre-tokenizer cuts the text into words. Each word's bytes are spelled in 256 visible
+characters (a space is Ġ). Merges join them, in the order in which they were learnt.
 """
 
 from __future__ import annotations
@@ -14,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from minilora.config import ConfigError, require
+from minilora.config import ConfigError
 from minilora.data.chat import INSTALL, ChatTemplate
-from minilora.data.tokenizer import Messages, TextStream
+from minilora.data.tokenizer import Messages, TextStream, check_ids
 
 CONTROL, USER_DEFINED = 3, 4
-"""GGUF's token types that are found in a text before it is cut into words; control tokens are no text."""
+"""GGUF's types of tokens that are found in a text before it is cut into words; control tokens are special."""
 
 END_OF_TURN = (
     "<|im_end|>",
@@ -31,11 +30,14 @@ END_OF_TURN = (
     "<end_of_turn>",
     "</s>",
 )
-"""Control tokens at which generation ends, besides the file's own end tokens."""
+"""Control tokens that end generation, besides the file's own end tokens."""
 
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_GPT2 = ""  # the expression that ByteLevel itself has
+_GPT2 = ""  # ByteLevel's own expression
 
 PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "default": (_GPT2,),
@@ -47,26 +49,32 @@ PRE_TOKENIZERS: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "qwen2": (_QWEN2,),
 }
-"""What `tokenizer.ggml.pre` names: the expressions that cut a text into words, one after the other."""
+"""`tokenizer.ggml.pre` → the expressions that cut a text into words, one after the other."""
 
 
 class TextTokenizer:
-    """Text to ids and back, with the model's specials and its chat template;
-    `minilora.data.tokenizer.Tokenizer`.
+    """A `minilora.data.tokenizer.Tokenizer` with a model's special tokens and chat template.
 
     Make one with `from_gguf` or `from_folder`.
 
-    Attributes:
-        vocab_size: the number of ids.
-        bos_id: the token that begins a document; None if there is none.
-        eos_id: the token that ends a document or a turn.
-        pad_id: an id for filling rows.
-        stop_ids: the tokens at which generation ends.
-        begin: what `encode` puts before a text: `(bos_id,)` or nothing.
-        end: what `encode` puts after it.
-        backend: the `tokenizers.Tokenizer`.
-        template: the chat template; None if the model has none.
-        has_template: whether there is one.
+    Attributes
+    ----------
+    vocab_size : int
+        Number of ids.
+    bos_id : int or None
+        The token that begins a document, if there is one.
+    eos_id : int
+        The token that ends a document or a turn.
+    pad_id : int
+        The id that fills short rows.
+    stop_ids : frozenset of int
+        The tokens that end generation.
+    begin, end : tuple of int
+        The tokens that `encode` puts before and after a text.
+    backend : tokenizers.Tokenizer
+        The library's tokenizer.
+    template : ChatTemplate or None
+        The chat template, if the model has one; `has_template` says so.
     """
 
     def __init__(
@@ -88,12 +96,13 @@ class TextTokenizer:
             raise ConfigError(
                 f"{where}: no end-of-text token (eos_token_id): generation would never end; name one there"
             )
-        pad = next(token for token in (special.get("pad"), special.get("unk"), eos) if token is not None)
-        self.bos_id, self.eos_id, self.pad_id = special.get("bos"), eos, pad
-        require(
-            not add_bos or self.bos_id is not None, f"{where}: add_bos_token", True, "needs a bos_token_id"
-        )
-        self.begin: tuple[int, ...] = (self.bos_id,) if add_bos and self.bos_id is not None else ()
+        self.bos_id, self.eos_id = special.get("bos"), eos
+        self.pad_id = next(i for i in (special.get("pad"), special.get("unk"), eos) if i is not None)
+        self.begin: tuple[int, ...] = ()
+        if add_bos:
+            if self.bos_id is None:
+                raise ConfigError(f"{where}: add_bos_token=True: needs a bos_token_id")
+            self.begin = (self.bos_id,)
         self.end = (eos,) if add_eos else ()
         added = {token.content: i for i, token in backend.get_added_tokens_decoder().items() if token.special}
         self.stop_ids = frozenset({eos, *stops, *(added[name] for name in END_OF_TURN if name in added)})
@@ -103,15 +112,23 @@ class TextTokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str = "GGUF") -> TextTokenizer:
-        """Make the tokenizer that a GGUF's metadata describe (`formats.gguf.GGUFFile(path).metadata`).
+        """Make the tokenizer of a GGUF.
 
-        Args:
-            metadata: the keys `tokenizer.ggml.*` and `tokenizer.chat_template`; others are not looked at.
-            where: the file, for messages.
+        Parameters
+        ----------
+        metadata : mapping
+            `formats.gguf.GGUFFile(path).metadata`; only `tokenizer.ggml.*` and `tokenizer.chat_template` are
+            read.
+        where : str
+            The file, for messages.
 
-        Raises:
-            ImportError: tokenizers is not installed. ConfigError: no byte-level BPE, an unknown
-            pre-tokenizer, no merges, contradictions; the message names the key.
+        Raises
+        ------
+        ImportError
+            tokenizers is not installed.
+        ConfigError
+            It is no byte-level BPE, the pre-tokenizer is unknown, or keys are missing or contradict one
+            another. The message names the key.
         """
         tokenizers = _library()
         read = _Metadata(metadata, where)
@@ -136,7 +153,7 @@ class TextTokenizer:
             )
         is_llama = PRE_TOKENIZERS[pre] == (_LLAMA3,)
         pairs = [tuple(merge.split(" ")) for merge in merges]
-        try:  # from dict and tuples: a quarter of the time that tokenizer.json takes
+        try:  # a dict and tuples take a quarter of the time of tokenizer.json
             model = tokenizers.models.BPE(vocabulary, pairs, ignore_merges=is_llama)
         except Exception as error:
             raise read.bad_merge(pairs, vocabulary, error) from None
@@ -177,22 +194,29 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> TextTokenizer:
-        """Make the tokenizer of a Hugging Face folder: tokenizer.json, and what others of its files say of
-        specials and chat.
+        """Make the tokenizer of a Hugging Face folder with `tokenizer.json`.
 
-        Read are tokenizer_config.json, special_tokens_map.json, generation_config.json, config.json and
-        chat_template.jinja, as far as they are there.
+        Special tokens and the chat template come from tokenizer_config.json, special_tokens_map.json,
+        generation_config.json, config.json and chat_template.jinja, where these exist.
 
-        Raises:
-            ImportError: tokenizers is not installed.
-            ConfigError: no tokenizer.json, or a file that cannot be read; the message names it.
+        Raises
+        ------
+        ImportError
+            tokenizers is not installed.
+        ConfigError
+            There is no tokenizer.json, or a file cannot be read. The message names it.
         """
         tokenizers = _library()
         folder = Path(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
-            hint = "; a SentencePiece tokenizer.model alone is not read: save the folder again with transformers' fast tokenizer"
-            raise ConfigError(f"{path}: no such file{hint if (folder / 'tokenizer.model').is_file() else ''}")
+            hint = ""
+            if (folder / "tokenizer.model").is_file():
+                hint = (
+                    "; a SentencePiece tokenizer.model alone is not read: save the folder again with "
+                    "transformers' fast tokenizer"
+                )
+            raise ConfigError(f"{path}: no such file{hint}")
         try:
             raw = path.read_bytes()
             backend = tokenizers.Tokenizer.from_buffer(raw)
@@ -202,40 +226,35 @@ class TextTokenizer:
             ) from None
         backend.no_truncation()
         backend.no_padding()
-        config, special_map, generation, model = (
-            _json_object(folder / name)
-            for name in (
-                "tokenizer_config.json",
-                "special_tokens_map.json",
-                "generation_config.json",
-                "config.json",
-            )
-        )
+        config = _json_object(folder / "tokenizer_config.json")
+        special_map = _json_object(folder / "special_tokens_map.json")
+        generation = _json_object(folder / "generation_config.json")
+        model = _json_object(folder / "config.json")
         special: dict[str, int | None] = {}
         for name in ("bos", "eos", "unk", "pad"):
             token = config.get(f"{name}_token") or special_map.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
+            if isinstance(token, dict):
+                token = token.get("content")
             special[name] = backend.token_to_id(token) if isinstance(token, str) else None
             if isinstance(token, str) and special[name] is None:
                 raise ConfigError(
                     f"{folder}: {name}_token is {token!r:.80}, which tokenizer.json does not have"
                 )
         ends = {
-            *_ids(generation, "eos_token_id", folder, backend),
-            *_ids(model, "eos_token_id", folder, backend),
+            *_token_ids(generation, "eos_token_id", folder, backend),
+            *_token_ids(model, "eos_token_id", folder, backend),
         }
         if special["eos"] is None and ends:
             special["eos"] = min(ends)
-        plain, whole = (
-            backend.encode("a", add_special_tokens=with_special).ids for with_special in (False, True)
-        )
-        add_bos, add_eos = (
-            config.get(f"add_{name}_token") for name in ("bos", "eos")
-        )  # said there: it counts
+        # tokenizer_config.json decides; without it, whether tokenizer.json adds the token to a text
+        add_bos, add_eos = config.get("add_bos_token"), config.get("add_eos_token")
+        plain = backend.encode("a", add_special_tokens=False).ids
+        whole = backend.encode("a", add_special_tokens=True).ids
+        adds = len(whole) > len(plain)
         if add_bos is None:
-            add_bos = special["bos"] is not None and len(whole) > len(plain) and whole[0] == special["bos"]
+            add_bos = adds and special["bos"] is not None and whole[0] == special["bos"]
         if add_eos is None:
-            add_eos = special["eos"] is not None and len(whole) > len(plain) and whole[-1] == special["eos"]
+            add_eos = adds and special["eos"] is not None and whole[-1] == special["eos"]
         template = _folder_template(folder, config)
         sha256 = hashlib.sha256(
             b"\0".join([raw, repr((special, add_bos, add_eos, template)).encode()])
@@ -252,8 +271,7 @@ class TextTokenizer:
         )
 
     def files(self) -> dict[str, str]:
-        """Return the texts of `tokenizer.json` and `tokenizer_config.json`, which `from_folder` and
-        transformers read."""
+        """Return the texts of `tokenizer.json` and `tokenizer_config.json`, by file name."""
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -266,14 +284,19 @@ class TextTokenizer:
         return {"tokenizer.json": self.backend.to_str(pretty=True), "tokenizer_config.json": text}
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the ids of a text; special tokens written in it are found.
+        """Return the ids of a text; a special token spelled in it becomes that token.
 
-        Args:
-            text: any text.
-            add_special: put BOS before and EOS after it where the model wants them.
+        Parameters
+        ----------
+        text : str
+            Any text.
+        add_special : bool
+            Put BOS before and EOS after the text, as the model expects.
 
-        Raises:
-            ConfigError: the text is no string, or holds half a surrogate pair.
+        Raises
+        ------
+        ConfigError
+            The text is no string, or holds half a surrogate pair.
         """
         try:
             ids = self.backend.encode(text, add_special_tokens=False).ids
@@ -286,33 +309,34 @@ class TextTokenizer:
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
         """Return the text of ids; broken UTF-8 becomes U+FFFD.
 
-        Raises:
-            ConfigError: an id outside 0..vocab_size-1.
+        Raises
+        ------
+        ConfigError
+            An id is outside 0..vocab_size-1.
         """
         numbers = [int(i) for i in ids]
-        bad = next((i for i, number in enumerate(numbers) if not 0 <= number < self.vocab_size), None)
-        if bad is not None:
-            raise ConfigError(
-                f"ids[{bad}] is {numbers[bad]}: a token id is 0..{self.vocab_size - 1}; "
-                "these ids belong to another vocabulary"
-            )
+        check_ids(numbers, self.vocab_size)
         return str(self.backend.decode(numbers, skip_special_tokens=skip_special))
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Return the text of a conversation, by the model's chat template.
 
-        Raises:
-            ConfigError: no template, messages that are none, a template that raises or does not end.
-            ImportError: jinja2 is not installed.
+        Raises
+        ------
+        ConfigError
+            There is no template, `messages` is no conversation, or the template raises or does not end.
+        ImportError
+            jinja2 is not installed.
         """
         if self.template is None:
             raise ConfigError(
-                f"{self.where}: no chat template; give raw text (--prompt, or JSONL with prompt and completion)"
+                f"{self.where}: no chat template; give raw text (--prompt, or JSONL with prompt and "
+                "completion)"
             )
         return self.template.render(messages, add_generation_prompt)
 
     def chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """Return the ids of a conversation; by default the assistant is to speak next."""
+        """Return the ids of a conversation; by default the assistant speaks next."""
         return self.encode(self.render(messages, add_generation_prompt), add_special=False)
 
     def stream(self) -> TextStream:
@@ -321,8 +345,7 @@ class TextTokenizer:
 
     @cached_property
     def _byte_ids(self) -> frozenset[int]:
-        """Ids of `<0x00>`…`<0xFF>`, with which SentencePiece spells what it has no token for: a run of them
-        is decoded as one."""
+        """Ids of `<0x00>` to `<0xFF>`, SentencePiece's spelling of bytes; a run of them is decoded as one."""
         found = (self.backend.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
         return frozenset(i for i in found if i is not None)
 
@@ -338,7 +361,7 @@ def _library() -> Any:
 
 
 def _pre_tokenizer(expressions: Sequence[str]) -> Any:
-    """Return the pre-tokenizer that cuts at these expressions, then spells bytes in visible characters."""
+    """Return the pre-tokenizer that cuts with these expressions, then spells bytes in visible characters."""
     tokenizers = _library()
     from tokenizers.pre_tokenizers import ByteLevel, Split
     from tokenizers.pre_tokenizers import Sequence as Steps
@@ -348,7 +371,7 @@ def _pre_tokenizer(expressions: Sequence[str]) -> Any:
 
 
 class _Metadata:
-    """Reads the tokenizer's keys of a GGUF's metadata, and refuses what they cannot be."""
+    """The tokenizer's keys of a GGUF's metadata; a wrong value raises ConfigError with its key."""
 
     def __init__(self, metadata: Mapping[str, Any], where: str) -> None:
         self._metadata, self._where = metadata, where
@@ -389,24 +412,22 @@ class _Metadata:
             return [1] * n_tokens
         types = value.tolist() if hasattr(value, "tolist") else value
         if not isinstance(types, (list, tuple)) or len(types) != n_tokens:
-            raise self.error(
-                "ggml.token_type",
-                f"has {len(types) if hasattr(types, '__len__') else types!r:.80} entries; "
-                f"there are {n_tokens} tokens",
-            )
+            found = len(types) if hasattr(types, "__len__") else f"{types!r:.80}"
+            raise self.error("ggml.token_type", f"has {found} entries; there are {n_tokens} tokens")
         return list(types)
 
     def token_id(self, key: str, n_tokens: int) -> int | None:
         value = self._metadata.get(f"tokenizer.{key}")
-        if value is not None and (
-            not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n_tokens
-        ):
+        if value is None:
+            return None
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < n_tokens:
             raise self.error(key, f"is {value!r:.80}; a token id is 0..{n_tokens - 1}")
         return value
 
     def bad_merge(
         self, pairs: list[tuple[str, ...]], vocabulary: Mapping[str, int], error: Exception
     ) -> ConfigError:
+        """Return an error that names the first wrong merge."""
         for i, pair in enumerate(pairs):
             merge = " ".join(pair)
             if len(pair) != 2:
@@ -422,7 +443,7 @@ class _Metadata:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object; an empty one if there is no such file."""
+    """Return a JSON file's object, or an empty one if there is no such file."""
     if not path.is_file():
         return {}
     try:
@@ -434,14 +455,15 @@ def _json_object(path: Path) -> dict[str, Any]:
     return value
 
 
-def _ids(config: Mapping[str, Any], key: str, folder: Path, backend: Any) -> list[int]:
+def _token_ids(config: Mapping[str, Any], key: str, folder: Path, backend: Any) -> list[int]:
+    """Return a setting that is one token id, a list of them or missing."""
     value = config.get(key)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value is None:
+        return []
+    ids = value if isinstance(value, list) else [value]
     for token in ids:
-        if (
-            not isinstance(token, int)
-            or backend.id_to_token(token if 0 <= token < 2**32 else 2**32 - 1) is None
-        ):
+        known = isinstance(token, int) and 0 <= token < 2**32 and backend.id_to_token(token) is not None
+        if not known:
             raise ConfigError(
                 f"{folder}: {key} is {value!r:.80}; a token id is 0..{backend.get_vocab_size() - 1}"
             )
@@ -449,6 +471,7 @@ def _ids(config: Mapping[str, Any], key: str, folder: Path, backend: Any) -> lis
 
 
 def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
+    """Return the chat template of a folder, from its own file or `tokenizer_config.json`."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         try:

@@ -1,5 +1,4 @@
-"""What a tokenizer is, and the tiny base's: a byte is a token, 256 bytes and three specials, nothing is out
-of vocabulary."""
+"""The tokenizer protocol, and the tiny base's byte tokenizer: 256 bytes and three special tokens."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ from typing import Any, Protocol
 from minilora.config import ConfigError
 
 Messages = Sequence[Mapping[str, Any]]
-"""A conversation: ``{"role": "user" | "assistant" | "system", "content": text}`` one after another."""
+"""A conversation: a list of `{"role": "user" | "assistant" | "system", "content": text}`."""
 
 BOS = 256
 """Begins a document."""
@@ -25,6 +24,8 @@ VOCAB_SIZE = 259
 def encode(text: str | bytes) -> list[int]:
     """Return the UTF-8 bytes of a text as token ids 0..255, without specials.
 
+    Examples
+    --------
     >>> encode("né")
     [110, 195, 169]
     """
@@ -34,23 +35,33 @@ def encode(text: str | bytes) -> list[int]:
 def decode(ids: Iterable[int]) -> str:
     """Return the text of token ids; specials are dropped, broken UTF-8 becomes U+FFFD.
 
+    Raises
+    ------
+    ConfigError
+        An id is outside 0..258.
+
+    Examples
+    --------
     >>> decode([BOS, 110, 195, 169, EOS])
     'né'
-
-    Raises:
-        ValueError: an id outside 0..258.
     """
     values = [int(i) for i in ids]
-    for position, value in enumerate(values):
-        if not 0 <= value < VOCAB_SIZE:
-            raise ValueError(
-                f"ids[{position}] is {value}: a token id is 0..{VOCAB_SIZE - 1}; these ids belong to another vocabulary"
-            )
+    check_ids(values, VOCAB_SIZE)
     return bytes(v for v in values if v < BOS).decode("utf-8", errors="replace")
 
 
+def check_ids(ids: Sequence[int], vocab_size: int) -> None:
+    """Raise ConfigError for an id outside 0..vocab_size-1."""
+    bad = next((i for i, token in enumerate(ids) if not 0 <= token < vocab_size), None)
+    if bad is not None:
+        raise ConfigError(
+            f"ids[{bad}]={ids[bad]}: a token id is 0..{vocab_size - 1}; these ids belong to another "
+            "vocabulary"
+        )
+
+
 class Tokenizer(Protocol):
-    """What training data and generation need to know of a tokenizer."""
+    """What training data and generation need from a tokenizer."""
 
     @property
     def vocab_size(self) -> int:
@@ -69,31 +80,31 @@ class Tokenizer(Protocol):
 
     @property
     def pad_id(self) -> int:
-        """An id that fills short rows; never a target."""
+        """The id that fills short rows; never a target."""
         ...
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """The tokens at which generation ends: end of document, end of turn."""
+        """The tokens that end generation: end of document, end of turn."""
         ...
 
     @property
     def begin(self) -> tuple[int, ...]:
-        """What `encode` puts before a text with `add_special`: BOS, or nothing."""
+        """The tokens that `encode` puts before a text with `add_special`: BOS, or nothing."""
         ...
 
     @property
     def has_template(self) -> bool:
-        """Whether there is a chat template: `render` and `chat` work."""
+        """Whether there is a chat template, so that `render` and `chat` work."""
         ...
 
     @property
     def sha256(self) -> str:
-        """The hash of all that makes ids of a text."""
+        """The hash of everything that decides a text's ids."""
         ...
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Return the ids of a text, with what the model wants around it (BOS, EOS) if `add_special`."""
+        """Return the ids of a text; `add_special` puts the model's BOS and EOS around it."""
         ...
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -105,7 +116,7 @@ class Tokenizer(Protocol):
         ...
 
     def chat(self, messages: Messages, add_generation_prompt: bool = True) -> list[int]:
-        """Return the ids of a conversation; by default the assistant is to speak next."""
+        """Return the ids of a conversation; by default the assistant speaks next."""
         ...
 
     def stream(self) -> TextStream:
@@ -114,15 +125,19 @@ class Tokenizer(Protocol):
 
 
 class TextStream:
-    """Text of ids that come one by one: what is sure is returned at once, half a character waits for its
-    other half.
+    """Decode ids that come one by one; half a character waits for its other half.
 
-    All that `push` and `flush` return, joined, is `decode` of all ids.
+    The texts that `push` and `flush` return, joined, equal `decode` of all ids.
 
-    Args:
-        decode: returns the text of ids.
-        waits: whether the text after this id may still change what stands before it.
+    Parameters
+    ----------
+    decode : callable
+        Returns the text of a list of ids.
+    waits : callable
+        Says whether the ids after this one may still change its text.
 
+    Examples
+    --------
     >>> stream = ByteTokenizer().stream()
     >>> [stream.push(byte) for byte in "né".encode()], stream.flush()
     (['n', '', 'é'], '')
@@ -136,27 +151,29 @@ class TextStream:
         self._sent = 0
 
     def push(self, token: int) -> str:
-        """Return the text that is sure now and was not before."""
+        """Return the text that this id completes."""
         self._ids.append(int(token))
         if self._waits(self._ids[-1]):
             return ""
-        # Decoded from the beginning each time: what a token says may depend on those before it. It takes
-        # microseconds.
+        # Decode all ids each time, in microseconds: a token's text may depend on those before it.
         text = self._decode(self._ids)
-        return self._send(text[: len(text.rstrip("\ufffd"))])  # a broken end may be a character's first bytes
+        return self._send(text.rstrip("\ufffd"))  # a broken end may be a character's first bytes
 
     def flush(self) -> str:
-        """Return what was held back; broken characters are U+FFFD now."""
+        """Return the text that was held back; broken characters become U+FFFD."""
         return self._send(self._decode(self._ids))
 
     def _send(self, text: str) -> str:
-        new, self._sent = text[self._sent :], max(self._sent, len(text))
+        new = text[self._sent :]
+        self._sent = max(self._sent, len(text))
         return new
 
 
 class ByteTokenizer:
-    """The tiny base's tokenizer, with the interface of `Tokenizer`.
+    """The tiny base's tokenizer: a byte is a token.
 
+    Examples
+    --------
     >>> tokenizer = ByteTokenizer()
     >>> tokenizer.encode("hi"), tokenizer.decode([BOS, 104, 105, EOS])
     ([256, 104, 105], 'hi')
@@ -170,17 +187,19 @@ class ByteTokenizer:
     sha256 = hashlib.sha256(b"minilora bytes, BOS 256, EOS 257, PAD 258").hexdigest()
 
     def encode(self, text: str, add_special: bool = True) -> list[int]:
-        """Return BOS, if `add_special`, and the text's bytes."""
-        return [*self.begin * add_special, *encode(text)]
+        """Return the text's bytes, after BOS with `add_special`."""
+        if add_special:
+            return [*self.begin, *encode(text)]
+        return encode(text)
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
-        """Return the text of ids; specials have no text, with `skip_special` or without."""
+        """Return the text of ids; specials have no text, whatever `skip_special` says."""
         return decode(ids)
 
     def render(self, messages: Messages, add_generation_prompt: bool = False) -> str:
         """Raise ConfigError: the tiny base has no chat template."""
         raise ConfigError(
-            "chat template: the tiny base has none, it was never taught to talk; give raw text "
+            "chat template: the tiny base has none, because it never learnt to chat; give raw text "
             "(--prompt, or JSONL with prompt and completion), or use --model smollm2"
         )
 

@@ -1,1 +1,1 @@
-"""File formats, one file each."""
+"""Read and write model files: one module per format."""

@@ -1,22 +1,22 @@
-"""One weight as GPTQ files keep it (AutoGPTQ, GPTQModel): W transposed, in 32-bit words, w = scale·(q −
-zero).
+"""One weight in GPTQ's form (AutoGPTQ, GPTQModel): Wᵀ in 32-bit words, with w = scale·(q − zero).
 
-For a module ``X`` with b bits and groups of g inputs, L = in/g:
+A module `X` with b bits and L = in/g groups of g inputs becomes
 
     X.qweight   int32   (in·b/32, out)   codes, packed along the input
     X.qzeros    int32   (L, out·b/32)    zero points, packed along the output
     X.scales    float16 (L, out)
     X.g_idx     int32   (in,)            the group of each input: i // g
 
-Packing is one stream of bits, the lowest bit of the lowest value first, cut into words: value i lies in bits
-i·b … i·b + b − 1. So 3 bits put 32 values into 3 words, and values 10 and 21 straddle two.
+Values are packed as one stream of bits, lowest bit of the lowest value first: value i lies in bits i·b to
+i·b + b − 1. With 3 bits, 32 values fill 3 words, and values 10 and 21 straddle two words.
 
-**Zero points minus one.** Version 1 (``checkpoint_format: gptq``) stores zero − 1, version 2 (``gptq_v2``)
-the zero itself. A zero of 0 would be −1, which wraps to 2^b − 1; readers that compute (z + 1) mod 2^b get 0
-back, others (AutoGPTQ's early ones) 2^b. So version 1 is read modulo 2^b and never written with a zero of 0.
+**Zero points minus one.** Version 1 (`checkpoint_format: gptq`) stores zero − 1. Version 2 (`gptq_v2`) stores
+the zero itself. In version 1 a zero of 0 wraps to 2^b − 1. Some readers compute (z + 1) mod 2^b and get 0
+back; others, early AutoGPTQ among them, get 2^b. So we read version 1 modulo 2^b, and never write a zero of 0
+in it.
 
-**Groups must be contiguous.** With act-order (``desc_act=True``) ``g_idx`` scatters the members of a group
-over the input. A QA-LoRA adapter sums g neighbouring inputs, so such a file is refused.
+**Groups must be contiguous.** With act-order (`desc_act=True`) `g_idx` scatters a group over the input. A
+QA-LoRA adapter sums g neighbouring inputs, so such a file is refused.
 """
 
 from __future__ import annotations
@@ -25,50 +25,65 @@ from math import gcd
 
 import numpy as np
 
-from minilora.config import require, require_in
+from minilora.config import ConfigError, require, require_in
 from minilora.formats.files import Array, FileError
+from minilora.quant.affine import AffineWeight
 from minilora.quant.packed import packed
-from minilora.quant.weights import AffineWeight
+from minilora.quant.zero_points import ZeroPointWeight
 
 BITS = (2, 3, 4, 8)
 VERSIONS = (1, 2)
 
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 _TILE = 1 << 20
-"""Values packed at once: single bits take a byte each for a moment."""
+"""Number of values packed at once; each bit takes a byte meanwhile."""
 
 
 def to_arrays(name: str, weight: AffineWeight, version: int = 1) -> dict[str, Array]:
-    """Return the arrays of module ``name`` (without ``.weight``) as which GPTQ stores a weight (out, in).
+    """Return the arrays that GPTQ stores for a weight (out, in), by name.
 
-    Raises ``ConfigError`` for offsets that are not whole zero points, for widths whose codes do not fill
-    32-bit words, and in version 1 for a zero point of 0.
+    Parameters
+    ----------
+    name : str
+        The module's name, without `.weight`.
+    weight : AffineWeight
+        2, 3, 4 or 8 bits, with whole zero points.
+    version : {1, 2}
+        1 stores zero − 1, 2 the zero itself.
 
+    Raises
+    ------
+    ConfigError
+        Offsets are real numbers, a row or column of codes does not fill 32-bit words, or version 1 would
+        store a zero point of 0.
+
+    Examples
+    --------
     >>> weight = AffineWeight.quantize(np.eye(16, 64, dtype=np.float32), 4, 32, store="zero")
     >>> {key: array.shape for key, array in to_arrays("m", weight, version=2).items()}
     {'m.qweight': (8, 16), 'm.qzeros': (2, 2), 'm.scales': (2, 16), 'm.g_idx': (64,)}
     """
     require_in(version, VERSIONS, "version")
     bits, (out_features, in_features), zeros = weight.bits, weight.shape, weight.zeros
+    multiple = _values_per_words(bits)
     for axis, size in (("in", in_features), ("out", out_features)):
         require(
-            size % _whole(bits) == 0,
+            size % multiple == 0,
             f"{name}: {axis}",
             size,
-            f"must be a multiple of {_whole(bits)}: {bits}-bit values have to fill words of 32 bits",
+            f"must be a multiple of {multiple}: {bits}-bit values have to fill words of 32 bits",
         )
     if zeros is None:
-        raise ValueError(
-            f"{name}: its offsets are real numbers, GPTQ has whole zero points: weight.stored('zero') rounds them"
+        raise ConfigError(
+            f"{name}: its offsets are real numbers, GPTQ has whole zero points: weight.stored('zero') rounds "
+            "them"
         )
     if version == 1:
         if not zeros.all():
             row, group = np.argwhere(zeros == 0)[0].tolist()
-            require(
-                False,
-                f"{name}: zeros[{row}, {group}]",
-                0,
-                "version 1 stores zero - 1 and cannot hold it: write version=2",
+            raise ConfigError(
+                f"{name}: zeros[{row}, {group}]=0: version 1 stores zero - 1 and cannot hold it: write "
+                "version=2"
             )
         zeros = zeros - np.uint8(1)
     return {
@@ -80,8 +95,10 @@ def to_arrays(name: str, weight: AffineWeight, version: int = 1) -> dict[str, Ar
 
 
 def is_quantized(arrays: dict[str, Array], name: str) -> bool:
-    """Say whether any of GPTQ's arrays of the module ``name`` is there.
+    """Say whether `arrays` holds any of GPTQ's arrays for the module `name`.
 
+    Examples
+    --------
     >>> is_quantized({"m.qweight": np.ones(2)}, "m"), is_quantized({"m.weight": np.ones(2)}, "m")
     (True, False)
     """
@@ -91,14 +108,27 @@ def is_quantized(arrays: dict[str, Array], name: str) -> bool:
 def from_arrays(
     name: str, arrays: dict[str, Array], bits: int, group_size: int, version: int, where: str
 ) -> AffineWeight:
-    """Take the arrays of the module ``name`` out of ``arrays`` and return them as a weight, exactly; scales
-    may have any sign.
+    """Take the arrays of the module `name` out of `arrays`, and return exactly these values as a weight.
 
-    ``bits``, ``group_size`` (-1: one group a row) and ``version`` come from the file's configuration,
-    ``where`` names the file in messages. Raises ``FileError`` for settings that are not allowed, missing
-    arrays, dtypes and shapes that do not fit together, scales that are not finite, and groups that are not
-    contiguous.
+    Parameters
+    ----------
+    name : str
+        The module's name, without `.weight`.
+    arrays : dict of str to ndarray
+        The arrays of a file; those of this module are removed.
+    bits, group_size, version : int
+        From the file's configuration; a `group_size` of −1 means one group per row.
+    where : str
+        The file, for messages.
 
+    Raises
+    ------
+    FileError
+        A setting is not allowed, an array is missing, dtypes or shapes do not fit together, a scale is not
+        finite (any sign is allowed), or groups are not contiguous.
+
+    Examples
+    --------
     >>> weight = AffineWeight.quantize(np.eye(16, 64, dtype=np.float32), 4, 32, store="zero")
     >>> read = from_arrays("m", to_arrays("m", weight, version=2), 4, 32, 2, "model.safetensors")
     >>> bool((read.codes == weight.codes).all() and (read.zeros == weight.zeros).all())
@@ -115,12 +145,14 @@ def from_arrays(
         group_size = in_features
     if type(group_size) is not int or group_size < 1 or in_features % group_size:
         raise FileError(
-            f"{where}: {name}: group_size={group_size!r}, must be -1 or divide the {in_features} inputs of g_idx"
+            f"{where}: {name}: group_size={group_size!r}, must be -1 or divide the {in_features} inputs of "
+            "g_idx"
         )
+    multiple = _values_per_words(bits)
     for axis, size in (("inputs", in_features), ("outputs", out_features)):
-        if size == 0 or size % _whole(bits):
+        if size == 0 or size % multiple:
             raise FileError(
-                f"{where}: {name} has {size} {axis}, must be a multiple of {_whole(bits)} for {bits} bits"
+                f"{where}: {name} has {size} {axis}, must be a multiple of {multiple} for {bits} bits"
             )
     groups = in_features // group_size
     for part, array, shape in (
@@ -130,8 +162,8 @@ def from_arrays(
     ):
         if array.shape != shape:
             raise FileError(
-                f"{where}: {name}.{part} has shape {array.shape}, must be {shape} for {out_features} outputs, "
-                f"{in_features} inputs, bits={bits} and group_size={group_size}"
+                f"{where}: {name}.{part} has shape {array.shape}, must be {shape} for {out_features} "
+                f"outputs, {in_features} inputs, bits={bits} and group_size={group_size}"
             )
     _check_groups(name, g_idx, group_size, where)
     if not np.isfinite(scales).all():
@@ -141,16 +173,14 @@ def from_arrays(
     zeros = _from_words(qzeros, bits).T
     if version == 1:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
-    return AffineWeight.from_zeros(codes, scales.T, zeros, (out_features, in_features), bits, group_size)
+    return ZeroPointWeight(codes, scales.T, zeros, (out_features, in_features), bits, group_size)
 
 
 def _take(key: str, arrays: dict[str, Array], where: str) -> Array:
-    """Take out one array, which must have the dtype and the number of axes that its part always has."""
+    """Take out one array, and raise FileError for another dtype or number of axes than its part has."""
     array = arrays.pop(key, None)
-    dtype, axes = (
-        np.dtype(np.float16 if key.endswith(".scales") else np.int32),
-        1 if key.endswith(".g_idx") else 2,
-    )
+    dtype = np.dtype(np.float16 if key.endswith(".scales") else np.int32)
+    axes = 1 if key.endswith(".g_idx") else 2
     if array is None:
         hint = " (AWQ files have none: they are not GPTQ)" if key.endswith(".g_idx") else ""
         raise FileError(f"{where}: {key} is missing{hint}")
@@ -162,22 +192,22 @@ def _take(key: str, arrays: dict[str, Array], where: str) -> Array:
 
 
 def _check_groups(name: str, g_idx: Array, group_size: int, where: str) -> None:
-    """Refuse inputs that are not in the order of their groups, naming the first."""
+    """Raise FileError at the first input that is out of its group's order."""
     expected = np.arange(g_idx.size) // group_size
     wrong = np.flatnonzero(g_idx != expected)
     if wrong.size:
         i = int(wrong[0])
         raise FileError(
-            f"{where}: {name}.g_idx[{i}]={g_idx[i]}, must be {expected[i]} = {i} // {group_size}: inputs are out of "
-            "order (act-order), but QA-LoRA's groups are neighbours; quantize with desc_act=False"
+            f"{where}: {name}.g_idx[{i}]={g_idx[i]}, must be {expected[i]} = {i} // {group_size}: inputs are "
+            "out of order (act-order), but QA-LoRA's groups are neighbours; quantize with desc_act=False"
         )
 
 
 # ---- words of 32 bits
 
 
-def _whole(bits: int) -> int:
-    """Return how many values of this width fill whole words: 32/bits, and 32 for 3 bits."""
+def _values_per_words(bits: int) -> int:
+    """Return the fewest values that fill whole words: 32/bits for 2, 4 and 8 bits, 32 for 3 bits."""
     return 32 // gcd(32, bits)
 
 
@@ -195,7 +225,7 @@ def _to_words(values: Array, bits: int) -> Array:
 
 
 def _from_words(words: Array, bits: int) -> Array:
-    """Undo ``_to_words``: words (rows, n·bits/32) int32 -> values (rows, n) uint8."""
+    """Unpack words (rows, n·bits/32) int32 into values (rows, n) uint8: the inverse of `_to_words`."""
     rows, n = words.shape[0], words.shape[1] * 32 // bits
     values = np.empty((rows, n), np.uint8)
     step = max(1, _TILE // n)

@@ -1,12 +1,11 @@
-"""PEFT's adapter folder: ``adapter_config.json`` and ``adapter_model.safetensors`` with PEFT's names.
+"""PEFT's adapter folder: `adapter_config.json` and `adapter_model.safetensors` with PEFT's names.
 
-What PEFT has no form for is written in one that it has, with the same function:
+PEFT has no form for two of our adapters. They are written as ordinary LoRA that computes the same function:
 
-* QA-LoRA: s·B A on inputs summed over a group is ordinary LoRA with each column of A repeated over its
-  group; so it is written (PEFT's own ``use_qalora`` is another function: the mean times the number of
-  groups). The file's metadata name the group size.
-* PiSSA: its base is W − s·B₀A₀, so over W itself the adapter is s·(B A − B₀A₀), which is ordinary LoRA of
-  rank 2r.
+* QA-LoRA: s·BA on inputs summed over groups equals LoRA whose A repeats each column over its group. The
+  file's metadata hold the group size. PEFT's own `use_qalora` is another function: the mean times the number
+  of groups.
+* PiSSA: its base is W − s·B₀A₀, so over W the adapter is s·(BA − B₀A₀), which is LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -19,19 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from minilora.config import SVD_INITS, LoraConfig, expand_modules, matches
+from minilora.config import SVD_INITS, ConfigError, LoraConfig, expand_modules, matches
 from minilora.formats.files import FileError, inside, read_json, read_tensors, write_file, write_tensors
 from minilora.functional import group_repeat
 from minilora.injection import inject_lora
-from minilora.layers import Array, DenseWeight
+from minilora.layers import Array
 from minilora.lora import LoraLinear
+from minilora.parameters import DenseWeight
 from minilora.transformer import Transformer
 from minilora.variants import DoraLinear, SvdLinear, lora_of
 
 PREFIX = "base_model.model."
 
-# Settings of PEFT that say nothing about the function of saved A and B.
-_IDLE = {
+# PEFT's settings that do not change what saved A and B compute
+_IGNORED_SETTINGS = {
     "peft_type",
     "task_type",
     "auto_mapping",
@@ -49,7 +49,7 @@ _IDLE = {
     "corda_config",
     "lora_ga_config",
 }
-_READ = {
+_READ_SETTINGS = {
     "r",
     "lora_alpha",
     "lora_dropout",
@@ -60,47 +60,60 @@ _READ = {
     "alpha_pattern",
     "init_lora_weights",
 }
-# Starts that leave the base's weights as they are; the others (pissa, olora, corda, loftq, lora_ga) need
-# their own base.
-_PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
-_LARGEST_ALPHA = 1e18
-"""Its square, which DoRA takes, is a float32."""
+# Initialisations that leave the base's weights alone; pissa, olora, corda, loftq and lora_ga change them
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_MAX_ALPHA = 1e18
+"""DoRA squares it, and the square must fit in float32."""
 _short = reprlib.Repr()
 _short.maxstring = _short.maxlong = _short.maxother = 200
 
 
 def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> int:
-    """Save the adapters alone, for PEFT and for us; returns the size of ``adapter_model.safetensors`` in
-    bytes.
+    """Save the adapters alone, in PEFT's form.
 
-    Over a quantized base PEFT needs that base's own weights; LoftQ's differs from the rounded model after
-    more than one round. Raises ValueError if there is no adapter, if ``config`` is not the one that was given
-    to ``inject_lora``, or for PiSSA over a residual that was quantized, which is no update of W of low rank.
+    PEFT can use an adapter of a quantized base only with that base's own weights. LoftQ's base differs from
+    the rounded model after more than one round.
+
+    Parameters
+    ----------
+    model : Transformer
+        An injected model.
+    config : LoraConfig
+        The one given to `inject_lora`.
+    folder : str or Path
+        The folder; it is created if needed.
+
+    Returns
+    -------
+    int
+        Size of `adapter_model.safetensors` in bytes.
+
+    Raises
+    ------
+    ConfigError
+        There is no adapter, `config` is another, or PiSSA's residual was quantized: then the adapter is no
+        low-rank update of W.
     """
     folder = Path(folder)
     adapted = [(linear, lora) for _, linear in model.linears() if (lora := lora_of(linear)) is not None]
     if not adapted:
-        raise ValueError("model: has no adapter to save; inject_lora makes one")
+        raise ConfigError("model: has no adapter to save; inject_lora makes one")
     targets = {
         name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)
     }
-    if targets != {linear.name for linear, _ in adapted} or not all(
-        _made_with(linear, lora, config) for linear, lora in adapted
-    ):
-        raise ValueError(
+    same_modules = targets == {linear.name for linear, _ in adapted}
+    if not same_modules or not all(_made_with(linear, lora, config) for linear, lora in adapted):
+        raise ConfigError(
             f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora"
         )
-    if config.init_lora_weights == "pissa" and not all(
-        isinstance(lora.base.weight, DenseWeight) for _, lora in adapted
-    ):
-        raise ValueError(
-            "init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing without "
-            "it; merge and save_model, or inject PiSSA into the dense model"
+    is_pissa = config.init_lora_weights == "pissa"
+    if is_pissa and not all(isinstance(lora.base.weight, DenseWeight) for _, lora in adapted):
+        raise ConfigError(
+            "init_lora_weights='pissa': the residual W - s·BA was quantized, and the adapter means nothing "
+            "without it; merge and save_model, or inject PiSSA into the dense model"
         )
-    twice = (
-        2 if config.init_lora_weights == "pissa" else 1
-    )  # rank 2r with the same scaling: α twice, or √2 times with rsLoRA
-    alpha = twice**0.5 if config.use_rslora else twice
+    twice = 2 if is_pissa else 1
+    alpha = twice**0.5 if config.use_rslora else twice  # the scaling stays although the rank is 2r
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -122,29 +135,35 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     arrays: dict[str, Array] = {}
     for linear, lora in adapted:
         a, b = group_repeat(lora.lora_A.data, lora.pool), lora.lora_B.data
-        if twice == 2 and isinstance(lora, SvdLinear):
+        if is_pissa and isinstance(lora, SvdLinear):
             a, b = np.concatenate([a, lora.start[0]]), np.concatenate([b, -lora.start[1]], axis=1)
         arrays |= {PREFIX + lora.lora_A.name: a, PREFIX + lora.lora_B.name: b}
         if isinstance(linear, DoraLinear):
             arrays[PREFIX + linear.magnitude.name] = linear.magnitude.data
     file = folder / "adapter_model.safetensors"
-    metadata: dict[str, Any] = {"group_size": adapted[0][1].pool} if config.use_qalora else {}
-    metadata |= {"loftq_iter": config.loftq_iter} if config.init_lora_weights == "loftq" else {}
+    metadata: dict[str, Any] = {}
+    if config.use_qalora:
+        metadata["group_size"] = adapted[0][1].pool
+    if config.init_lora_weights == "loftq":
+        metadata["loftq_iter"] = config.loftq_iter
     write_tensors(file, arrays, metadata, plain={"format": "pt"})
     write_file(folder / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
     return file.stat().st_size
 
 
 def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, LoraConfig]:
-    """Inject a saved adapter into a base model: returns the injected model and its LoraConfig.
+    """Inject a saved adapter into a base model; return the injected model and its LoraConfig.
 
-    Raises FileError if the folder's files are missing, truncated, foreign, or do not fit this base.
+    Raises
+    ------
+    FileError
+        The files are missing, truncated or foreign, or do not fit this base.
     """
     config, arrays, metadata = _read(Path(folder))
-    if metadata.get("loftq_iter", 1) != 1:  # after one round its base is quantize(W), after more it is not
+    if metadata.get("loftq_iter", 1) != 1:  # only after one round its base is quantize(W)
         raise FileError(
-            f"{folder}: a LoftQ adapter of {_short.repr(metadata['loftq_iter'])} rounds, whose base is its own; "
-            "inject it again with the same settings and use fill_adapter"
+            f"{folder}: a LoftQ adapter of {_short.repr(metadata['loftq_iter'])} rounds, whose base is its "
+            "own; inject it again with the same settings and use fill_adapter"
         )
     try:
         injected = inject_lora(model, config, np.random.default_rng(0))
@@ -155,8 +174,10 @@ def load_adapter(model: Transformer, folder: str | Path) -> tuple[Transformer, L
 
 
 def fill_adapter(injected: Transformer, folder: str | Path) -> None:
-    """Give an injected model the saved A and B in place: for LoftQ, whose base is made together with the
-    adapter's start."""
+    """Overwrite an injected model's A and B with saved ones.
+
+    For LoftQ, whose base is made together with the adapter's start.
+    """
     _fill(injected, _read(Path(folder))[1], Path(folder))
 
 
@@ -182,15 +203,15 @@ def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise FileError(
-                    f"{folder}: {parameter.name} is {found}, this base needs a float array {parameter.data.shape}"
+                    f"{folder}: {parameter.name} is {found}, this base needs a float array "
+                    f"{parameter.data.shape}"
                 )
             with np.errstate(over="ignore"):
                 parameter.data[...] = array
             if not np.isfinite(parameter.data).all():
                 raise FileError(f"{folder}: {parameter.name} holds numbers beyond {parameter.data.dtype}")
-        copied = arrays.pop(
-            f"{PREFIX}{linear.name}.base_layer.weight", None
-        )  # PEFT adds an adapted head's own weight
+        # PEFT also saves the base weight of an adapted head
+        copied = arrays.pop(f"{PREFIX}{linear.name}.base_layer.weight", None)
         if copied is not None and not np.array_equal(copied, linear.base.weight.dense()):
             raise FileError(f"{folder}: was made over a base whose {linear.name} differs from this one's")
     if arrays:
@@ -198,16 +219,15 @@ def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None
 
 
 def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraConfig:
-    """PEFT's settings as ours; refuses what would change the function and is not here, or is of another type
-    than PEFT's."""
+    """Return PEFT's settings as ours; raise FileError for a wrong type, or a setting whose effect we lack."""
 
     def refuse(name: str, why: str) -> FileError:
         return FileError(f"{folder}: {_short.repr(name)[1:-1]}={_short.repr(settings.get(name))} {why}")
 
     if settings.get("bias", "none") != "none":
         raise refuse("bias", "is not supported, only 'none'")
-    for name in sorted(settings.keys() - _READ - _IDLE - {"bias"}):
-        if settings[name]:  # all that PEFT has besides is off when it is false, null, 0 or empty
+    for name in sorted(settings.keys() - _READ_SETTINGS - _IGNORED_SETTINGS - {"bias"}):
+        if settings[name]:  # PEFT's other settings are off when false, null, 0 or empty
             raise refuse(name, "is not supported; merge the adapter in PEFT and read the merged model")
     for name in ("use_rslora", "use_dora"):
         if settings.get(name) not in (True, False, None):
@@ -215,16 +235,15 @@ def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraCo
     for name in ("r", "lora_alpha", "lora_dropout"):
         if isinstance(settings.get(name), (list, dict)):
             raise refuse(name, "must be a number")
-    if settings.get("init_lora_weights", True) not in _PLAIN_STARTS:
+    if settings.get("init_lora_weights", True) not in _PLAIN_INITS:
         raise refuse(
             "init_lora_weights",
             "changes the base weights, or is unknown; convert the adapter to plain LoRA in PEFT "
             "(path_initial_model_for_weight_conversion) and save it again",
         )
     targets = settings.get("target_modules") or []
-    if not isinstance(targets, str) and not (
-        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    ):
+    is_list = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
+    if not isinstance(targets, str) and not is_list:
         raise refuse("target_modules", "must be a name or a list of names")
     patterns: dict[str, Any] = {name: settings.get(name) or {} for name in ("rank_pattern", "alpha_pattern")}
     for name, pattern in patterns.items():
@@ -233,16 +252,17 @@ def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraCo
         ):
             raise refuse(name, "must be an object of numbers")
         for key in pattern:
-            # PEFT takes a regular expression; only names are read, "." being part of a name
+            # PEFT takes regular expressions; we read names only, in which "." is a dot
             if not re.fullmatch(r"[A-Za-z0-9_.]{1,500}", key):
                 raise FileError(
-                    f"{folder}: {name} has the key {_short.repr(key)}; only module names are supported, no regular "
-                    "expressions"
+                    f"{folder}: {name} has the key {_short.repr(key)}; only module names are supported, no "
+                    "regular expressions"
                 )
     for alpha in (settings.get("lora_alpha"), *patterns["alpha_pattern"].values()):
-        if isinstance(alpha, (int, float)) and alpha > _LARGEST_ALPHA:
+        if isinstance(alpha, (int, float)) and alpha > _MAX_ALPHA:
             raise FileError(
-                f"{folder}: lora_alpha or alpha_pattern has {_short.repr(alpha)}, must be at most {_LARGEST_ALPHA:g}"
+                f"{folder}: lora_alpha or alpha_pattern has {_short.repr(alpha)}, must be at most "
+                f"{_MAX_ALPHA:g}"
             )
     try:
         return LoraConfig(
@@ -260,25 +280,28 @@ def _read_config(folder: Path, settings: dict[str, Any], pooled: bool) -> LoraCo
 
 
 def _refusal(folder: str | Path, error: ValueError) -> FileError:
-    """Another's message with the folder before it, cut where a value in it is very long."""
+    """Put the folder before another error's message, and cut a very long one."""
     text = str(error)
-    return FileError(f"{folder}: {text if len(text) <= 1000 else text[:500] + ' … ' + text[-300:]}")
+    if len(text) > 1000:
+        text = f"{text[:500]} … {text[-300:]}"
+    return FileError(f"{folder}: {text}")
 
 
 def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
-    """A as it was before its columns were repeated over their groups."""
+    """Undo the repetition of A's columns over their groups."""
     if linear.pool == 1 or a.ndim != 2 or a.shape[1] != linear.shape[1]:
         return a
     narrow = a[:, :: linear.pool]
     if not np.array_equal(group_repeat(narrow, linear.pool), a):
         raise FileError(
-            f"{folder}: {linear.lora_A.name} is not constant within the base's groups of {linear.pool}; this adapter "
-            "belongs to another group size"
+            f"{folder}: {linear.lora_A.name} is not constant within the base's groups of {linear.pool}; this "
+            "adapter belongs to another group size"
         )
     return narrow
 
 
 def _made_with(linear: LoraLinear | DoraLinear, lora: LoraLinear, config: LoraConfig) -> bool:
+    """Say whether an adapter is what `config` makes."""
     mine = config.of(linear.name)
     found = (
         len(lora.lora_A.data),

@@ -24,15 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import functional
-from minilora.functional import (
-    AttentionCache,
-    cross_entropy_backward,
-    flat,
-    gelu_backward,
-    gelu_forward,
-    rope_tables,
-    softmax,
-)
+from minilora.functional import AttentionCache, flat
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
@@ -63,8 +55,6 @@ __all__ = [
     "rms_norm_forward",
     "rope_backward",
     "rope_forward",
-    "rope_tables",
-    "softmax",
     "swiglu_backward",
     "swiglu_forward",
 ]
@@ -114,7 +104,12 @@ def load(name: str) -> Any:
 
 @cache
 def has_vectors() -> bool:
-    """Return whether the processor has vectors and fused multiply-adds that repay code of our own."""
+    """Return whether the processor has vectors and fused multiply-adds that repay code of our own.
+
+    All modules are imported at once here, so that no later step pays for one.
+    """
+    for name in ("attention", "gemm", "lowrank", "rows"):
+        load(name)
     return bool(load("microkernel").AVAILABLE)
 
 
@@ -310,7 +305,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     y, tops, totals = np.empty_like(q), *(np.empty((B, H, T), q.dtype, like=q) for _ in range(2))
     scratch = np.empty(attention.scratch_size(T, D, 2, 1), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    inputs = (q, k, v, _numbers(segments), scratch)
+    inputs = (q, k, v, _numbers(segments))
     _run(attention.attention_forward, inputs, numbers, (scratch, y, tops, totals))
     return y, AttentionCache(q, k, v, (tops, totals, segments))
 
@@ -332,7 +327,7 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
     scratch = np.empty(attention.scratch_size(T, D, 4, 2), q.dtype, like=q)
     numbers = (B, T, H, k.shape[2], D, *attention.sizes(T, D))
-    inputs = (dy, q, k, v, tops, totals, _numbers(segments), scratch)
+    inputs = (dy, q, k, v, tops, totals, _numbers(segments))
     _run(attention.attention_backward, inputs, numbers, (scratch, dq, dk, dv))
     return dq, dk, dv
 
@@ -373,6 +368,21 @@ def cross_entropy_forward(
         out[...] = logits
     total = _run(load("rows").cross_entropy, (targets.astype(np.int64),), (logits.shape[-1],), (probs,))
     return total / normalizer, (probs, targets, normalizer)
+
+
+def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
+    """Return dlogits (N, V); NumPy takes two passes, which are not worth a kernel."""
+    return functional.cross_entropy_backward(cache, out)
+
+
+def gelu_forward(x: Array) -> tuple[Array, Cache]:
+    """Return GELU; it is not compiled, since only the LoRA paper's figure has it."""
+    return functional.gelu_forward(x)
+
+
+def gelu_backward(dy: Array, cache: Cache) -> Array:
+    """Return dx of `gelu_forward`."""
+    return functional.gelu_backward(dy, cache)
 
 
 def group_sum(x: Array, g: int) -> Array:

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import Adapter, DenseWeight, Key, Parameter
+from minilora.adapter import Adapter
+from minilora.layers import Key
 from minilora.memory.shapes import ShapeArray
+from minilora.parameters import DenseWeight, Parameter
 from minilora.transformer import Transformer
 
 Array = np.ndarray

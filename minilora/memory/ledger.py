@@ -15,9 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from minilora.layers import Adapter, DenseWeight, Parameter
+import numpy as np
+
+from minilora.adapter import Adapter
 from minilora.memory.counting import adapter_parameters, buffer_of, format_bytes
-from minilora.memory.shapes import Buffer
+from minilora.memory.shapes import Buffer, ShapeArray
+from minilora.parameters import DenseWeight, Parameter
+from minilora.tables import html_table, text_table
 from minilora.transformer import Transformer
 
 HELD = {
@@ -298,7 +302,7 @@ def held_entries(
     for _, linear in model.linears():
         if isinstance(linear, Adapter):
             for name, value in vars(linear).items():
-                if hasattr(value, "dtype") and hasattr(value, "strides"):
+                if isinstance(value, np.ndarray | ShapeArray):
                     add("adapters", linear.name, ADAPTER_ARRAYS.get(name, name), value)
     for array in maps:
         add("code maps", "shared", "of 8-bit states", array)
@@ -427,29 +431,3 @@ def _same_in_all_blocks(entries: Iterable[Entry]) -> list[tuple[str, int, int]]:
         key = f"{layer}: {what}", e.nbytes
         counts[key] = counts.get(key, 0) + 1
     return [(what, n, times) for (what, n), times in counts.items()]
-
-
-# ---- text and HTML
-
-
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; numbers flush right."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    number = re.compile(r"[\d,.\s×%+-]*( [KMG]iB| B)?")
-    flush = [
-        str.rjust if all(number.fullmatch(row[i]) for row in rows) else str.ljust for i in range(len(heads))
-    ]
-    text = [
-        "  ".join(f(cell, w) for f, cell, w in zip(flush, row, widths, strict=True)).rstrip()
-        for row in [heads, *rows]
-    ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
-
-
-def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for a notebook."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from minilora.layers import AnyLinear, Block, BlockCache, Cache, Checkpoint, HalfCache, Linear
+from minilora.adapter import AnyLinear
+from minilora.layers import Block, BlockCache, Cache, Checkpoint, HalfCache, Linear
 from minilora.lora import LoraCache, LoraLinear
 from minilora.memory.counting import arrays_in
 from minilora.transformer import ForwardCache, Transformer

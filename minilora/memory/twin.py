@@ -16,17 +16,20 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.kernels import block_vectors as blocks_simd
-from minilora.kernels import codes as kernels
-from minilora.layers import Adapter, Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import DenseWeight, Parameter
+from minilora.quant.blocks import few_rows
 from minilora.quant.packed import PackedWeight, in_vectors
+from minilora.quant.reference import packed_size
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
 from minilora.variants import lora_of
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
@@ -85,12 +88,12 @@ class ShapeWeight(PackedWeight):
         """
         out, in_ = shape
         size, zero = out * in_, config.offset_dtype == "zero"
-        codes = [ShapeArray.new((kernels.packed_size(size, config.bits),), np.uint8)]
+        codes = [ShapeArray.new((packed_size(size, config.bits),), np.uint8)]
         if config.affine:
             require(in_ % config.group_size == 0, "group_size", config.group_size, f"must divide in={in_}")
             groups = (out, in_ // config.group_size)
             offset = (
-                ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8)
+                ShapeArray.new((packed_size(prod(groups), config.bits),), np.uint8)
                 if zero
                 else ShapeArray.new(groups, config.offset_dtype)
             )
@@ -126,7 +129,7 @@ class ShapeWeight(PackedWeight):
         """A matrix in a GGUF's blocks of 32."""
         rows = (shape[0], shape[1] // 32)
         codes, minima = BLOCK_FORMATS[quant_type]
-        few = 16 if blocks_simd.available() else 1  # as BlockWeight has it
+        few = few_rows()
         arrays: dict[str, list[Any]] = {
             "codes": [ShapeArray.new((*rows, codes), np.uint8)],
             "scales": [ShapeArray.new(rows, np.float16)],

@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.config import TINY, ConfigError, require
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.bases import Pretrained, save_tokenizer
 from minilora.formats.checkpoint import save_model
 from minilora.formats.files import FileError, writable_folder
 from minilora.formats.huggingface import save_huggingface
-from minilora.formats.llama_gguf import WRITTEN, load_gguf, save_gguf
+from minilora.formats.llama_gguf import WRITABLE_TYPES, load_gguf, save_gguf
 from minilora.formats.peft import load_adapter
 from minilora.generation import generate, stream
-from minilora.layers import Adapter
 from minilora.memory import format_bytes
 from minilora.merging import MergeError, merge, merge_errors
-from minilora.quant.blocks import BLOCK
+from minilora.quant.blocks import GGUF_BLOCK
 from minilora.quant.model import dequantize_model
 from minilora.sweep.inputs import base_of
 from minilora.sweep.run import ADAPTER, load_run, read_run, under_adapter
@@ -144,7 +144,7 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
 def as_q4_1(linear: Adapter) -> bool:
     """Whether an adapter merges into GGUF's Q4_1: it pools over groups of 32 of 4-bit codes."""
     weight = linear.base.weight
-    return linear.pool == BLOCK and weight.offset_group == BLOCK and weight.bits == 4
+    return linear.pool == GGUF_BLOCK and weight.offset_group == GGUF_BLOCK and weight.bits == 4
 
 
 def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool) -> list[str]:
@@ -157,7 +157,12 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     if out.exists() and out.samefile(like):
         raise ConfigError(f"out={str(out)!r}: is the base itself; give another name")
     if quant_type is not None:
-        require(quant_type in WRITTEN, "quant_type", quant_type, f"a GGUF is written as {', '.join(WRITTEN)}")
+        require(
+            quant_type in WRITABLE_TYPES,
+            "quant_type",
+            quant_type,
+            f"a GGUF is written as {', '.join(WRITABLE_TYPES)}",
+        )
         require(
             not pooled,
             "quant_type",

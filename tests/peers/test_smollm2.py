@@ -18,12 +18,13 @@ from minilora.config import LoraConfig, ModelConfig
 from minilora.data.tasks import Batch
 from minilora.data.text import TextTokenizer
 from minilora.formats.files import FileError
-from minilora.formats.gguf import GGUFFile, write_gguf
+from minilora.formats.gguf import GGUFFile
+from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
 from minilora.injection import inject_lora
-from minilora.layers import Gradients
 from minilora.merging import merge
+from minilora.parameters import Gradients
 from minilora.training.loss import shard_loss
 
 pytestmark = pytest.mark.peers
