@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from minilora.data.tasks import make_task
 from minilora.data.corpora import python_source
 from minilora.data.products import HELD_OUT_WORDS, describe, pair_split
-from minilora.data.tasks import Batch, ProductsTask, Task, pad_batch
+from minilora.data.tasks import Batch, ProductsTask, Task, make_task, pad_batch
 from minilora.data.tokenizer import BOS, EOS, PAD, decode
 
 
