@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from functools import lru_cache
 from importlib import import_module
 from multiprocessing import get_context
@@ -26,51 +26,13 @@ import numpy as np
 
 from benchmarks import workload
 from benchmarks.timing import ratio
-from minilora.config import TrainConfig
-from minilora.data.tasks import Batch
+from benchmarks.workload import Run, Text
 from minilora.sweep.runner import run_sweep
 from minilora.sweep.workers import SINGLE_THREAD
 
 PROCESSES = 2
 PIECES = 4
 """The grid is measured in so many pieces, whose sides take turns."""
-EVAL_BATCHES = 4
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run of the grid, as ``run_sweep`` wants it: fields, and a key."""
-
-    method: str
-    r: int
-    learning_rate: float
-    seed: int
-    size: str = "tiny"
-    steps: int = 100
-    task: str = "text"
-
-    @property
-    def quant_type(self) -> str | None:
-        return "nf4" if self.method == "qlora" else None
-
-    def key(self) -> str:
-        return f"{self.size}-{self.steps}-{self.method}-{self.r}-{self.learning_rate:g}-{self.seed}"
-
-    def train(self) -> TrainConfig:
-        """The trainer's part; the batch is the size's."""
-        return TrainConfig(
-            self.steps,
-            workload.SIZES[self.size].batch,
-            self.learning_rate,
-            schedule="constant",
-            warmup_steps=0,
-            max_grad_norm=workload.MAX_NORM,
-            seed=self.seed,
-        )
-
-    def adapters(self) -> dict[str, np.ndarray]:
-        """Where both sides start."""
-        return workload.adapters(workload.SIZES[self.size], r=self.r, seed=self.seed)
 
 
 def grid(**settings: Any) -> list[Run]:
@@ -87,44 +49,6 @@ def axes(runs: list[Run]) -> dict[str, list[Any]]:
     return {name: those for name, those in values.items() if len(those) > 1}
 
 
-class Text:
-    """Windows of prose, a byte a token: what both sides train on, and the tenth of it that they are judged
-    by."""
-
-    name, sha256, splits, max_new_tokens = "text", "", ("test",), 0
-
-    def __init__(self, size: workload.Size, n_train: int = 1600):
-        text = (
-            np.frombuffer(workload.real_text().encode(), np.uint8).astype(np.int64) % size.config.vocab_size
-        )
-        self.size, self.n_train = size, n_train
-        held_out = len(text) // 10
-        self.rows, self.held_out = (
-            self._windows(text[held_out:], n_train),
-            self._windows(text[:held_out], EVAL_BATCHES * size.batch),
-        )
-
-    def _windows(self, text: np.ndarray, n: int) -> np.ndarray:
-        starts = np.linspace(0, len(text) - self.size.time - 1, n).astype(int)
-        return text[starts[:, None] + np.arange(self.size.time + 1)]
-
-    def batch(self, indices: Any) -> Batch:
-        return self._batch(self.rows[np.asarray(indices)])
-
-    def eval_batches(self, split: str, batch_size: int = 0) -> list[Batch]:
-        return [self._batch(rows) for rows in np.split(self.held_out, EVAL_BATCHES)]
-
-    @staticmethod
-    def _batch(rows: np.ndarray) -> Batch:
-        return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), bool))
-
-    def prompts(self, split: str) -> list[list[int]]:
-        return []
-
-    def score(self, split: str, completions: list[str]) -> dict[str, float]:
-        return {}
-
-
 @lru_cache(maxsize=1)
 def shared(size: str) -> tuple[dict[str, np.ndarray], Text]:
     """Weights and text, made once in a process, as a sweep loads its base once."""
@@ -134,12 +58,12 @@ def shared(size: str) -> tuple[dict[str, np.ndarray], Text]:
 def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     """One run with minilora: the row of ``run_sweep``."""
     # imported here, as the peers are in ``peer``: no process loads what the other side needs
+    from minilora.building import build_model
     from minilora.config import LoraConfig, QuantConfig
-    from minilora.lora import inject_lora
+    from minilora.injection import inject_lora
     from minilora.quant.model import quantize_model
     from minilora.training.loss import evaluate
     from minilora.training.trainer import Trainer
-    from minilora.transformer import build_model
 
     weights, task = shared(run.size)
     base = build_model(workload.SIZES[run.size].config, weights)

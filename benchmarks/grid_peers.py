@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks import workload
-from benchmarks.grid import Run, Text
 from benchmarks.peers import Peers, adapted, llama, quantized, torch
+from benchmarks.workload import Run, Text
 from minilora.data.tasks import Batch
 from minilora.training.trainer import batch_indices
 

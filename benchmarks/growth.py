@@ -3,8 +3,8 @@ growth.png."""
 
 from __future__ import annotations
 
-import io
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,6 @@ from benchmarks.ours import Ours
 from benchmarks.timing import Contestant, Sgemm, interleave, ratio, remote, summary
 from benchmarks.workload import SIZES, R, Size, flop
 from minilora.config import ModelConfig
-from minilora.formats.files import write_file
 
 METHODS = ("lora", "qlora")
 Rows = list[dict[str, Any]]
@@ -91,9 +90,9 @@ def measure(
                 say(f"{panel:8s} {method:6s} {'   '.join(times)}")
     for text in verdicts(rows):
         say(text)
-    figure = io.BytesIO()
-    draw(rows).savefig(figure, format="png", dpi=150)
-    write_file(out / "growth.png", figure.getvalue())
+    from minilora.report.drawing import save_figure
+
+    save_figure(draw(rows), out / "growth", ["png"])
     return rows
 
 
@@ -200,10 +199,19 @@ LABELS = {
 }
 
 
+HEIGHTS: dict[str, Callable[[dict[str, Any]], float]] = {
+    "batch": per_token,
+    "r": lambda row: row["time"],
+    "context": per_token,
+    "width": gflops,
+}
+"""What each panel draws of a row."""
+
+
 def draw(rows: Rows) -> Any:
     """Four panels: time per token against batch and context, time beside counted FLOP against r, GFLOP/s
     against width."""
-    from minilora.report.drawing import new_figure
+    from minilora.report.drawing import light_frame, new_figure
     from minilora.report.labels import GREY, METHOD_COLOURS, METHOD_NAMES
 
     figure = new_figure(9.0, 7.0)
@@ -213,7 +221,7 @@ def draw(rows: Rows) -> Any:
             if not mine:
                 continue
             x = [r["x"] for r in mine]
-            y = [r["time"] if panel == "r" else gflops(r) if panel == "width" else per_token(r) for r in mine]
+            y = [HEIGHTS[panel](r) for r in mine]
             ax.plot(x, y, "o-", color=colour, markersize=4.5, linewidth=1.4, label=METHOD_NAMES[method])
             a, b, _ = fitted(mine)
             dashed = {
@@ -236,7 +244,6 @@ def draw(rows: Rows) -> Any:
         ax.set_ylim(bottom=0)
         ax.set_xlabel(xlabel)
         ax.set_ylabel(ylabel)
-        ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-        ax.spines[["top", "right"]].set_visible(False)
+        light_frame(ax)
         ax.legend(frameon=False, fontsize=8)
     return figure

@@ -24,7 +24,6 @@ import numpy as np
 import tyro
 
 from benchmarks import workload
-from benchmarks.page import table
 from benchmarks.timing import timed
 from minilora.data.tasks import ProductsTask
 from minilora.data.text import TextTokenizer
@@ -34,6 +33,7 @@ from minilora.formats.llama_gguf import load_gguf, save_gguf
 from minilora.generation import generate
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.model import dequantize_model
+from minilora.tables import markdown_table
 from minilora.transformer import Transformer
 
 Array = np.ndarray
@@ -272,7 +272,7 @@ def page(results: dict[str, Any]) -> str:
         f"# {results['files'][0]['file']} in llama.cpp and in minilora",
         f"`{results['command']}`, llama-cpp-python "
         f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "),
-        table(head, body),
+        markdown_table(head, body),
     ]
     if results["changes"]:
         said = ", ".join(f"{n} {kind}" for kind, n in results["changes"].items())

@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import plan_grid, smollm2, workload
-from benchmarks.page import conditions, table
+from benchmarks.page import conditions
 from benchmarks.timing import Remote, peak_mib, reset_peak, resident_mib
 from minilora.formats.llama_gguf import load_gguf
+from minilora.tables import markdown_table
 
 REPEATS, STEPS = 5, 3
 METHODS = ("qlora", "lora", "qalora")
@@ -237,17 +238,11 @@ def predicted(rows: Rows, about: str) -> str:
         least=min(r["difference"] for r in grid),
         most=max(r["difference"] for r in grid),
     )
-    columns = ("what", "paper", "published", "ours", "assumption")
-    published = "\n".join(
-        f"| {' | '.join(cells)} |"
-        for cells in (
-            ("figure", "whose", "published", "ours", "assumption"),
-            ("---",) * 5,
-            *([r[k] for k in columns] for r in papers),
-        )
-    )
+    columns = {"what": "figure", "paper": "whose", "published": "published", "ours": "ours"}
+    columns["assumption"] = "assumption"
+    published = markdown_table(list(columns.values()), [[row[key] for key in columns] for row in papers])
     return (
-        f"## Predicted against measured\n\n{about}\n\n{text}\n\n{plan_grid.table(grid, WORST)}\n\n"
+        f"## Predicted against measured\n\n{about}\n\n{text}\n\n{plan_grid.worst_cases(grid, WORST)}\n\n"
         f"## Published figures beside ours\n\nAlso `minilora memory --published`.\n\n{published}\n"
     )
 
@@ -292,7 +287,10 @@ def _rises(rows: Rows) -> str:
         for mode, values in r["loaded_mib"].items()
         if mode in ("fast", "peer")
     )
-    return table(["method", *names.values(), *goals], body) + f"\n\nResident when loaded, MiB: {loaded}."
+    return (
+        markdown_table(["method", *names.values(), *goals], body)
+        + f"\n\nResident when loaded, MiB: {loaded}."
+    )
 
 
 def _spread(values: list[float] | None) -> str:
@@ -335,4 +333,6 @@ def _workers(rows: Rows) -> str:
         worst=megabytes(max(r["peak_mib"] for r in rows)),
         imported=megabytes(max(r["start_mib"] for r in rows if r["order"] == 1)),
     )
-    return text + "\n\n" + table(["method", "runs", "before a run, MB (median)", "highest, MB"], body)
+    return (
+        text + "\n\n" + markdown_table(["method", "runs", "before a run, MB (median)", "highest, MB"], body)
+    )

@@ -10,18 +10,21 @@ import numpy as np
 
 from benchmarks import workload
 from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
+from minilora.building import build_model
 from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora
+from minilora.injection import full, inject_lora
+from minilora.lora import LoraLinear
 from minilora.memory import packed_weights
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import CodebookWeight, DoubleQuant, quantize_weight
-from minilora.threads import Workers, keep_memory, single_blas
+from minilora.threads import Workers, single_blas
+from minilora.training.allocator import keep_freed_memory
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
-from minilora.transformer import Transformer, build_model
+from minilora.transformer import Transformer
 
 Array = np.ndarray
 SMALL = {"checkpoint": True, "logits_chunk": 32}
@@ -35,7 +38,7 @@ class Ours:
 
     def __init__(self, threads: int = 2, keep: bool = True, shards: int | None = None):
         if keep:
-            keep_memory()
+            keep_freed_memory()
         self._blas = single_blas()
         self._blas.__enter__()  # for the life of this process
         self.threads, self.shards = threads, shards or threads
@@ -67,7 +70,7 @@ class Ours:
     def loaded_mib(self) -> float | None:
         """Resident memory before the first step, from which the peak then counts; every stored array is read
         once before."""
-        keep_memory()  # as the Trainer does when it starts
+        keep_freed_memory()  # as the Trainer does when it starts
         for array in [p.data for p in self.model.parameters()] + [
             a for w in packed_weights(self.model) for arrays in w.arrays().values() for a in arrays
         ]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import grid, growth, profile, workload
+from benchmarks import growth, profile, workload
 from minilora.formats.files import read_json, write_file
+from minilora.tables import markdown_table
 
 INTRO = """# Speed and memory beside the peers
 
@@ -49,7 +50,7 @@ shard; compiled code counts where it is called from. Found by wrapping all publi
 KERNELS = """nf4 has blocks of 64 with float32 scales, int4 groups of 32 with float16 scales and offsets. With two threads each of
 ours quantizes or dequantizes half of the rows, or multiplies half of the batch by the whole weight, as shards do in training; a
 batch of one is multiplied by half of the rows, dense ones too. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep
-freed memory (see `minilora.threads.keep_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and
+freed memory (see `minilora.training.allocator.keep_freed_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and
 faulted in anew. Checked: """
 
 SMOLLM2 = """SmolLM2-135M-Instruct's Q4_1 GGUF; the package holds no full-precision model, so the dequantized GGUF is the
@@ -116,18 +117,6 @@ def page(results: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-def table(head: list[str], rows: list[list[str]]) -> str:
-    """A markdown table; all columns but the first to the right.
-
-    >>> print(table(["a", "b"], [["x", "1"]]))
-    | a | b |
-    |---|--:|
-    | x | 1 |
-    """
-    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---|" + "--:|" * (len(head) - 1), *lines[1:]])
-
-
 def conditions(part: dict[str, Any]) -> str:
     """Command, date, machine, load and versions of a part."""
     m = part["machine"]
@@ -173,7 +162,7 @@ def _training(rows: Rows) -> str:
             f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}, "
             f"vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n"
         )
-        parts.append(table(head, [_training_cells(r) for r in rows if r["size"] == name]) + "\n")
+        parts.append(markdown_table(head, [_training_cells(r) for r in rows if r["size"] == name]) + "\n")
     return "\n".join(parts) + "\n" + TRAINING.format(r=workload.R, g=workload.GROUP_SIZE)
 
 
@@ -195,7 +184,7 @@ def _training_cells(r: dict[str, Any]) -> list[str]:
 def _threads(rows: Rows) -> str:
     head = ["model", "method", "1 thread, ms", f"{rows[0]['threads']} threads, ms", "1 thread/all"]
     body = [[r["size"], r["method"], _ms(r["one"]), _ms(r["many"]), _ratio(r["ratio"])] for r in rows]
-    return table(head, body) + "\n\n" + THREADS
+    return markdown_table(head, body) + "\n\n" + THREADS
 
 
 def _grid(rows: Rows) -> str:
@@ -210,7 +199,7 @@ def _grid(rows: Rows) -> str:
         steps=r["steps"],
         batch=size.batch,
         time=size.time,
-        held_out=grid.EVAL_BATCHES * size.tokens,
+        held_out=workload.EVAL_BATCHES * size.tokens,
         imports=", ".join(f"{side} {r['start'][side]['import']:.1f} s" for side in sides),
         first=", ".join(f"{side} {r['start'][side]['first_steps']:.1f} s" for side in sides),
     )
@@ -221,7 +210,7 @@ def _grid(rows: Rows) -> str:
             f"{c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, final ones, {r['losses'][0]:.2f} to "
             f"{r['losses'][1]:.2f}, by {c['loss']:.0e}; allowed are {c['bound']:.0e} (rounding of a gradient × √steps).\n\n{said}"
         )
-    return table(head, body) + "\n\n" + said
+    return markdown_table(head, body) + "\n\n" + said
 
 
 def _growth(rows: Rows) -> str:
@@ -249,7 +238,7 @@ def _growth(rows: Rows) -> str:
             for mine in zip(*by_method, strict=True)
         ]
         if body:
-            parts.append(table(head, body))
+            parts.append(markdown_table(head, body))
     return "\n\n".join([*parts, GROWTH])
 
 
@@ -272,7 +261,7 @@ def _profile(rows: Rows) -> str:
         [name, *(f"{100 * v:.0f} %" if v >= 0.005 else "" for v in values)]
         for name, values in profile.shares(rows).items()
     ]
-    return table(head, body) + "\n\n" + PROFILE
+    return markdown_table(head, body) + "\n\n" + PROFILE
 
 
 def _kernels(rows: Rows) -> str:
@@ -288,7 +277,7 @@ def _kernels(rows: Rows) -> str:
     body = [cells(r, [f"{v:.1f}" for v in r["gb_per_second"].values()]) for r in bandwidth]
     parts = [
         "Bandwidth, GB/s of float32 written: the ceiling of dequantizing.\n",
-        table(["matrix", "threads", "fill", "copy"], body),
+        markdown_table(["matrix", "threads", "fill", "copy"], body),
     ]
     gb = "GB/s of the float32 side"
     for op, unit in (("quantize", gb), ("dequantize", gb), ("product", "x Wᵀ, ms")):
@@ -300,7 +289,7 @@ def _kernels(rows: Rows) -> str:
         for r in mine:
             values = [_ms(r["seconds"][k]) if batch else f"{r['gb_per_second'][k]:.2f}" for k in columns]
             body.append(cells(r, [*values, _ratio(r["ratio"].get("peer nf4"))]))
-        parts.append(f"\n{op.capitalize()}, {unit}\n\n" + table(head, body))
+        parts.append(f"\n{op.capitalize()}, {unit}\n\n" + markdown_table(head, body))
     checks = dict.fromkeys(f"{r['op']}: {r['check'].split(' (')[0]}" for r in rows if "check" in r)
     return "\n".join(parts) + "\n\n" + KERNELS + "; ".join(checks) + "."
 
@@ -308,7 +297,7 @@ def _kernels(rows: Rows) -> str:
 def _startup(rows: Rows) -> str:
     cells = [[r["what"], f"{r['median']:.2f}", f"{r['min']:.2f}"] for r in rows]
     return (
-        table(["what", "seconds, median", "best"], cells)
+        markdown_table(["what", "seconds, median", "best"], cells)
         + "\n\nEach in a fresh process; but for `--help` without the interpreter's own start. Files come from the disk cache."
     )
 
@@ -319,7 +308,7 @@ def _generation(rows: Rows) -> str:
 
     cells = [[str(r["batch"]), *speeds(r), _ratio(r.get("ratio"))] for r in rows]
     return (
-        table(["sequences", "ours, tokens/s", "transformers, tokens/s", "ratio"], cells)
+        markdown_table(["sequences", "ours, tokens/s", "transformers, tokens/s", "ratio"], cells)
         + "\n\nGreedy, float32, prompts of 32 bytes, 96 new tokens, prefill included; ours uses one thread."
     )
 
@@ -366,8 +355,8 @@ def _smollm2_steps(rows: Rows) -> str:
     peers = "; ".join(f"{r['method']}: {r['peer_name']}" for r in rows)
     return "\n\n".join(
         [
-            table(head, body),
-            table(["method", *names.values(), "fast/peer", "small/peer"], memory),
+            markdown_table(head, body),
+            markdown_table(["method", *names.values(), "fast/peer", "small/peer"], memory),
             SMOLLM2.format(r=workload.R) + f" Peers: {peers}.",
         ]
     )
@@ -395,7 +384,7 @@ def _smollm2_writing(rows: Rows) -> str:
         shares = [r["check"].get(f"same tokens as {s}") for s in ("peer", "llama.cpp")]
         same = ["" if share is None else f"{100 * share:.0f} %" for share in shares]
         body.append([r["label"], *speeds, *(_ratio(r["ratio"].get(s)) for s in ("peer", "llama.cpp")), *same])
-    return table(head, body) + "\n\n" + WRITING
+    return markdown_table(head, body) + "\n\n" + WRITING
 
 
 def _smollm2_ready(r: dict[str, Any]) -> str:

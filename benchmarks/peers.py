@@ -24,7 +24,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from minilora.config import LINEAR_MODULES, ModelConfig
-from minilora.threads import keep_memory
+from minilora.training.allocator import keep_freed_memory
 
 Array = np.ndarray
 
@@ -34,7 +34,7 @@ class Peers:
 
     def __init__(self, threads: int = 2, keep: bool = True):
         if keep:
-            keep_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
+            keep_freed_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
         self.threads = threads
         self.works: dict[str, tuple[int, Callable[[], Any]]] = {}  # label → (threads, work)
 

@@ -12,13 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import init_model
 from minilora.config import ModelConfig, TrainConfig, expand_modules
 from minilora.data.tasks import Batch
-from minilora.lora import full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
 from minilora.memory import ARCHITECTURES, Ledger, PlanConfig, measure, plan, published
 from minilora.memory.ledger import HELD
 from minilora.quant.model import quantize_model
-from minilora.transformer import Transformer, init_model
+from minilora.tables import markdown_table
+from minilora.transformer import Transformer
 
 CASES = 112
 LEAST, SHARE = (
@@ -191,7 +193,7 @@ def measured(say: Any = print) -> list[dict[str, Any]]:
     """A row for each case, and one for each published figure."""
     with shapes():
         rows = [row_of(c) | {"kind": "run"} for c in cases()]
-    say(table(rows, worst=3))
+    say(worst_cases(rows, count=3))
     return rows + [asdict(row) | {"kind": "published"} for row in published().rows]
 
 
@@ -200,16 +202,12 @@ def used(row: dict[str, Any]) -> float:
     return float(abs(row["difference"]) / max(LEAST, SHARE * row["measured"]))
 
 
-def table(rows: list[dict[str, Any]], worst: int = 10) -> str:
-    """The worst cases, in markdown: those first that use up most of what may remain unexplained."""
-    ordered = sorted(rows, key=used, reverse=True)[:worst]
-    lines = [
-        "| run | predicted rise | measured rise | difference | share | persistent equal |",
-        "|:--|--:|--:|--:|--:|:--|",
-    ]
-    lines += [
-        f"| {r['what']} | {r['predicted']:,} | {r['measured']:,} | {r['difference']:+,} | {100 * r['share']:+.2f} % | "
-        f"{'yes' if r['persistent'] else 'NO'} |"
-        for r in ordered
-    ]
-    return "\n".join(lines)
+def worst_cases(rows: list[dict[str, Any]], count: int = 10) -> str:
+    """Return a Markdown table of the cases that use up most of what may remain unexplained, worst first."""
+    cells = []
+    for row in sorted(rows, key=used, reverse=True)[:count]:
+        sizes = [f"{row['predicted']:,}", f"{row['measured']:,}", f"{row['difference']:+,}"]
+        share, equal = f"{100 * row['share']:+.2f} %", "yes" if row["persistent"] else "NO"
+        cells.append([row["what"], *sizes, share, equal])
+    heads = ["run", "predicted rise", "measured rise", "difference", "share", "persistent equal"]
+    return markdown_table(heads, cells)

@@ -12,10 +12,11 @@ from minilora.config import LoraConfig, QuantConfig
 from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import load_gguf
 from minilora.generation import generate
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.lora import LoraLinear
 from minilora.quant.model import dequantize_model, quantize_model
 from minilora.quant.weights import CodebookWeight
-from minilora.threads import keep_memory
+from minilora.training.allocator import keep_freed_memory
 
 Array = np.ndarray
 
@@ -56,7 +57,7 @@ class OursGGUF(Ours):
         del base
         if adapters is not None:
             set_adapters(model, adapters)
-        keep_memory()
+        keep_freed_memory()
         self._ready(model, ids, targets)
 
     def loss_of_small(self) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import logging
 
 from benchmarks.peers import Peers, adapted, checkpointed
-from minilora.threads import keep_memory
+from minilora.training.allocator import keep_freed_memory
 
 Array = np.ndarray
 logging.set_verbosity_error()
@@ -53,7 +53,7 @@ class PeersFolder(Peers):
         if checkpoint:
             checkpointed(model)
         if keep:
-            keep_memory()
+            keep_freed_memory()
         self._ready(adapted(model), ids, targets, adapters)
 
     def loss(self) -> tuple[float, list[str]]:
@@ -73,7 +73,7 @@ class PeersFolder(Peers):
         """The work ``label``: greedy text with the float32 weights."""
         if not hasattr(self, "writer"):
             self.writer = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
-            keep_memory()
+            keep_freed_memory()
         self._write(self.writer, prompts, tokens)
         self.works[label], self.works[f"{label} logits"] = (
             self.works.pop("generate"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from minilora.config import LINEAR_MODULES, ModelConfig
-from minilora.transformer import parameter_shapes
+from minilora.building import parameter_shapes
+from minilora.config import LINEAR_MODULES, ModelConfig, TrainConfig
+from minilora.data.tasks import Batch
 
 METHODS = ("full", "lora", "qlora", "qalora")
 R, ALPHA, GROUP_SIZE = 8, 16.0, 32
 LEARNING_RATE, MAX_NORM = 1e-3, 1.0
+EVAL_BATCHES = 4
 
 
 @dataclass(frozen=True)
@@ -150,3 +153,78 @@ def prompts(n: int, length: int = 32) -> list[list[int]]:
         rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), length).tolist()
         for _ in range(n)
     ]
+
+
+# ---- the grid of runs
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the grid, as ``run_sweep`` wants it: fields, and a key."""
+
+    method: str
+    r: int
+    learning_rate: float
+    seed: int
+    size: str = "tiny"
+    steps: int = 100
+    task: str = "text"
+
+    @property
+    def quant_type(self) -> str | None:
+        return "nf4" if self.method == "qlora" else None
+
+    def key(self) -> str:
+        return f"{self.size}-{self.steps}-{self.method}-{self.r}-{self.learning_rate:g}-{self.seed}"
+
+    def train(self) -> TrainConfig:
+        """The trainer's part; the batch is the size's."""
+        return TrainConfig(
+            self.steps,
+            SIZES[self.size].batch,
+            self.learning_rate,
+            schedule="constant",
+            warmup_steps=0,
+            max_grad_norm=MAX_NORM,
+            seed=self.seed,
+        )
+
+    def adapters(self) -> dict[str, np.ndarray]:
+        """Where both sides start."""
+        return adapters(SIZES[self.size], r=self.r, seed=self.seed)
+
+
+class Text:
+    """Windows of prose, a byte a token: what both sides train on, and the tenth of it that they are judged
+    by."""
+
+    name, sha256, splits, max_new_tokens = "text", "", ("test",), 0
+
+    def __init__(self, size: Size, n_train: int = 1600):
+        text = np.frombuffer(real_text().encode(), np.uint8).astype(np.int64) % size.config.vocab_size
+        self.size, self.n_train = size, n_train
+        held_out = len(text) // 10
+        self.rows, self.held_out = (
+            self._windows(text[held_out:], n_train),
+            self._windows(text[:held_out], EVAL_BATCHES * size.batch),
+        )
+
+    def _windows(self, text: np.ndarray, n: int) -> np.ndarray:
+        starts = np.linspace(0, len(text) - self.size.time - 1, n).astype(int)
+        return text[starts[:, None] + np.arange(self.size.time + 1)]
+
+    def batch(self, indices: Any) -> Batch:
+        return self._batch(self.rows[np.asarray(indices)])
+
+    def eval_batches(self, split: str, batch_size: int = 0) -> list[Batch]:
+        return [self._batch(rows) for rows in np.split(self.held_out, EVAL_BATCHES)]
+
+    @staticmethod
+    def _batch(rows: np.ndarray) -> Batch:
+        return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), bool))
+
+    def prompts(self, split: str) -> list[list[int]]:
+        return []
+
+    def score(self, split: str, completions: list[str]) -> dict[str, float]:
+        return {}

@@ -11,20 +11,24 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# name -> module: loaded on first use, so that `import minilora` costs nothing
+# name -> module, loaded on first use: `import minilora` itself loads no NumPy
 _EXPORTS = {
     "LoraConfig": "config",
     "ModelConfig": "config",
     "QuantConfig": "config",
     "TrainConfig": "config",
     "Transformer": "transformer",
-    "init_model": "transformer",
-    "build_model": "transformer",
+    "init_model": "building",
+    "build_model": "building",
     "generate": "generation",
     "gradcheck": "training.gradcheck",
-    "full": "lora",
-    "subset": "lora",
-    "inject_lora": "lora",
+    "full": "injection",
+    "subset": "injection",
+    "inject_lora": "injection",
+    "inject": "injection",
+    "Adapter": "adapter",
+    "LoraLinear": "lora",
+    "plain": "kernels",
     "quantize_model": "quant.model",
     "merge": "merging",
     "merge_errors": "merging",
@@ -44,6 +48,9 @@ _EXPORTS = {
     "save_adapter": "formats.peft",
     "Trainer": "training.trainer",
     "evaluate": "training.loss",
+    "RunConfig": "sweep.settings",
+    "SweepConfig": "sweep.grid",
+    "run_sweep": "sweep.runner",
     "make_task": "data.tasks",
     "encode": "data.tokenizer",
     "decode": "data.tokenizer",
@@ -52,10 +59,13 @@ _EXPORTS = {
     "trainable_line": "memory",
     "format_bytes": "memory",
 }
-__all__ = ["__version__", *_EXPORTS]
+_PACKAGES = ("memory",)
+__all__ = ["__version__", *_EXPORTS, *_PACKAGES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _PACKAGES:
+        return import_module(f"minilora.{name}")
     if name not in _EXPORTS:
         raise AttributeError(f"module 'minilora' has no attribute {name!r}")
     return getattr(import_module(f"minilora.{_EXPORTS[name]}"), name)

@@ -446,8 +446,9 @@ def quantize(command: Quantize) -> int:
     from minilora.data.tokenizer import VOCAB_SIZE
     from minilora.quant.model import find_linear, input_hessian, quantize_model
     from minilora.report.quantization_plots import write_weight_figures
+    from minilora.report.quantization_tables import format_weight_errors
     from minilora.sweep.run import CALIBRATION, unpadded
-    from minilora.sweep.weight_errors import print_weight_table, weight_errors
+    from minilora.sweep.weight_errors import weight_errors
     from minilora.training.loss import evaluate
 
     model = _weights_of(command.model)
@@ -477,7 +478,7 @@ def quantize(command: Quantize) -> int:
         return [row for config in steps for row in weight_errors(w, [config], hessian)]
 
     rows = errors(configs, "quantizing")
-    table = print_weight_table(rows)
+    table = format_weight_errors(rows)
     print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
     write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
     grid = [config for config in weight_configs(w.shape[1]) if config.quantizer in command.quantizer]
@@ -583,7 +584,7 @@ def info(command: Info) -> int:
     for library in threadpool_info():
         details = " ".join(str(library.get(name, "")) for name in ("internal_api", "version", "architecture"))
         print(f"{library['user_api']:<16} {details}")
-    cache = cast(Any, kernels.dequantize).stats.cache_path or "not on disk"
+    cache = cast(Any, kernels._dequantize).stats.cache_path or "not on disk"
     print(f"{'threads':<16} {available_threads()} (shards of a batch, one BLAS thread each)")
     print(
         f"{'numba layer':<16} {cast(Any, numba.config).THREADING_LAYER} (kernels themselves are single-threaded)"

@@ -1,13 +1,12 @@
-"""One token of one sequence through a model of GGUF blocks, in one compiled function that several threads run
-together.
+"""One token of one sequence through a model of GGUF blocks, in one compiled function that threads run together.
 
-From Python a token takes some two thousand small operations, which cost more than the products themselves.
-Here each thread computes its own rows of every product and its own heads of attention, and all meet at a
-barrier before anybody reads what others wrote. A row is computed in the same way whoever does it, so results
-are the same bytes for any number of threads.
+From Python a token takes some two thousand small operations, which cost more than the products themselves. Here
+each thread computes its own rows of every product and its own heads of attention. All threads meet at a barrier
+before anybody reads what others wrote. A row is computed in the same way whoever does it, so results are the same
+bytes for any number of threads.
 
-The plain path is ``generation.decode``, which this must equal up to rounding, and which does everything else:
-several sequences, other weights, DoRA, processors without AVX2.
+The plain path is `generation.decode`, which this must equal up to rounding. It does everything else: several
+sequences, other weights, DoRA, processors without AVX2.
 """
 
 from __future__ import annotations
@@ -26,26 +25,33 @@ from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.threads import available_threads
 from minilora.transformer import Transformer
 
-MOST_THREADS = 4
+MAX_THREADS = 4
 """Beyond this many, products of a small model are shorter than the waits between them."""
 
-PERIOD = 100
-"""Tokens until threads together are compared with one again. Results are the same, so that nothing but time
-depends on it."""
+TRIAL_PERIOD = 100
+"""Tokens between two trials of all threads against one. Results are the same; only time depends on it."""
 
 
 class Decoder:
-    """The compiled way of a single sequence, for a model that ``Decoder.fits``.
+    """The compiled way of a single sequence, for a model that `Decoder.fits`.
 
-    ``keys`` and ``values`` (L, K, S, D) float32 are the sequence's, and are written to. Threads: as many as
-    there are cores, or ``threads``, and one while that is faster, as where other processes want the cores
-    too; ``close`` ends them.
+    A second thread helps on idle cores and hinders on busy ones. So `step` tries both now and then, and keeps the
+    faster.
+
+    Parameters
+    ----------
+    model : Transformer
+        A model for which `Decoder.fits` is true.
+    keys, values : Array
+        What the prompt stored, (L, K, S, D) float32. New positions are written to them.
+    threads : int, optional
+        Default: one per core, at most `MAX_THREADS`. `close` ends them.
     """
 
     def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
         self.model, self.keys, self.values = model, keys, values
-        self.threads = min(threads or available_threads(), MOST_THREADS) if barrier.available else 1
-        self._adapters: list[Array] = []  # whose addresses are in the tables
+        self.threads = min(threads or available_threads(), MAX_THREADS) if barrier.available else 1
+        self._adapters: list[Array] = []  # keeps alive what the tables point to
         self._table = np.array(
             [[self._entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64
         )
@@ -53,17 +59,18 @@ class Decoder:
         norms = [norm.weight.data for block in model.blocks for norm in (block.input_norm, block.post_norm)]
         self._norms = np.array([*norms, model.norm.weight.data])  # (2L + 1, C)
         c = model.config
-        self._shared = np.empty(
-            (7, max(c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)), np.float32
-        )
+        widest = max(c.hidden_size, c.intermediate_size, c.num_attention_heads * c.head_dim)
+        self._shared = np.empty((7, widest), np.float32)
         self._sync = np.zeros(2, np.int64)
         self._steps, self._seconds, self._faster = 0, {True: 0.0, False: 0.0}, True
         self._pool = ThreadPoolExecutor(self.threads - 1, "minilora-decode") if self.threads > 1 else None
 
     @staticmethod
     def fits(model: Transformer) -> bool:
-        """Whether all matrices are GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP is SwiGLU, and the
-        processor has AVX2."""
+        """Return whether a model can be decoded here.
+
+        All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have AVX2.
+        """
         return (
             block_vectors.available()
             and barrier.available
@@ -73,8 +80,7 @@ class Decoder:
         )
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
-        """A row of the tables: where the blocks lie, bytes of a block, rows; rank, group, where A and
-        scaling·B lie."""
+        """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
         base = linear.base if isinstance(linear, LoraLinear) else linear
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
@@ -87,11 +93,10 @@ class Decoder:
         return (*found, len(a), linear.pool, a.ctypes.data, b.ctypes.data)
 
     def step(self, token: int, position: int) -> Array:
-        """Run a token at its position, store its keys and values, and return the next one's logits (V,)."""
+        """Run a token at its position, store its keys and values, and return the next token's logits (V,)."""
         c = self.model.config
-        x = np.array(
-            self.model.embedding.forward(np.array([token]))[0][0], np.float32
-        )  # (C,), which becomes the residual stream
+        # (C,): becomes the residual stream
+        x = np.array(self.model.embedding.forward(np.array([token]))[0][0], np.float32)
         cos, sin = (table[0] for table in self.model.rope(np.array([position])))
         logits = np.empty((1, c.vocab_size), np.float32)
         arguments = (
@@ -99,7 +104,7 @@ class Decoder:
             self._table,
             self._head,
             self._norms,
-            np.float32(c.rms_norm_eps),
+            c.rms_norm_eps,
             cos,
             sin,
             self.keys,
@@ -110,7 +115,7 @@ class Decoder:
             self._shared,
             logits,
         )
-        start, together = time.perf_counter(), self._together()
+        began, together = time.perf_counter(), self._together()
         threads = self.threads if together else 1
         self._sync[:] = 0
         others = []
@@ -121,18 +126,20 @@ class Decoder:
             decode_token(*arguments, 0, threads, self._sync)
         finally:
             self._sync[1] = (
-                1  # should this thread have been interrupted before it began, the others must not wait for it
+                1  # if this thread was interrupted before it began, the others must not wait for it
             )
             for other in others:
                 other.result()
-        if (self._steps - 1) % PERIOD:  # the first token does not count: it may also load the compiled code
-            self._seconds[together] += time.perf_counter() - start
+        if (self._steps - 1) % TRIAL_PERIOD:  # the first token does not count: it may load the compiled code
+            self._seconds[together] += time.perf_counter() - began
         return logits[0]
 
     def _together(self) -> bool:
-        """Whether the threads share this token: of each ``PERIOD``, three that count and three of one thread
-        decide the rest."""
-        turn = self._steps % PERIOD
+        """Return whether the threads share this token.
+
+        In each `TRIAL_PERIOD`, three timed tokens of all threads and three of one decide how the rest are run.
+        """
+        turn = self._steps % TRIAL_PERIOD
         self._steps += 1
         if turn == 0:
             self._seconds = {True: 0.0, False: 0.0}
@@ -147,5 +154,6 @@ class Decoder:
 
 
 def _fits(linear: Any) -> bool:
+    """Return whether a linear, perhaps adapted but not by DoRA, stores GGUF blocks."""
     base = linear.base if isinstance(linear, LoraLinear) and linear.magnitude is None else linear
     return type(base) is Linear and isinstance(base.weight, BlockWeight)

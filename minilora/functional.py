@@ -1,17 +1,19 @@
-"""The mathematics of the transformer: forward/backward pairs without state.
+"""The mathematics of LoRA and of the transformer: forward/backward pairs without state.
 
-Each backward stands right under its forward, undoes it in reverse order and quotes the line that it
-differentiates. ``dx`` is the gradient of the loss with respect to ``x``. One legend for the whole package:
+Each backward stands right under its forward. It undoes the forward in reverse order and quotes the line that
+it differentiates. `dx` is the gradient of the loss with respect to `x`. `with minilora.plain():` trains
+through these very functions. One legend for the whole package:
 
     B batch   T time   C hidden size   H heads   K key/value heads   D head size   V vocabulary
     F width of the MLP   r rank   g group size   N any number of rows
 
-No function here changes its inputs; float32 stays float32 and float64 stays float64.
+Functions return new arrays; only `adamw` and an `out=` write to an argument. float32 stays float32, and
+float64 stays float64.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,17 +21,70 @@ Array = np.ndarray
 Cache = tuple[Any, ...]
 
 
+def flat(x: Array) -> Array:
+    """Return x (…, n) as a matrix (N, n): one row for each position of each sequence."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def linear_forward(x: Array, w: Array) -> Array:
+    """Return y = x wᵀ: x (…, in), w (out, in) → y (…, out)."""
+    return x @ w.T
+
+
+def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
+    """Return dx (…, in) and dw (out, in) of `linear_forward`."""
+    # y = x wᵀ
+    return linear_dx(dy, w), linear_dw(dy, x)
+
+
+def linear_dx(dy: Array, w: Array) -> Array:
+    """Return dx = dy w (…, in): all that a frozen w needs, and it needs no x."""
+    return dy @ w
+
+
+def linear_dw(dy: Array, x: Array) -> Array:
+    """Return dw = dyᵀ x (out, in), summed over all rows."""
+    return flat(dy).T @ flat(x)
+
+
+def low_rank_forward(p: Array, a: Array, b: Array, s: float) -> tuple[Array, Cache]:
+    """Return y = s·p aᵀ bᵀ: what LoRA adds to x wᵀ (arXiv 2106.09685, eq. 3).
+
+    Shapes: p (…, in), a (r, in), b (out, r) → h (…, r), y (…, out). The factor s is α/r.
+    """
+    h = p @ a.T
+    return (s * h) @ b.T, (p, h)
+
+
+def low_rank_backward(dy: Array, cache: Cache, a: Array, b: Array, s: float) -> tuple[Array, Array, Array]:
+    """Return dp (…, in), da (r, in) and db (out, r) of `low_rank_forward`.
+
+    With b = 0, as training starts, dh = 0: a gets no gradient in the first step.
+
+    >>> _, cache = low_rank_forward(np.ones((2, 4)), np.ones((1, 4)), np.ones((3, 1)), s=2.0)
+    >>> dp, da, db = low_rank_backward(np.ones((2, 3)), cache, np.ones((1, 4)), np.ones((3, 1)), s=2.0)
+    >>> da.tolist(), db.T.tolist()
+    ([[12.0, 12.0, 12.0, 12.0]], [[16.0, 16.0, 16.0]])
+    """
+    p, h = cache
+    # y = s·h bᵀ
+    db = flat(dy).T @ flat(s * h)
+    dh = s * (dy @ b)
+    # h = p aᵀ
+    da = flat(dh).T @ flat(p)
+    dp = dh @ a
+    return dp, da, db
+
+
 def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
-    """y = table[ids]: each row of dy (…, C) is added to the row of dtable (V, C) that its token, of ids (…),
-    took."""
+    """Add each row of dy (…, C) to the row of dtable (V, C) that its token took."""
     dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
     np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dtable
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
-    """Root-mean-square normalisation, y = weight · x / √(mean(x²) + eps) over the last axis (arXiv
-    1910.07467, eq. 4).
+    """Return y = weight · x / √(mean(x²) + eps), normalised over the last axis (arXiv 1910.07467, eq. 4).
 
     Shapes: x (…, C), weight (C,) → y (…, C).
     """
@@ -43,7 +98,7 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
 def rms_norm_backward(
     dy: Array, weight: Array, cache: Cache, need_dweight: bool = True
 ) -> tuple[Array, Array | None]:
-    """Return dx (…, C) and, unless the weight is frozen, dweight (C,) of :func:`rms_norm_forward`."""
+    """Return dx (…, C) and dweight (C,) of `rms_norm_forward`; dweight is None if `need_dweight` is False."""
     x, rstd = cache
     # y = x * rstd * weight
     xhat = x * rstd
@@ -59,14 +114,12 @@ def rms_norm_backward(
 
 
 def rope_tables(
-    positions: Array,
-    head_dim: int,
-    theta: float,
-    dtype: np.dtype[Any],
-    factors: tuple[float, ...] | None = None,
+    positions: Array, head_dim: int, theta: float, dtype: Any, factors: Any = None
 ) -> tuple[Array, Array]:
-    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864), tables (…, D/2) for
-    positions (…)."""
+    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864, §3.2).
+
+    Shapes: positions (…) → two tables (…, D/2).
+    """
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (D/2,)
     if factors is not None:
         inverse = inverse / np.array(factors)
@@ -75,8 +128,7 @@ def rope_tables(
 
 
 def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pair (x[i], x[i + D/2]) of each head by its position's angle, in transformers' half-split
-    layout.
+    """Rotate the pair (x[i], x[i + D/2]) of each head by its position's angle, as transformers pairs them.
 
     Shapes: x (B, T, H, D), cos and sin (T, D/2) or (B, T, D/2).
     """
@@ -90,25 +142,34 @@ def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rope_backward(dy: Array, cos: Array, sin: Array) -> Array:
-    """A rotation's transpose is the rotation back: dx = rope_forward(dy, cos, −sin)."""
+    """Rotate back: the transpose of a rotation by an angle is the rotation by minus that angle."""
     return rope_forward(dy, cos, -sin)
 
 
 def softmax(x: Array, out: Array | None = None) -> Array:
-    """exp(x − max) / Σ exp(x − max) over the last axis; ``out`` may be ``x`` itself."""
+    """Return exp(x − max) / Σ exp(x − max) over the last axis; `out` may be `x` itself."""
     y = np.subtract(x, x.max(axis=-1, keepdims=True), out=out)
     np.exp(y, out=y)
     y /= y.sum(axis=-1, keepdims=True)
     return y
 
 
-def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
-    """What is added to the scores: 0 where a query may look, −inf where not; (T, T), or (B, 1, 1, T, T) with
-    segments.
+class AttentionCache(NamedTuple):
+    """What attention keeps: q / √D (B, T, H, D), k and v (B, T, K, D), the probabilities."""
 
-    A query sees its own past, and of that only its own segment: examples packed into one row do not see each
-    other. Their positions need no reset, because rotary scores depend on the distance between query and key
-    alone. ``like`` gives the dtype.
+    q: Array
+    k: Array
+    v: Array
+    probs: Any
+
+
+def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
+    """Return what is added to the scores: 0 where a query may look, −inf elsewhere.
+
+    A query sees the keys of its own segment up to its own position. So examples packed into one row do not
+    see each other. Their positions need no reset: rotary scores depend on the distance of query and key only.
+
+    Shapes: segments (B, T) or None → mask (B, 1, 1, T, T) or (T, T). `like` gives the dtype.
     """
     place = np.arange(T, like=like)
     seen = place[:, None] >= place  # (T, T)
@@ -118,20 +179,17 @@ def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
 
 
 def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
-    """Causal grouped-query attention, y = softmax(q kᵀ / √D + mask) v (arXiv 1706.03762, 2305.13245).
+    """Return y = softmax(q kᵀ / √D + mask) v: causal grouped-query attention (arXiv 1706.03762, 2305.13245).
 
     Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key
-    head h // (H/K). ``segments`` (B, T) integers: places with different numbers do not see each other
-    (:func:`attention_mask`).
+    head h // (H/K). `segments` (B, T) number the packed examples (`attention_mask`).
     """
-    return attention_again(
-        q * q.dtype.type(q.shape[-1] ** -0.5), k, v, segments
-    )  # cheaper here than on the T × T scores
+    scaled = q * q.dtype.type(q.shape[-1] ** -0.5)  # cheaper here than on the T × T scores
+    return attention_from_scaled(scaled, k, v, segments)
 
 
-def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
-    """:func:`attention_forward` from the first three arrays of its cache, whose q is divided by √D already:
-    the same bits."""
+def attention_from_scaled(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+    """Do what `attention_forward` does after q was divided by √D, as it is in the cache: the same bits."""
     B, T, H, D = q.shape
     K = k.shape[2]
     G = H // K  # query heads that share one key head
@@ -142,11 +200,11 @@ def attention_again(q: Array, k: Array, v: Array, segments: Array | None = None)
     scores += attention_mask(T, segments, q)
     probs = softmax(scores, out=scores)
     y = (probs @ v5).transpose(0, 3, 1, 2, 4).reshape(B, T, H, D)
-    return y, (q, k, v, probs)
+    return y, AttentionCache(q, k, v, probs)
 
 
 def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
-    """Return dq (B, T, H, D), dk and dv (B, T, K, D) of :func:`attention_forward`."""
+    """Return dq (B, T, H, D), dk and dv (B, T, K, D) of `attention_forward`."""
     q, k, v, probs = cache  # q is already divided by √D
     B, T, H, D = q.shape
     K, G = k.shape[2], H // k.shape[2]
@@ -168,7 +226,7 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
 
 
 def sigmoid(z: Array) -> Array:
-    """σ(z) = 1 / (1 + exp(−z))."""
+    """Return σ(z) = 1 / (1 + exp(−z))."""
     y = np.negative(z)
     with np.errstate(over="ignore"):  # exp(−z) = inf is right: it gives σ = 0
         np.exp(y, out=y)
@@ -177,7 +235,7 @@ def sigmoid(z: Array) -> Array:
 
 
 def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
-    """SwiGLU, y = silu(gate) · up with silu(z) = z · σ(z) (arXiv 2002.05202). Shapes: all (…, F)."""
+    """Return y = silu(gate) · up, all (…, F), with silu(z) = z · σ(z) (SwiGLU, arXiv 2002.05202)."""
     y = sigmoid(gate)
     y *= gate
     y *= up
@@ -185,11 +243,10 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
 
 
 def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
-    """Return dgate and dup (…, F) of :func:`swiglu_forward`."""
+    """Return dgate and dup (…, F) of `swiglu_forward`."""
     gate, up = cache
-    sigma = sigmoid(
-        gate
-    )  # again: to keep it would cost a fifth of a block's memory, to compute it 1 % of its time
+    # to keep σ would cost a fifth of a block's memory, to compute it again costs 1 % of its time
+    sigma = sigmoid(gate)
     # y = silu(gate) * up
     silu = gate * sigma
     dup = dy * silu
@@ -206,7 +263,7 @@ _GELU = (2 / np.pi) ** 0.5
 
 
 def gelu_forward(x: Array) -> tuple[Array, Cache]:
-    """GELU in its tanh form, y = x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))) (arXiv 1606.08415, §2)."""
+    """Return y = x/2 · (1 + tanh(√(2/π) (x + 0.044715 x³))) (GELU, tanh form, arXiv 1606.08415, §2)."""
     one = x.dtype.type
     t = one(0.044715) * x
     t *= x
@@ -221,7 +278,7 @@ def gelu_forward(x: Array) -> tuple[Array, Cache]:
 
 
 def gelu_backward(dy: Array, cache: Cache) -> Array:
-    """Return dx of :func:`gelu_forward`."""
+    """Return dx of `gelu_forward`."""
     x, t = cache
     one = x.dtype.type
     # y = x/2 (1 + t);  t = tanh(c (x + a x³)), so dt/dx = (1 − t²) c (1 + 3 a x²)
@@ -244,11 +301,11 @@ def gelu_backward(dy: Array, cache: Cache) -> Array:
 def cross_entropy_forward(
     logits: Array, targets: Array, normalizer: float, out: Array | None = None
 ) -> tuple[float, Cache]:
-    """Cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
+    """Return the cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
 
-    Shapes: logits (N, V), targets (N,). The normalizer is the number of targets of the whole batch, so that
-    shards add up. The sum runs in float64: it is a result that people compare. ``out``, for the
-    probabilities, may be ``logits`` itself.
+    Shapes: logits (N, V), targets (N,). The normalizer counts the targets of the whole batch, so that the
+    losses of shards add up. The sum runs in float64, because people compare it. `out` takes the
+    probabilities and may be `logits` itself.
     """
     probs = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
     rows = np.arange(len(targets))
@@ -261,8 +318,7 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
-    """dlogits = (softmax(logits) − onehot(target)) / normalizer, shape (N, V); ``out`` may be the cached
-    probabilities."""
+    """Return dlogits = (softmax(logits) − onehot(target)) / normalizer (N, V); `out` may be the cache's."""
     probs, targets, normalizer = cache
     dlogits = np.divide(probs, probs.dtype.type(normalizer), out=out)
     dlogits[np.arange(len(targets)), targets] -= probs.dtype.type(1 / normalizer)
@@ -270,11 +326,10 @@ def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
 
 
 def group_sum(x: Array, g: int) -> Array:
-    """Sum each group of g neighbours of the last axis (QA-LoRA's pooling, arXiv 2309.14717, Algorithm 1): (…,
-    in) → (…, in/g).
+    """Sum each group of g neighbours of the last axis: (…, in) → (…, in/g).
 
-    The paper's text averages and multiplies by g again; the sum is that, said once. With g = 1 it is the
-    identity.
+    This is QA-LoRA's pooling (arXiv 2309.14717, Algorithm 1). The paper's text takes the mean and multiplies
+    by g; the sum says that once. g = 1 changes nothing.
 
     >>> group_sum(np.array([1., 2., 3., 4.]), 2)
     array([3., 7.])
@@ -283,6 +338,17 @@ def group_sum(x: Array, g: int) -> Array:
 
 
 def group_repeat(dy: Array, g: int) -> Array:
-    """The backward of :func:`group_sum`: each member of a group gets the group's gradient, (…, in/g) → (…,
-    in)."""
+    """Give each member of a group the group's gradient, (…, in/g) → (…, in): the backward of `group_sum`."""
     return dy if g == 1 else np.repeat(dy, g, axis=-1)
+
+
+def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
+    """Update p, m and v in place by the gradient g of step t = 1, 2, … (arXiv 1711.05101, Algorithm 2).
+
+    All four have one shape. c holds beta1, beta2, eps and weight_decay, as a `TrainConfig` does.
+    """
+    m[...] = c.beta1 * m + (1 - c.beta1) * g
+    v[...] = c.beta2 * v + (1 - c.beta2) * g * g
+    mhat = m / (1 - c.beta1**t)
+    vhat = v / (1 - c.beta2**t)
+    p -= lr * (mhat / (np.sqrt(vhat) + c.eps) + c.weight_decay * p)

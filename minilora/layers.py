@@ -3,146 +3,38 @@
     y, cache = layer.forward(x)
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
-With ``last`` nothing below trains: only grads are wanted, and dx, whose product with the weight is saved, is
-None. With ``onto`` a linear adds its dx to that array, inside of the product, and returns it.
+`cache` is in the return statement. So a layer can run twice or in two threads, and its memory can be counted.
+`grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no input, builds no dW and still
+passes dx on. The letters of the shapes are those of `minilora.functional`.
+Parameters, gradients and weights are in `minilora.parameters`; adapters wrap a Linear (`minilora.adapter`).
 
-``cache`` is an explicit tuple: what a layer must remember is in its return statement, so a layer can run
-twice or in two threads, and the memory it costs can be counted. ``grads`` holds arrays for *trainable*
-parameters only. A frozen Linear keeps no input, builds no dW and still passes dx on. Letters of the shapes:
-see :mod:`minilora.functional`.
+Three arguments recur:
 
-``key`` is what random layers draw from, a tuple (seed, step, shard, …); ``None`` means evaluation. Only an
-adapter's dropout uses it; because the numbers depend on the key alone, a recomputed forward draws the same
-ones.
+* `key`: what random layers draw from, a tuple (seed, step, shard, …). None means evaluation. Only an
+  adapter's dropout uses it. A recomputed forward pass draws the same numbers from the same key.
+* `need_dx=False`: nothing below trains, so backward fills `grads`, skips the product with W and returns None.
+* `onto`: an array to which a linear adds its dx inside the product; backward then returns that array.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from minilora import kernels as F  # the functions of minilora.functional, for float32 compiled
+from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
 from minilora.config import ModelConfig
-from minilora.kernels import LowRank
+from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
-Array = np.ndarray
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
-
-
-class Parameter:
-    """A named array that may or may not train; compared and hashed by identity."""
-
-    __slots__ = ("name", "data", "trainable")
-
-    def __init__(self, name: str, data: Array, trainable: bool = False):
-        self.name, self.data, self.trainable = name, data, trainable
-
-    def freeze(self) -> Parameter:
-        """Return a frozen parameter over the same array, which becomes read-only."""
-        self.data.flags.writeable = False
-        return Parameter(self.name, self.data)
-
-    def thaw(self) -> Parameter:
-        """Return a trainable parameter over a copy of the array."""
-        return Parameter(self.name, self.data.copy(), trainable=True)
-
-    def __repr__(self) -> str:
-        state = "trainable" if self.trainable else "frozen"
-        return f"Parameter({self.name}, {self.data.shape}, {self.data.dtype}, {state})"
-
-
-class Gradients(dict[Parameter, Array]):
-    """One zeroed array for each trainable parameter; ``add`` accumulates.
-
-    >>> p = Parameter("w", np.ones(2), trainable=True)
-    >>> grads = Gradients([p])
-    >>> grads.add(p, np.ones(2)); grads.add(p, np.ones(2))
-    >>> grads[p]
-    array([2., 2.])
-    """
-
-    def __init__(self, parameters: Iterable[Parameter]):
-        super().__init__((p, np.zeros_like(p.data)) for p in parameters if p.trainable)
-
-    def add(self, parameter: Parameter, gradient: Array) -> None:
-        """Add to the gradient of a trainable parameter."""
-        self[parameter] += gradient
-
-
-class Weight(Protocol):
-    """What a Linear asks of its weight W (out, in); how the numbers are stored is the weight's own
-    business."""
-
-    shape: tuple[int, int]
-    dtype: np.dtype[Any]
-    trainable: bool
-
-    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
-        """x Wᵀ: (…, in) → (…, out); with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: h (…, r), b (out, r)."""
-
-    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """dy W: (…, out) → (…, in); with a path (dh, a, s) dy W + s·dh a: dh (…, r), a (r, in). Added to
-        ``onto``, if given."""
-
-    def rows(self, ids: Array) -> Array:
-        """Rows of W in floating point, for embeddings."""
-
-    def dense(self) -> Array:
-        """W as one (out, in) array."""
-
-    def arrays(self) -> dict[str, list[Array]]:
-        """The stored arrays by class of bytes: weights, codes, scales, offsets, code_maps."""
-
-
-class DenseWeight:
-    """A weight stored as it is: one floating-point array."""
-
-    def __init__(self, param: Parameter):
-        self.param = param
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.param.data.shape
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """The array's own dtype."""
-        return self.param.data.dtype
-
-    @property
-    def trainable(self) -> bool:
-        """Whether a Linear must keep its input for dW."""
-        return self.param.trainable
-
-    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
-        """x Wᵀ (+ s·h bᵀ)."""
-        return F.product(x, self.param.data, path)
-
-    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """dy W (+ s·dh a)."""
-        return F.product_t(dy, self.param.data, path, onto)
-
-    def rows(self, ids: Array) -> Array:
-        """W[ids]."""
-        return self.param.data[ids]
-
-    def dense(self) -> Array:
-        """The array itself, not a copy."""
-        return self.param.data
-
-    def arrays(self) -> dict[str, list[Array]]:
-        """One class: weights."""
-        return {"weights": [self.param.data]}
+Rope = tuple[Array, Array]
+"""Cosines and sines of the positions, as `functional.rope_tables` makes them."""
 
 
 class Linear:
     """y = x Wᵀ, without bias, as everywhere in the Llama family."""
 
-    def __init__(self, name: str, weight: Any):
+    def __init__(self, name: str, weight: Weight):
         self.name, self.weight = name, weight
 
     @property
@@ -150,49 +42,53 @@ class Linear:
         """(out, in)."""
         return self.weight.shape
 
+    @property
+    def base(self) -> Linear:
+        """Itself; an adapter's base is the Linear that it wraps."""
+        return self
+
     def parameters(self) -> Iterator[Parameter]:
-        """The dense parameter; a quantized weight has none."""
+        """Yield the dense parameter; a quantized weight has none."""
         if isinstance(self.weight, DenseWeight):
             yield self.weight.param
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """x (…, in) → y (…, out). The input is kept only if W trains."""
-        return self.weight.matmul(x), self.keep(x)
+        """Map x (…, in) to y (…, out). The input is kept only if W trains."""
+        return self.weight.matmul(x), self.cache_of(x)
 
-    def keep(self, x: Array, key: Key = None) -> Cache:
-        """What ``forward`` keeps, without the product: for a checkpointed block, whose result is known when
-        it runs again."""
+    def cache_of(self, x: Array, key: Key = None) -> Cache:
+        """Return the cache of `forward` without its product, for a block that is computed again."""
         return (x,) if self.weight.trainable else ()
 
     def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, last: bool = False, onto: Array | None = None
+        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
     ) -> Any:
-        """dy (…, out) → dx (…, in)."""
-        if cache:
+        """Return dx (…, in) for dy (…, out)."""
+        if isinstance(self.weight, DenseWeight) and cache:
             (x,) = cache
-            # y = x Wᵀ  →  dW = dyᵀ x
-            F.outer(dy, x, grads[self.weight.param])
-        return None if last else self.weight.matmul_t(dy, onto=onto)
+            # y = x Wᵀ
+            F.linear_dw(dy, x, grads[self.weight.param])
+        return self.weight.matmul_t(dy, onto=onto) if need_dx else None
 
 
 class Embedding:
     """y = W[ids]: token ids (B, T) → (B, T, C)."""
 
-    def __init__(self, name: str, weight: Any):
+    def __init__(self, name: str, weight: Weight):
         self.name, self.weight = name, weight
 
     def parameters(self) -> Iterator[Parameter]:
-        """The dense table; a quantized one has no parameter."""
+        """Yield the dense table; a quantized one has no parameter."""
         if isinstance(self.weight, DenseWeight):
             yield self.weight.param
 
     def forward(self, ids: Array) -> tuple[Array, Cache]:
-        """Look the rows up."""
+        """Look the rows up. The ids are kept only if the table trains."""
         return self.weight.rows(ids), (ids,) if self.weight.trainable else ()
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> None:
-        """Token ids have no gradient; a trainable table adds each row's dy to that row."""
-        if cache:
+        """Add each row's dy to the gradient of that row; token ids have no gradient."""
+        if isinstance(self.weight, DenseWeight) and cache:
             (ids,) = cache
             grads.add(self.weight.param, F.embedding_backward(dy, ids, self.weight.shape[0]))
 
@@ -204,21 +100,32 @@ class RMSNorm:
         self.weight, self.eps = weight, eps
 
     def parameters(self) -> Iterator[Parameter]:
-        """The scale of each feature."""
+        """Yield the scale of each feature."""
         yield self.weight
 
     def forward(self, x: Array) -> tuple[Array, Cache]:
-        """x (…, C) → y (…, C)."""
+        """Map x (…, C) to y (…, C)."""
         return F.rms_norm_forward(x, self.weight.data, self.eps)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
-        """dy (…, C) → dx (…, C), which may take dy's place."""
+        """Return dx (…, C) for dy (…, C), which may take the place of dy."""
         dx, dweight = F.rms_norm_backward(
             dy, self.weight.data, cache, self.weight.trainable, in_place=in_place
         )
         if dweight is not None:
             grads.add(self.weight, dweight)
         return dx
+
+
+class AttentionCache(NamedTuple):
+    """What `Attention` keeps: rotation tables, the caches of its projections and of the attention itself."""
+
+    rope: Rope
+    q_proj: Cache
+    k_proj: Cache
+    v_proj: Cache
+    mix: F.AttentionCache
+    o_proj: Cache
 
 
 class Attention:
@@ -228,72 +135,70 @@ class Attention:
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
-    def project(
-        self, x: Array, rope: tuple[Array, Array], key: Key = None
-    ) -> tuple[Array, Array, Array, Cache]:
-        """Queries (B, T, H, D), keys and values (B, T, K, D), the first two rotated."""
+    def project(self, x: Array, rope: Rope, key: Key = None) -> tuple[Array, Array, Array, list[Cache]]:
+        """Return rotated queries (B, T, H, D) and keys, values (B, T, K, D), and the projections' caches."""
         B, T, _ = x.shape
         q, cache_q = self.q_proj.forward(x, key)
         k, cache_k = self.k_proj.forward(x, key)
         v, cache_v = self.v_proj.forward(x, key)
         q, k, v = (z.reshape(B, T, -1, self.config.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
         q, k = F.rope_forward(q, *rope, in_place=True), F.rope_forward(k, *rope, in_place=True)
-        return q, k, v, (cache_q, cache_k, cache_v)
+        return q, k, v, [cache_q, cache_k, cache_v]
 
     def forward(
-        self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
-    ) -> tuple[Array, Cache]:
-        """x (B, T, C) → y (B, T, C); ``segments`` (B, T) keep packed examples apart."""
-        q, k, v, cache_qkv = self.project(x, rope, key)
-        mixed, cache_mix = F.attention_forward(q, k, v, segments)  # (B, T, H, D)
-        y, cache_o = self.o_proj.forward(
-            mixed.reshape(*x.shape[:2], -1), key
-        )  # heads side by side: (B, T, H·D)
-        return y, (rope, cache_qkv, cache_mix, cache_o)
+        self, x: Array, rope: Rope, key: Key = None, segments: Array | None = None
+    ) -> tuple[Array, AttentionCache]:
+        """Map x (B, T, C) to y (B, T, C); `segments` (B, T) keep packed examples apart."""
+        q, k, v, caches = self.project(x, rope, key)
+        mixed, mix = F.attention_forward(q, k, v, segments)  # (B, T, H, D)
+        y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # (B, T, H·D)
+        return y, AttentionCache(rope, *caches, mix, cache_o)
 
     def restore(
-        self,
-        x: Array,
-        qkv: tuple[Array, Array, Array],
-        rope: tuple[Array, Array],
-        key: Key,
-        segments: Array | None,
-    ) -> Cache:
-        """The cache of ``forward(x)`` from its queries, keys and values: no product with a base weight."""
-        cache_qkv = tuple(linear.keep(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj))
-        mixed, cache_mix = F.attention_again(*qkv, segments)
-        return rope, cache_qkv, cache_mix, self.o_proj.keep(mixed.reshape(*x.shape[:2], -1), key)
+        self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Array | None
+    ) -> AttentionCache:
+        """Return the cache of `forward(x)` from queries, keys and values: no product with a base weight."""
+        caches = [linear.cache_of(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        mixed, mix = F.attention_from_scaled(kept.q, kept.k, kept.v, segments)
+        return AttentionCache(rope, *caches, mix, self.o_proj.cache_of(mixed.reshape(*x.shape[:2], -1), key))
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
-        """dy (B, T, C) → dx (B, T, C)."""
-        rope, (cache_q, cache_k, cache_v), cache_mix, cache_o = cache
+    def backward(self, dy: Array, cache: AttentionCache, grads: Gradients, need_dx: bool = True) -> Any:
+        """Return dx (B, T, C) for dy (B, T, C)."""
         B, T, _ = dy.shape
-        dmixed = self.o_proj.backward(dy, cache_o, grads).reshape(B, T, -1, self.config.head_dim)
-        dq, dk, dv = F.attention_backward(dmixed, cache_mix)
-        dq, dk = F.rope_backward(dq, *rope, in_place=True), F.rope_backward(dk, *rope, in_place=True)
+        dmixed = self.o_proj.backward(dy, cache.o_proj, grads).reshape(B, T, -1, self.config.head_dim)
+        dq, dk, dv = F.attention_backward(dmixed, cache.mix)
+        dq, dk = (F.rope_backward(z, *cache.rope, in_place=True) for z in (dq, dk))
         # q, k and v read the same x, so their gradients add up
-        dx = self.q_proj.backward(dq.reshape(B, T, -1), cache_q, grads, last)
-        dx = self.k_proj.backward(dk.reshape(B, T, -1), cache_k, grads, last, onto=dx)
-        return self.v_proj.backward(dv.reshape(B, T, -1), cache_v, grads, last, onto=dx)
+        dx = self.q_proj.backward(dq.reshape(B, T, -1), cache.q_proj, grads, need_dx)
+        dx = self.k_proj.backward(dk.reshape(B, T, -1), cache.k_proj, grads, need_dx, onto=dx)
+        return self.v_proj.backward(dv.reshape(B, T, -1), cache.v_proj, grads, need_dx, onto=dx)
+
+
+class MLPCache(NamedTuple):
+    """What `MLP` keeps: the caches of its projections, () without a gate, and of SwiGLU or GELU."""
+
+    gate_proj: Cache
+    up_proj: Cache
+    activation: Cache
+    down_proj: Cache
 
 
 class MLP:
-    """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with ``gate_proj=None`` the two-matrix y = gelu(x Wuᵀ)
-    Wdᵀ."""
+    """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with `gate_proj=None` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
 
     def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
-    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """x (B, T, C) → y (B, T, C), through (B, T, F)."""
-        hidden, cache = self._hidden(x, key)
+    def forward(self, x: Array, key: Key = None) -> tuple[Array, MLPCache]:
+        """Map x (B, T, C) to y (B, T, C), through (B, T, F)."""
+        hidden, caches = self._hidden(x, key)
         y, cache_down = self.down_proj.forward(hidden, key)
-        return y, (*cache, cache_down)
+        return y, MLPCache(*caches, cache_down)
 
-    def keep(self, x: Array, key: Key = None) -> Cache:
-        """What ``forward`` keeps, without the last product."""
-        hidden, cache = self._hidden(x, key)
-        return (*cache, self.down_proj.keep(hidden, key))
+    def cache_of(self, x: Array, key: Key = None) -> MLPCache:
+        """Return the cache of `forward` without its last product."""
+        hidden, caches = self._hidden(x, key)
+        return MLPCache(*caches, self.down_proj.cache_of(hidden, key))
 
     def _hidden(self, x: Array, key: Key) -> tuple[Array, Cache]:
         up, cache_up = self.up_proj.forward(x, key)
@@ -304,15 +209,38 @@ class MLP:
         hidden, cache_act = F.swiglu_forward(gate, up)
         return hidden, (cache_gate, cache_up, cache_act)
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
-        """dy (B, T, C) → dx (B, T, C)."""
-        cache_gate, cache_up, cache_act, cache_down = cache
-        dhidden = self.down_proj.backward(dy, cache_down, grads)
+    def backward(self, dy: Array, cache: MLPCache, grads: Gradients) -> Array:
+        """Return dx (B, T, C) for dy (B, T, C)."""
+        dhidden = self.down_proj.backward(dy, cache.down_proj, grads)
         if self.gate_proj is None:
-            return self.up_proj.backward(F.gelu_backward(dhidden, cache_act), cache_up, grads)
-        dgate, dup = F.swiglu_backward(dhidden, cache_act, in_place=True)
-        dx = self.gate_proj.backward(dgate, cache_gate, grads)
-        return self.up_proj.backward(dup, cache_up, grads, onto=dx)
+            return self.up_proj.backward(F.gelu_backward(dhidden, cache.activation), cache.up_proj, grads)
+        dgate, dup = F.swiglu_backward(dhidden, cache.activation, in_place=True)
+        dx = self.gate_proj.backward(dgate, cache.gate_proj, grads)
+        return self.up_proj.backward(dup, cache.up_proj, grads, onto=dx)
+
+
+class HalfCache(NamedTuple):
+    """What half a block keeps: the cache of its norm, and that of its attention or MLP."""
+
+    norm: Cache
+    inner: Any
+
+
+class BlockCache(NamedTuple):
+    """What a block keeps."""
+
+    attention: HalfCache
+    mlp: HalfCache
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpointed block keeps: the inputs x and mixed of its halves (B, T, C); q, k and v."""
+
+    x: Array
+    mixed: Array
+    q: Array
+    k: Array
+    v: Array
 
 
 class Block:
@@ -322,7 +250,7 @@ class Block:
         self.input_norm, self.attention, self.post_norm, self.mlp = input_norm, attention, post_norm, mlp
 
     def linears(self) -> Iterator[tuple[Any, str, Any]]:
-        """(owner, attribute, linear) of each projection, in the order of computation."""
+        """Yield (owner, attribute, linear) of each projection, in the order of computation."""
         for owner in (self.attention, self.mlp):
             for attribute in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"):
                 linear = getattr(owner, attribute, None)
@@ -330,76 +258,68 @@ class Block:
                     yield owner, attribute, linear
 
     def parameters(self) -> Iterator[Parameter]:
-        """Norms and projections."""
+        """Yield norms and projections."""
         yield from self.input_norm.parameters()
         yield from self.post_norm.parameters()
         for _, _, linear in self.linears():
             yield from linear.parameters()
 
     def forward(
-        self, x: Array, rope: tuple[Array, Array], key: Key = None, segments: Array | None = None
-    ) -> tuple[Array, Cache]:
-        """x (B, T, C) → y (B, T, C). The cache is a pair, one for each half."""
-        normed, cache_n1 = self.input_norm.forward(x)
+        self, x: Array, rope: Rope, key: Key = None, segments: Array | None = None
+    ) -> tuple[Array, BlockCache]:
+        """Map x (B, T, C) to y (B, T, C)."""
+        normed, cache_norm = self.input_norm.forward(x)
         mixed, cache_attention = self.attention.forward(normed, rope, key, segments)
         mixed += x
-        normed, cache_n2 = self.post_norm.forward(mixed)
+        normed, cache_norm2 = self.post_norm.forward(mixed)
         y, cache_mlp = self.mlp.forward(normed, key)
         y += mixed
-        return y, ((cache_n1, cache_attention), (cache_n2, cache_mlp))
+        return y, BlockCache(HalfCache(cache_norm, cache_attention), HalfCache(cache_norm2, cache_mlp))
 
-    def backward(self, dy: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
-        """dy (B, T, C) → dx (B, T, C)."""
-        attention_half, mlp_half = cache
-        return self.backward_attention(self.backward_mlp(dy, mlp_half, grads), attention_half, grads, last)
+    def backward(self, dy: Array, cache: BlockCache, grads: Gradients, need_dx: bool = True) -> Any:
+        """Return dx (B, T, C) for dy (B, T, C)."""
+        dmixed = self.backward_mlp(dy, cache.mlp, grads)
+        return self.backward_attention(dmixed, cache.attention, grads, need_dx)
 
-    def backward_mlp(self, dy: Array, cache: Cache, grads: Gradients) -> Array:
-        """dy (B, T, C) → dmixed (B, T, C)."""
-        cache_norm, cache_mlp = cache
+    def backward_mlp(self, dy: Array, cache: HalfCache, grads: Gradients) -> Array:
+        """Return dmixed (B, T, C) for dy (B, T, C)."""
         # y = mixed + mlp(norm(mixed)): the gradient takes both ways
-        dmixed = self.post_norm.backward(
-            self.mlp.backward(dy, cache_mlp, grads), cache_norm, grads, in_place=True
-        )
+        dnormed = self.mlp.backward(dy, cache.inner, grads)
+        dmixed = self.post_norm.backward(dnormed, cache.norm, grads, in_place=True)
         dmixed += dy
         return dmixed
 
-    def backward_attention(self, dmixed: Array, cache: Cache, grads: Gradients, last: bool = False) -> Any:
-        """dmixed (B, T, C) → dx (B, T, C)."""
-        cache_norm, cache_attention = cache
-        last = last and not self.input_norm.weight.trainable
+    def backward_attention(
+        self, dmixed: Array, cache: HalfCache, grads: Gradients, need_dx: bool = True
+    ) -> Any:
+        """Return dx (B, T, C) for dmixed (B, T, C)."""
+        need_dx = need_dx or self.input_norm.weight.trainable
         # mixed = x + attention(norm(x))
-        dnormed = self.attention.backward(dmixed, cache_attention, grads, last)
-        if last:
+        dnormed = self.attention.backward(dmixed, cache.inner, grads, need_dx)
+        if not need_dx:
             return None
-        dx = self.input_norm.backward(dnormed, cache_norm, grads, in_place=True)
+        dx = self.input_norm.backward(dnormed, cache.norm, grads, in_place=True)
         dx += dmixed
         return dx
 
     @staticmethod
-    def checkpoint(cache: Cache) -> Cache:
-        """What a checkpointed block keeps: the inputs x and ``mixed`` of its halves (B, T, C), and q, k and
-        v.
+    def checkpoint(cache: BlockCache) -> Checkpoint:
+        """Return the part of a cache (a quarter, of QA-LoRA's a third) that is expensive to compute again.
 
-        That is the part of a cache (a quarter, of QA-LoRA's a third) whose recomputation would take four
-        products with base weights; left to compute again are norms, probabilities and the wide part of the
-        MLP (selective recomputation, arXiv 2205.05198).
+        To recompute it would take four products with base weights. Norms, probabilities and the wide part of
+        the MLP are computed again (selective recomputation, arXiv 2205.05198, §4).
         """
-        ((x, _), (_, _, (q, k, v, _), _)), ((mixed, _), _) = cache
-        return x, mixed, (q, k, v)
+        mix = cache.attention.inner.mix
+        return Checkpoint(cache.attention.norm[0], cache.mlp.norm[0], mix.q, mix.k, mix.v)
 
-    def restore_mlp(self, mixed: Array, key: Key = None) -> Cache:
-        """The cache of the MLP half again, bit by bit, from what ``checkpoint`` kept of it."""
-        normed, cache_norm = self.post_norm.forward(mixed)
-        return cache_norm, self.mlp.keep(normed, key)
+    def restore_mlp(self, kept: Checkpoint, key: Key = None) -> HalfCache:
+        """Return the cache of the MLP half again, bit by bit."""
+        normed, cache_norm = self.post_norm.forward(kept.mixed)
+        return HalfCache(cache_norm, self.mlp.cache_of(normed, key))
 
     def restore_attention(
-        self,
-        x: Array,
-        qkv: tuple[Array, Array, Array],
-        rope: tuple[Array, Array],
-        key: Key = None,
-        segments: Array | None = None,
-    ) -> Cache:
-        """The cache of the attention half again, likewise."""
-        normed, cache_norm = self.input_norm.forward(x)
-        return cache_norm, self.attention.restore(normed, qkv, rope, key, segments)
+        self, kept: Checkpoint, rope: Rope, key: Key = None, segments: Array | None = None
+    ) -> HalfCache:
+        """Return the cache of the attention half again, bit by bit."""
+        normed, cache_norm = self.input_norm.forward(kept.x)
+        return HalfCache(cache_norm, self.attention.restore(normed, kept, rope, key, segments))

@@ -1,21 +1,23 @@
 """Merging: functions that return new weights and the error they caused; the model with adapters stays valid.
 
-LoRA merges into float32, W + s·B A. QLoRA merged and rounded again loses part of ΔW. QA-LoRA's ΔW is one
-number a group, so it goes into the offsets, and the codes stay the same object.
+LoRA merges into float32, W + s·B A. QLoRA, merged and rounded again, loses part of ΔW. QA-LoRA's ΔW is one
+number for each group, so it goes into the offsets, and the codes stay the same object.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Array, DenseWeight, Linear, Parameter
-from minilora.lora import LoraLinear
+from minilora.layers import Array, Linear
+from minilora.parameters import DenseWeight, Parameter, Weight
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, quantize_weight
+from minilora.quant.weights import quantize_weight
 from minilora.threads import single_blas
 
 if TYPE_CHECKING:
@@ -24,15 +26,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeError:
-    """How far a merged weight is from W + ΔW computed in float64: largest and root-mean-square, in units of
-    the weight."""
+    """How far a merged weight is from W + ΔW, computed in float64 and in units of the weight.
+
+    `relative` is ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt.
+    """
 
     max_abs: float
     rms: float
-    relative: float  # ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt
+    relative: float
 
     @classmethod
-    def of(cls, merged: Any, w: Array, delta: Array) -> MergeError:
+    def of(cls, merged: Weight, w: Array, delta: Array) -> MergeError:
         """Measure a merged weight against w + delta, both (out, in), delta in float64."""
         error = merged.dense() - (w + delta)
         norm = float(np.linalg.norm(delta))
@@ -42,23 +46,30 @@ class MergeError:
 
 @single_blas()
 def merge_linear(
-    adapted: LoraLinear, how: str = "auto", quant: QuantConfig | None = None
-) -> tuple[Any, MergeError]:
-    """Return a new weight W + scaling·B A, and the error that storing it caused. The adapted layer stays
-    valid.
+    adapted: Adapter, how: str = "auto", quant: QuantConfig | None = None
+) -> tuple[Weight, MergeError]:
+    """Return a new weight W + ΔW and the error that storing it caused; the adapted layer stays valid.
 
-    ``how``: ``dense`` (float32) · ``requantize`` (rounded to ``quant`` again, which loses some of ΔW) ·
-    ``offsets`` (QA-LoRA: offset += scaling·B A, the codes stay the same object) · ``auto``: offsets if the
-    adapter pools, else dense.
+    Parameters
+    ----------
+    adapted : a LoraLinear or any other adapter
+    how : `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
+        offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense
+    quant : the storage that `requantize` rounds to
+
+    Raises
+    ------
+    ConfigError
+        If the weight has no float offset, or ΔW is not constant within each of its groups.
     """
     weight = adapted.base.weight
     if how == "auto":
         how = "offsets" if adapted.pool > 1 else "dense"
     w, delta = weight.dense(), adapted.delta()
     exact = w + delta  # float64
+    merged: Weight
     if how == "dense":
-        name = adapted.lora_A.name.replace(".lora_A.weight", ".weight")
-        merged: Any = DenseWeight(Parameter(name, exact.astype(weight.dtype)))
+        merged = DenseWeight(Parameter(f"{adapted.name}.weight", exact.astype(weight.dtype)))
     elif how == "requantize":
         if quant is None:
             raise ConfigError(
@@ -72,18 +83,7 @@ def merge_linear(
     return merged, MergeError.of(merged, w, delta)
 
 
-def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeError]:
-    """The error of each merged layer, however it was merged: ``merged`` is beside the model with adapters
-    that it came from."""
-    weights = {name: linear.weight for name, linear in merged.linears()}
-    return {
-        name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())
-        for name, linear in model.linears()
-        if isinstance(linear, LoraLinear)
-    }
-
-
-def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
+def _merge_offsets(adapted: Adapter) -> AffineWeight:
     weight = adapted.base.weight
     if isinstance(weight, BlockWeight) and weight.offsets is not None:
         weight = weight.affine()  # Q4_1 in the form whose offsets can be float32
@@ -97,30 +97,30 @@ def _merge_offsets(adapted: LoraLinear) -> AffineWeight:
             f"how='offsets': the adapter is constant over {adapted.pool} inputs, the weight's groups have "
             f"{weight.group_size}; only an adapter that is constant within each group merges exactly"
         )
-    # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number a group
+    # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number for each group
     per_group = adapted.delta()[:, :: weight.group_size]  # (out, in/g)
     return weight.with_offset((weight.offset + per_group).astype(np.float32))
 
 
-def unmerge_linear(merged: Any, adapted: LoraLinear) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again, for the lesson: the base comes back up to rounding, whose largest error is
-    returned."""
-    name = f"{adapted.name}.weight"
+def unmerge_linear(merged: Weight, adapted: Adapter) -> tuple[DenseWeight, float]:
+    """Subtract ΔW again, for the lesson; return the base and its largest error, which is rounding."""
     base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
-    return DenseWeight(Parameter(name, base)), float(np.abs(base - adapted.base.weight.dense()).max())
+    error = float(np.abs(base - adapted.base.weight.dense()).max())
+    return DenseWeight(Parameter(f"{adapted.name}.weight", base)), error
 
 
 def merge(
     model: Transformer, how: str = "auto", quant: QuantConfig | None = None
 ) -> tuple[Transformer, dict[str, MergeError]]:
-    """Merge every adapter into a new model without adapters; also returns the error of each layer.
+    """Merge every adapter into a new model without adapters; also return the error of each layer.
 
-    A merged tied head becomes a head of its own. The injected model stays valid.
+    A merged tied head becomes a head of its own. The injected model stays valid. `how` and `quant`: see
+    `merge_linear`. Raises ConfigError if there is no adapter.
     """
     errors: dict[str, MergeError] = {}
 
-    def change(linear: Any) -> Any:
-        if not isinstance(linear, LoraLinear):
+    def change(linear: AnyLinear) -> AnyLinear:
+        if not isinstance(linear, Adapter):
             return linear
         weight, errors[linear.name] = merge_linear(linear, how, quant)
         return Linear(linear.name, weight)
@@ -131,3 +131,13 @@ def merge(
     if model.config.tie_word_embeddings and not merged.tied:
         merged.config = replace(model.config, tie_word_embeddings=False)
     return merged, errors
+
+
+def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeError]:
+    """Return the error of each layer of `merged`, however it was merged, against the model with adapters."""
+    weights = {name: linear.base.weight for name, linear in merged.linears()}
+    return {
+        name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())
+        for name, linear in model.linears()
+        if isinstance(linear, Adapter)
+    }

@@ -1,15 +1,12 @@
-"""One pool, one shard a worker, one BLAS thread: what makes results independent of the number of threads.
+"""A pool with one shard per worker and one BLAS thread: any number of threads gives the same bytes.
 
-A matrix product can differ in its last bits between one and two BLAS threads, so every computation whose
-result is promised (training, evaluation, generation, merging) runs with one, and parallelism comes from
-shards of the batch instead.
+A matrix product can differ in its last bits between one and two BLAS threads. So training, evaluation,
+generation and merging run with one, and shards of the batch run in parallel instead.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,29 +18,30 @@ from typing import Any, TypeVar
 import numpy as np
 from threadpoolctl import ThreadpoolController
 
-ENOUGH = 2**18
-"""Numbers from which a second thread repays being woken: one takes 0.1 ms to add them."""
+FEWEST_TO_SHARE = 2**18
+"""Elements below which waking a second thread costs more than it saves: one adds them in 0.1 ms."""
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @lru_cache(maxsize=1)
 def _controller() -> ThreadpoolController:
-    return ThreadpoolController()  # looking for the loaded BLAS libraries takes milliseconds: once is enough
+    return ThreadpoolController()  # finding the loaded BLAS libraries takes milliseconds
 
 
+# the number of BLAS threads belongs to the process: the first user sets it, the last one restores it
 _blas_lock = threading.Lock()
-_blas_users: list[
-    Any
-] = []  # the number of BLAS threads belongs to the process: the first sets it, the last gives it back
+_blas_users: list[Any] = []
 
 
 @contextmanager
 def single_blas() -> Iterator[None]:
-    """Run a block (or, as a decorator, a function) with one BLAS thread; blocks may nest and overlap in
-    several threads."""
+    """Run a block, or as a decorator a function, with one BLAS thread.
+
+    Blocks may nest, and overlap in several threads.
+    """
     with _blas_lock:
-        _blas_users.append(_controller().limit(limits=1, user_api="blas") if not _blas_users else None)
+        _blas_users.append(None if _blas_users else _controller().limit(limits=1, user_api="blas"))
     try:
         yield
     finally:
@@ -54,13 +52,20 @@ def single_blas() -> Iterator[None]:
 
 
 def available_threads() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
-    """A pool that maps a function over items and returns the results in the order of the items.
+    """A pool of threads that maps a function over items and returns the results in their order.
 
+    Parameters
+    ----------
+    threads : int, optional
+        The caller's thread is one of them; by default one for each core.
+
+    Examples
+    --------
     >>> with Workers(2) as workers:
     ...     workers.map(abs, [-1, -2])
     [1, 2]
@@ -73,28 +78,30 @@ class Workers:
         self._pool = ThreadPoolExecutor(self.threads - 1, "minilora") if self.threads > 1 else None
 
     def map(self, function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-        """[function(item) for item in items], in parallel where there are threads, of which the caller's is
-        one."""
+        """Return [function(item) for item in items], computed in parallel.
+
+        After an error no further item is begun.
+        """
         if self._pool is None:
             return [function(item) for item in items]
         todo = [(item, self._pool.submit(function, item)) for item in items]
         try:
-            own = {
-                i: function(item) for i, (item, future) in reversed(list(enumerate(todo))) if future.cancel()
-            }
+            own: dict[int, R] = {}
+            for i, (item, future) in reversed(list(enumerate(todo))):
+                if future.cancel():  # no other thread has begun it
+                    own[i] = function(item)
             return [own[i] if i in own else future.result() for i, (_, future) in enumerate(todo)]
         finally:
-            for _, future in todo:  # after an error nothing more is begun
+            for _, future in todo:
                 future.cancel()
 
     def map_arrays(self, function: Callable[[T], R], items: Sequence[T], sizes: Sequence[int]) -> list[R]:
-        """``map`` for what is done in no time unless arrays are large: each thread takes neighbours, about as
-        many numbers each.
+        """`map` for cheap work: each thread gets a run of neighbours with about the same number of elements.
 
-        Below ENOUGH numbers in all it would take longer to hand them on.
+        `sizes` are the elements of each item. Below `FEWEST_TO_SHARE` in all, the caller does everything.
         """
         ends = np.cumsum(sizes)
-        if self._pool is None or not len(items) or ends[-1] < ENOUGH:
+        if self._pool is None or not len(items) or ends[-1] < FEWEST_TO_SHARE:
             return [function(item) for item in items]
         cuts = [0, *np.searchsorted(ends, ends[-1] * np.arange(1, self.threads) / self.threads), len(items)]
         parts = [items[first:end] for first, end in pairwise(cuts)]
@@ -110,30 +117,3 @@ class Workers:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
-
-
-@lru_cache(maxsize=1)
-def keep_memory() -> bool:
-    """Ask glibc to keep freed memory instead of handing it back; True if it agreed.
-
-    A training step frees and takes the same large arrays again and again; returned pages would be faulted in
-    anew each time.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False
-    M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -2, -3, -8
-    # one arena: those of other threads are limited to 64 MiB, beyond which glibc maps (and faults in) each
-    # array anew
-    return all(
-        mallopt(option, value) == 1
-        for option, value in (
-            (M_ARENA_MAX, 1),
-            (M_MMAP_THRESHOLD, 2**30),
-            (M_TRIM_THRESHOLD, 2**31 - 1),
-            (M_TOP_PAD, 2**26),
-        )
-    )

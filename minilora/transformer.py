@@ -1,58 +1,59 @@
 """The model: embedding, blocks, final norm and head, forward and backward. It knows nothing of LoRA.
 
-Parameter names are those of transformers' ``LlamaForCausalLM``, so checkpoints and adapters carry over.
+Parameter names are those of transformers' `LlamaForCausalLM`, so checkpoints and adapters carry over.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from minilora import functional as F
-from minilora.config import ATTENTION_MODULES, ModelConfig
-from minilora.layers import (
-    MLP,
-    Array,
-    Attention,
-    Block,
-    Cache,
-    DenseWeight,
-    Embedding,
-    Gradients,
-    Key,
-    Linear,
-    Parameter,
-    RMSNorm,
-)
+from minilora import functional
+from minilora.config import ModelConfig
+from minilora.layers import Block, BlockCache, Cache, Checkpoint, Embedding, Key, Linear, RMSNorm, Rope
+from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
+
+
+class ForwardCache(NamedTuple):
+    """What `Transformer.forward` keeps; a block below the lowest trainable one keeps None."""
+
+    embedding: Cache
+    rope: Rope
+    key: Key
+    blocks: list[BlockCache | Checkpoint | None]
+    norm: Cache
+    segments: Array | None
 
 
 class Transformer:
     """A Llama-family language model.
 
-    >>> model = init_model(ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1), np.random.default_rng(0))
+    >>> from minilora import init_model
+    >>> config = ModelConfig(hidden_size=16, intermediate_size=32, num_hidden_layers=1)
+    >>> model = init_model(config, np.random.default_rng(0))
     >>> model.logits(np.array([[1, 2, 3]])).shape
     (1, 3, 259)
     """
 
     def __init__(
-        self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Linear
+        self, config: ModelConfig, embedding: Embedding, blocks: list[Block], norm: RMSNorm, head: Any
     ):
         self.config, self.embedding, self.blocks, self.norm, self.head = config, embedding, blocks, norm, head
 
-    # --- what is in it --------------------------------------------------------------------------------------
+    # --- what is in it -------------------------------------------------------------------------------------
 
     def linears(self) -> Iterator[tuple[str, Any]]:
-        """(name, linear) of each projection from the lowest block up, and of the head."""
+        """Yield (name, linear) of each projection from the lowest block up, and of the head."""
         for block in self.blocks:
             for _, _, linear in block.linears():
                 yield linear.name, linear
         yield self.head.name, self.head
 
     def parameters(self) -> list[Parameter]:
-        """Each parameter once (a tied head is the embedding's), in a fixed order."""
+        """Return each parameter once (a tied head is the embedding's), in a fixed order."""
         found = dict.fromkeys(self.embedding.parameters())
         for block in self.blocks:
             found.update(dict.fromkeys(block.parameters()))
@@ -61,16 +62,16 @@ class Transformer:
         return list(found)
 
     def trainable(self) -> list[Parameter]:
-        """The parameters that train."""
+        """Return the parameters that train."""
         return [p for p in self.parameters() if p.trainable]
 
     @property
     def tied(self) -> bool:
         """Whether the head reads the embedding's own table."""
-        return getattr(self.head, "weight", None) is self.embedding.weight
+        return isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
 
     def map_linears(self, change: Callable[[Any], Any]) -> Transformer:
-        """A new model whose linears (blocks and head) are ``change(linear)``; everything else is shared."""
+        """Return a new model whose linears, the head included, are `change(linear)`; all else is shared."""
         new = copy.copy(self)
         new.blocks = []
         for old in self.blocks:
@@ -83,8 +84,7 @@ class Transformer:
         return new
 
     def map_parameters(self, change: Callable[[Parameter], Parameter]) -> Transformer:
-        """A new model whose dense parameters are ``change(parameter)``, once each, so that a tied head stays
-        tied."""
+        """Return a new model whose dense parameters are `change(p)`, once each, so a tied head stays tied."""
         done: dict[Parameter, Parameter] = {}
         weights: dict[int, DenseWeight] = {}
 
@@ -93,7 +93,7 @@ class Transformer:
                 done[p] = change(p)
             return done[p]
 
-        def weight(w: Any) -> Any:
+        def weight(w: Weight) -> Weight:
             if not isinstance(w, DenseWeight):
                 return w
             if id(w) not in weights:
@@ -110,11 +110,10 @@ class Transformer:
         new.norm = norm(self.norm)
         return new
 
-    # --- forward and backward -------------------------------------------------------------------------------
+    # --- forward and backward ------------------------------------------------------------------------------
 
     def lowest_trainable(self) -> int:
-        """The lowest block that trains: backward stops there. −1 if the embedding trains, len(blocks) if no
-        block does."""
+        """Return where backward stops: a block, −1 if the embedding trains, len(blocks) if no block does."""
         if any(p.trainable for p in self.embedding.parameters()):
             return -1
         for i, block in enumerate(self.blocks):
@@ -122,10 +121,11 @@ class Transformer:
                 return i
         return len(self.blocks)
 
-    def rope(self, positions: Array) -> tuple[Array, Array]:
-        """Rotation tables in the model's dtype."""
+    def rope(self, positions: Array) -> Rope:
+        """Return rotation tables in the model's dtype."""
         c = self.config
-        return F.rope_tables(positions, c.head_dim, c.rope_theta, self.embedding.weight.dtype, c.rope_factors)
+        dtype = self.embedding.weight.dtype
+        return functional.rope_tables(positions, c.head_dim, c.rope_theta, dtype, c.rope_factors)
 
     def forward(
         self,
@@ -133,15 +133,24 @@ class Transformer:
         key: Key = None,
         checkpoint: bool = False,
         segments: Array | None = None,
-        keep: bool = True,
-    ) -> tuple[Array, Cache]:
-        """Token ids (B, T) → hidden states (B, T, C) after the last norm; the head is the caller's, on the
-        rows it needs.
+        with_cache: bool = True,
+    ) -> tuple[Array, ForwardCache]:
+        """Map token ids (B, T) to hidden states (B, T, C) after the last norm.
 
-        With ``checkpoint`` a block keeps what is dear to compute and computes the rest again in the backward
-        pass (arXiv 1604.06174; ``Block.checkpoint``). Blocks below the lowest trainable one keep nothing;
-        without ``keep`` none does, and there can be no backward pass. ``segments`` (B, T) number the examples
-        packed into each row, which do not see each other. Raises ValueError for ids outside the vocabulary.
+        The head is the caller's, on the rows that it needs.
+
+        Parameters
+        ----------
+        ids : integers (B, T)
+        key : seed of dropout; None for evaluation
+        checkpoint : keep only what is expensive to compute again (arXiv 1604.06174; `Block.checkpoint`)
+        segments : (B, T), the number of each token's example; packed examples do not see each other
+        with_cache : False keeps nothing; there can be no backward pass then
+
+        Raises
+        ------
+        ValueError
+            For ids outside the vocabulary or longer than the context.
         """
         check_ids(ids, self.config)
         if segments is not None and segments.shape != ids.shape:
@@ -151,48 +160,48 @@ class Transformer:
         x, cache_embedding = self.embedding.forward(ids)  # (B, T, C)
         rope = self.rope(np.arange(ids.shape[1]))
         lowest = self.lowest_trainable()
-        caches: list[Any] = []
+        caches: list[BlockCache | Checkpoint | None] = []
         for i, block in enumerate(self.blocks):
             y, cache = block.forward(x, rope, key, segments)
-            caches.append(() if i < lowest or not keep else block.checkpoint(cache) if checkpoint else cache)
+            if i < lowest or not with_cache:
+                caches.append(None)
+            else:
+                caches.append(block.checkpoint(cache) if checkpoint else cache)
             del cache
             x = y
         x, cache_norm = self.norm.forward(x)
-        return x, (cache_embedding, rope, key, checkpoint, caches, cache_norm, segments)
+        return x, ForwardCache(cache_embedding, rope, key, caches, cache_norm, segments)
 
-    def backward(self, dx: Array, cache: Cache, grads: Gradients) -> None:
-        """Gradient of the hidden states (B, T, C) → grads, down to the lowest trainable layer. The cache is
-        used up."""
-        cache_embedding, rope, key, checkpoint, caches, cache_norm, segments = cache
+    def backward(self, dx: Array, cache: ForwardCache, grads: Gradients) -> None:
+        """Add to `grads`, from dx (B, T, C) down to the lowest trainable layer. The cache is used up."""
         lowest = self.lowest_trainable()
         if lowest == len(self.blocks) and not self.norm.weight.trainable:
             return
-        dx = self.norm.backward(dx, cache_norm, grads)
+        dx = self.norm.backward(dx, cache.norm, grads)
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
-            block, last = self.blocks[i], i == lowest
-            if checkpoint:  # one half after the other, so that only one is there at a time
-                x, mixed, qkv = caches.pop()
-                dx = block.backward_mlp(dx, block.restore_mlp(mixed, key), grads)
-                dx = block.backward_attention(
-                    dx, block.restore_attention(x, qkv, rope, key, segments), grads, last
-                )
-                del x, mixed, qkv
-            else:
-                dx = block.backward(dx, caches.pop(), grads, last)
+            block, kept, need_dx = self.blocks[i], cache.blocks.pop(), i != lowest
+            if isinstance(kept, Checkpoint):  # one half after the other, so that only one is there at a time
+                dx = block.backward_mlp(dx, block.restore_mlp(kept, cache.key), grads)
+                half = block.restore_attention(kept, cache.rope, cache.key, cache.segments)
+                dx = block.backward_attention(dx, half, grads, need_dx)
+                del half
+            elif kept is not None:
+                dx = block.backward(dx, kept, grads, need_dx)
+            del kept
         if lowest == -1:
-            self.embedding.backward(dx, cache_embedding, grads)
+            self.embedding.backward(dx, cache.embedding, grads)
 
     def logits(self, ids: Array) -> Array:
-        """Token ids (B, T) → logits (B, T, V)."""
-        return self.head.forward(self.forward(ids, keep=False)[0])[0]
+        """Map token ids (B, T) to logits (B, T, V)."""
+        return self.head.forward(self.forward(ids, with_cache=False)[0])[0]
 
     def __repr__(self) -> str:
-        names = sorted({type(linear).__name__ for _, linear in self.linears()})
-        return f"Transformer({self.config}, linears: {', '.join(names)}, trainable arrays: {len(self.trainable())})"
+        names = ", ".join(sorted({type(linear).__name__ for _, linear in self.linears()}))
+        return f"Transformer({self.config}, linears: {names}, trainable arrays: {len(self.trainable())})"
 
 
 def check_ids(ids: Array, config: ModelConfig) -> None:
-    """Refuse token ids that are no integers, outside the vocabulary or longer than the context."""
+    """Refuse token ids that are no integers, are outside the vocabulary or exceed the context."""
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids: must be an integer array (batch, time), not {ids.dtype} {ids.shape}")
     if ids.shape[1] > config.context_length:
@@ -203,79 +212,3 @@ def check_ids(ids: Array, config: ModelConfig) -> None:
         raise ValueError(
             f"ids: values {ids.min()}…{ids.max()} outside the vocabulary 0…{config.vocab_size - 1}"
         )
-
-
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every parameter, with transformers' names; a tied head has none of its own."""
-    C, F_, D = config.hidden_size, config.intermediate_size, config.head_dim
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    attention = {"q_proj": (H * D, C), "k_proj": (K * D, C), "v_proj": (K * D, C), "o_proj": (C, H * D)}
-    mlp = {"gate_proj": (F_, C), "up_proj": (F_, C), "down_proj": (C, F_)}
-    if config.hidden_act != "silu":
-        del mlp["gate_proj"]
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, C)}
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}"
-        shapes[f"{prefix}.input_layernorm.weight"] = (C,)
-        shapes |= {f"{prefix}.self_attn.{name}.weight": shape for name, shape in attention.items()}
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (C,)
-        shapes |= {f"{prefix}.mlp.{name}.weight": shape for name, shape in mlp.items()}
-    shapes["model.norm.weight"] = (C,)
-    if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (config.vocab_size, C)
-    return shapes
-
-
-def build_model(config: ModelConfig, arrays: Mapping[str, Any], trainable: bool = False) -> Transformer:
-    """Assemble a model from named arrays (transformers' names); they are used as they are, not copied.
-
-    In place of a matrix may stand a weight, for a quantized one; a tied head is then the embedding's own.
-    """
-    shapes = parameter_shapes(config)
-    missing, extra = sorted(shapes.keys() - arrays.keys()), sorted(arrays.keys() - shapes.keys())
-    if missing or extra:
-        raise ValueError(
-            f"arrays: missing {missing[:3] or 'none'}, unknown {extra[:3] or 'none'} for {config}"
-        )
-    for name, shape in shapes.items():
-        if arrays[name].shape != shape:
-            raise ValueError(f"{name}: shape {arrays[name].shape}, but the configuration asks for {shape}")
-
-    def norm(name: str) -> RMSNorm:
-        return RMSNorm(Parameter(name, arrays[name], trainable), config.rms_norm_eps)
-
-    def weight(name: str) -> Any:
-        given = arrays[name]
-        return given if hasattr(given, "matmul") else DenseWeight(Parameter(name, given, trainable))
-
-    def linear(module: str) -> Any:
-        name = f"{module}.weight"
-        return Linear(module, weight(name)) if name in shapes else None
-
-    embedding = Embedding("model.embed_tokens", weight("model.embed_tokens.weight"))
-    blocks = []
-    for i in range(config.num_hidden_layers):
-        prefix = f"model.layers.{i}"
-        attention = Attention(config, *(linear(f"{prefix}.self_attn.{name}") for name in ATTENTION_MODULES))
-        mlp = MLP(*(linear(f"{prefix}.mlp.{name}") for name in ("gate_proj", "up_proj", "down_proj")))
-        norms = [norm(f"{prefix}.{name}.weight") for name in ("input_layernorm", "post_attention_layernorm")]
-        blocks.append(Block(norms[0], attention, norms[1], mlp))
-    head = Linear("lm_head", embedding.weight) if config.tie_word_embeddings else linear("lm_head")
-    return Transformer(config, embedding, blocks, norm("model.norm.weight"), head)
-
-
-def init_model(
-    config: ModelConfig, rng: np.random.Generator, dtype: Any = np.float32, trainable: bool = True
-) -> Transformer:
-    """A fresh model: matrices N(0, 0.02²), those that write to the residual stream divided by √(2·layers)
-    (GPT-2), norms one."""
-    arrays = {}
-    for name, shape in parameter_shapes(config).items():
-        if len(shape) == 1:
-            arrays[name] = np.ones(shape, dtype)
-            continue
-        std = 0.02
-        if name.endswith(("o_proj.weight", "down_proj.weight")):
-            std /= (2 * config.num_hidden_layers) ** 0.5
-        arrays[name] = (rng.standard_normal(shape) * std).astype(dtype)
-    return build_model(config, arrays, trainable)

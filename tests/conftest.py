@@ -7,7 +7,14 @@ import pytest
 from helpers import CONFIGS, GQA, FakeTask, make_model
 
 from minilora.config import ModelConfig
+from minilora.kernels import has_vectors
 from minilora.transformer import Transformer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def loaded_kernels() -> None:
+    """Import compiled code before anything is measured: it is loaded on first use."""
+    has_vectors()
 
 
 @pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())

@@ -12,11 +12,14 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from minilora.adapter import Adapter
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig
 from minilora.data.tasks import Batch
-from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import LoraLinear
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.layers import Linear
+from minilora.parameters import DenseWeight, Parameter
+from minilora.transformer import Transformer
+from minilora.variants import lora_of
 
 # The sizes are odd, and differ from one another, so that a transposed or mixed-up axis cannot fit by chance.
 GQA = ModelConfig(
@@ -88,21 +91,21 @@ def make_linear(
     return Linear(name, DenseWeight(Parameter(f"{name}.weight", w, trainable)))
 
 
-def fill_adapters(model: Transformer | LoraLinear, seed: int = 1, dtype: Any = None) -> Any:
+def fill_adapters(model: Transformer | Adapter, seed: int = 1, dtype: Any = None) -> Any:
     """Give A and B random values, as if training had happened, and optionally another dtype; returns its
     argument."""
     rng = np.random.default_rng(seed)
-    for linear in adapters(model):
+    for linear in map(lora_of, adapters(model)):
         for p in (linear.lora_A, linear.lora_B):
             p.data = rng.standard_normal(p.data.shape).astype(dtype or p.data.dtype) * p.data.dtype.type(0.3)
     return model
 
 
-def adapters(model: Transformer | LoraLinear) -> list[LoraLinear]:
+def adapters(model: Transformer | Adapter) -> list[Any]:
     """The adapted linears."""
-    if isinstance(model, LoraLinear):
+    if isinstance(model, Adapter):
         return [model]
-    return [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+    return [linear for _, linear in model.linears() if isinstance(linear, Adapter)]
 
 
 def digest(arrays: Iterable[np.ndarray]) -> str:
@@ -117,7 +120,7 @@ def base_arrays(model: Transformer) -> list[np.ndarray]:
     """Every array of the model that is no adapter: dense parameters, codes, scales, offsets."""
     found = [p.data for p in model.parameters() if ".lora_" not in p.name]
     for _, linear in model.linears():
-        weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+        weight = linear.base.weight
         if not isinstance(weight, DenseWeight):
             found += [a for group in weight.arrays().values() for a in group]
     return found

@@ -5,15 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from minilora.building import init_model
 from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig
-from minilora.layers import DenseWeight, Embedding, Linear
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import Embedding, Linear
+from minilora.lora import LoraLinear
 from minilora.memory import count_parameters, effective_bits, model_bytes
 from minilora.merging import merge
+from minilora.parameters import DenseWeight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.model import dequantize_model, quantize_model
-from minilora.transformer import Transformer, init_model
+from minilora.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=40,

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.kernels import block_codes
-from minilora.kernels import block_vectors as blocks_simd
+import minilora
+from minilora.kernels import block_codes, block_vectors
 from minilora.memory import unique_bytes
-from minilora.quant import AffineWeight, blocks, packed
+from minilora.quant import AffineWeight, blocks, packed, reference
 from minilora.quant.blocks import BlockWeight
 
 EPS = np.finfo(np.float32).eps
@@ -123,11 +123,12 @@ def test_every_byte_decodes_as_the_loop_says_bit_by_bit(quant_type):
     weight = BlockWeight(raw, quant_type, (24, 96))
     expected = decode(quant_type, raw).reshape(24, 96)
     assert same_bits(weight.dense(), expected)
-    twin = np.empty(24 * 96, np.float32)
-    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
-    assert same_bits(twin, expected.reshape(-1))
-    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 3, twin[:96])
-    assert same_bits(twin[:96], expected[1])
+    with minilora.kernels.plain():
+        assert same_bits(weight.dense(), expected) and same_bits(weight.rows(np.array([1])), expected[1:2])
+    out, loops = np.empty((2, 96), np.float32)
+    reference.dequantize_blocks(raw.reshape(-1, BYTES[quant_type])[3:6], out)
+    block_codes._dequantize_blocks.py_func(raw.reshape(-1), BYTES[quant_type], 3, loops)
+    assert same_bits(out, expected[1]) and same_bits(loops, expected[1])
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -137,9 +138,10 @@ def test_all_finite_float16_scales_decode(quant_type):
     raw = random_blocks(quant_type, halves.size, 32)
     raw[:, :2] = halves[:, None].view(np.uint8)
     weight = BlockWeight(raw, quant_type, (halves.size, 32))
-    twin = np.empty(raw.shape[0] * 32, np.float32)
-    block_codes.dequantize_blocks_numpy(raw.reshape(-1), BYTES[quant_type], 0, twin)
-    assert same_bits(weight.dense().reshape(-1), twin)
+    plain, loops = np.empty((2, raw.shape[0] * 32), np.float32)
+    reference.dequantize_blocks(raw, plain)
+    block_codes._dequantize_blocks(raw.reshape(-1), BYTES[quant_type], 0, loops)
+    assert same_bits(weight.dense().reshape(-1), plain) and same_bits(loops, plain)
     assert np.array_equal(weight.scales[:, 0].view(np.uint16), halves)
 
 
@@ -190,7 +192,7 @@ def assert_kernel(actual, weight, x):
     assert actual.shape == (len(x), len(w)) and (np.abs(actual - x @ w.T) <= bound).all()
 
 
-vectors = pytest.mark.skipif(not blocks_simd.available(), reason="this processor lacks AVX2, FMA or F16C")
+vectors = pytest.mark.skipif(not block_vectors.available(), reason="this processor lacks AVX2, FMA or F16C")
 
 
 @pytest.mark.parametrize("quant_type", TYPES)
@@ -200,12 +202,9 @@ def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, 
     weight = BlockWeight(random_blocks(quant_type, out, in_, seed=out), quant_type, (out, in_))
     x = matrix(batch, in_, seed=in_)
     assert_kernel(weight.matmul(x), weight, x)
-    for multiply in (
-        block_codes.multiply_blocks,
-        block_codes.multiply_blocks.py_func,
-        block_codes.multiply_blocks_numpy,
-    ):
-        if multiply is block_codes.multiply_blocks.py_func and out * in_ > 1000:
+    assert_kernel(reference.multiply_blocks(weight.blocks.reshape(-1, BYTES[quant_type]), x), weight, x)
+    for multiply in (block_codes._multiply_blocks, block_codes._multiply_blocks.py_func):
+        if multiply is block_codes._multiply_blocks.py_func and out * in_ > 1000:
             continue
         y = np.full((batch, out), np.nan, np.float32)
         multiply(weight.blocks.reshape(-1), BYTES[quant_type], x, 0, out, y)
@@ -214,24 +213,26 @@ def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, 
 
 @pytest.mark.parametrize("quant_type", TYPES)
 @pytest.mark.parametrize(
-    "module", [block_codes, pytest.param(blocks_simd, marks=vectors)], ids=lambda m: m.__name__[-4:]
+    "multiply",
+    [block_codes._multiply_blocks, pytest.param(block_vectors.multiply_blocks, marks=vectors)],
+    ids=["loops", "vectors"],
 )
-def test_rows_of_a_product_do_not_depend_on_what_is_computed_with_them(quant_type, module):
+def test_rows_of_a_product_do_not_depend_on_what_is_computed_with_them(quant_type, multiply):
     """Any cut of W's rows, as for two threads, and any company of x's rows, as for several prompts: the same
     bits."""
     weight, x = BlockWeight(random_blocks(quant_type, 21, 96), quant_type, (21, 96)), matrix(7, 96, seed=3)
     raw, size = weight.blocks.reshape(-1), BYTES[quant_type]
     whole = np.empty((7, 21), np.float32)
-    module.multiply_blocks(raw, size, x, 0, 21, whole)
+    multiply(raw, size, x, 0, 21, whole)
     for cut in (1, 8, 20):
         y = np.full((7, 21), np.nan, np.float32)
-        module.multiply_blocks(raw, size, x, cut, 21, y)
+        multiply(raw, size, x, cut, 21, y)
         assert np.isnan(y[:, :cut]).all() and same_bits(y[:, cut:], whole[:, cut:])
-        module.multiply_blocks(raw, size, x, 0, cut, y)
+        multiply(raw, size, x, 0, cut, y)
         assert same_bits(y, whole)
     for batch in range(1, 7):
         y = np.full((batch, 21), np.nan, np.float32)
-        module.multiply_blocks(raw, size, x[:batch].copy(), 0, 21, y)
+        multiply(raw, size, x[:batch].copy(), 0, 21, y)
         assert same_bits(y, whole[:batch])
 
 
@@ -241,8 +242,8 @@ def test_vectors_decode_the_loops_bits(quant_type):
     raw = random_blocks(quant_type, 24, 96).reshape(-1)
     for first, count in ((0, 72), (5, 9), (71, 1)):
         loops, vector = (np.full(32 * count, np.nan, np.float32) for _ in range(2))
-        block_codes.dequantize_blocks(raw, BYTES[quant_type], first, loops)
-        blocks_simd.dequantize_blocks(raw, BYTES[quant_type], first, vector)
+        block_codes._dequantize_blocks(raw, BYTES[quant_type], first, loops)
+        block_vectors.dequantize_blocks(raw, BYTES[quant_type], first, vector)
         assert same_bits(vector, loops)
 
 
@@ -258,7 +259,7 @@ def test_every_code_meets_its_own_input(quant_type):
     weight, y = BlockWeight(raw, quant_type, (5, 64)), np.empty((64, 5), np.float32)
     for batch in (1, 4):
         for i in range(0, 64, batch):
-            blocks_simd.multiply_blocks(
+            block_vectors.multiply_blocks(
                 raw.reshape(-1),
                 BYTES[quant_type],
                 np.eye(64, dtype=np.float32)[i : i + batch],
@@ -272,7 +273,7 @@ def test_every_code_meets_its_own_input(quant_type):
 def test_weights_are_the_same_without_the_vectors(weight, monkeypatch):
     x, dense = matrix(4, 96, seed=5), weight.dense()
     assert_kernel(weight.matmul(x), weight, x)
-    monkeypatch.setattr(blocks_simd, "available", lambda: False)
+    monkeypatch.setattr(block_vectors, "available", lambda: False)
     assert same_bits(weight.dense(), dense)
     assert_kernel(weight.matmul(x), weight, x)
     assert_kernel(weight.matmul(x[:1]), weight, x[:1])

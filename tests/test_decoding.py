@@ -14,10 +14,11 @@ from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 from minilora import decoding
 from minilora.config import LoraConfig
 from minilora.decoding import Decoder
-from minilora.generation import KVCache, decode, generate, prefill, stream
+from minilora.generation import decode, generate, prefill, stream
+from minilora.injection import inject_lora
 from minilora.kernels import block_vectors as blocks_simd
+from minilora.kv_cache import KVCache
 from minilora.layers import Linear
-from minilora.lora import inject_lora
 from minilora.quant.blocks import BlockWeight
 
 pytestmark = pytest.mark.skipif(not blocks_simd.available(), reason="this processor lacks AVX2, FMA or F16C")

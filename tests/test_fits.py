@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from minilora.config import FITS, OFFSET_STORES, ConfigError, QuantConfig
 from minilora.quant import AffineWeight, fits, quantize_weight
+from minilora.quant.zero_points import ZeroPointWeight
 
 BITS = (2, 3, 4, 8)
 
@@ -153,9 +154,9 @@ def test_what_cannot_be_is_refused():
     q = AffineWeight.quantize(w, 4, 8, store="zero")
     for bad in (np.full((2, 1), 16), np.full((2, 1), -1), np.full((2, 1), 1.5)):
         with pytest.raises(ValueError, match="whole numbers from 0 to 15"):
-            AffineWeight.from_zeros(q.codes, q.scale, bad, q.shape, 4, 8)
+            ZeroPointWeight(q.codes, q.scale, bad, q.shape, 4, 8)
     with pytest.raises(ConfigError, match=r"zeros.shape=\(1, 2\)"):
-        AffineWeight.from_zeros(q.codes, q.scale, np.zeros((1, 2), int), q.shape, 4, 8)
+        ZeroPointWeight(q.codes, q.scale, np.zeros((1, 2), int), q.shape, 4, 8)
     for bad in (
         {"quantizer": "awq"},
         {"fit": "mse"},

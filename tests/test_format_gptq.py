@@ -15,6 +15,7 @@ from minilora.formats.files import FileError, read_tensors, write_tensors
 from minilora.formats.gptq_words import from_arrays, is_quantized, to_arrays
 from minilora.quant import AffineWeight
 from minilora.quant.packed import packed
+from minilora.quant.zero_points import ZeroPointWeight
 
 NAME = "model.layers.0.mlp.up_proj"
 BITS = (2, 3, 4, 8)
@@ -34,9 +35,7 @@ def random_weight(bits, out, columns, group_size, seed=0, least_zero=1):
     codes = rng.integers(0, 2**bits, (out, columns)).astype(np.uint8)
     zeros = rng.integers(least_zero, 2**bits, (out, columns // group_size))
     scale = rng.standard_normal(zeros.shape).astype(np.float16)
-    return AffineWeight.from_zeros(
-        packed(codes.reshape(-1), bits), scale, zeros, (out, columns), bits, group_size
-    )
+    return ZeroPointWeight(packed(codes.reshape(-1), bits), scale, zeros, (out, columns), bits, group_size)
 
 
 def make(bits=4, out=32, columns=64, group_size=32, version=1):
@@ -111,7 +110,7 @@ def test_decoding_is_scale_times_code_minus_zero(bits):
 def test_in_3_bits_values_10_and_21_straddle_words():
     codes = np.zeros((32, 32), np.uint8)
     codes[0, 10], codes[1, 21], codes[2, 31] = 0b101, 0b110, 0b111
-    weight = AffineWeight.from_zeros(
+    weight = ZeroPointWeight(
         packed(codes.reshape(-1), 3), np.ones((32, 1)), np.ones((32, 1), int), (32, 32), 3, 32
     )
     words = to_arrays("m", weight)["m.qweight"].view(np.uint32)
@@ -122,9 +121,7 @@ def test_in_3_bits_values_10_and_21_straddle_words():
 
 def test_the_usual_symmetric_zero_point_by_hand():
     """AutoGPTQ's symmetric 4-bit files hold zero 8 as 0x77777777, version 2 as 0x88888888."""
-    weight = AffineWeight.from_zeros(
-        np.full(64, 0x12, np.uint8), np.ones((8, 1)), np.full((8, 1), 8), (8, 16), 4, 16
-    )
+    weight = ZeroPointWeight(np.full(64, 0x12, np.uint8), np.ones((8, 1)), np.full((8, 1), 8), (8, 16), 4, 16)
     for version, word in ((1, 0x77777777), (2, 0x88888888)):
         arrays = to_arrays("m", weight, version)
         assert arrays["m.qzeros"].view(np.uint32).tolist() == [[word]]
@@ -181,7 +178,7 @@ def test_real_offsets_are_rounded_by_stored_and_then_written():
 def test_a_zero_of_0_is_not_written_in_version_1():
     zeros = np.full((32, 2), 5)
     zeros[7, 1] = 0
-    weight = AffineWeight.from_zeros(np.zeros(32 * 32, np.uint8), np.ones((32, 2)), zeros, (32, 64), 4, 32)
+    weight = ZeroPointWeight(np.zeros(32 * 32, np.uint8), np.ones((32, 2)), zeros, (32, 64), 4, 32)
     with pytest.raises(
         ConfigError, match=r"up_proj: zeros\[7, 1\]=0: version 1 stores zero - 1 .* write version=2"
     ):

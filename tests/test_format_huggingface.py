@@ -20,11 +20,13 @@ from minilora.data import tokenizer
 from minilora.formats.files import FileError, read_json, stored_tensors
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.huggingface_config import BYTE_TOKENS
-from minilora.layers import DenseWeight, Linear
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import Linear
 from minilora.merging import merge
+from minilora.parameters import DenseWeight
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.transformer import Transformer
 
 IDS = np.array([[1, 2, 3, 4]])

@@ -16,7 +16,7 @@ from safetensors.numpy import load, save
 from minilora.config import LoraConfig, QuantConfig
 from minilora.formats.files import FileError
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.quant.model import quantize_model
 
 DENSE = make_model(dtype=np.float32, trainable=False)

@@ -13,14 +13,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
+from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
 from minilora.formats.checkpoint import load_model, save_model, sha256
 from minilora.formats.files import FileError, atomic, read_json, read_tensors, write_file, write_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.lora import LoraLinear
 from minilora.merging import merge
 from minilora.quant.model import quantize_model
-from minilora.transformer import init_model
 
 IDS = np.array([[1, 2, 3, 4]])
 LORA = LoraConfig(

@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
+from minilora import decoding_plan, generation
 from minilora import functional as F
-from minilora import generation
 from minilora.config import LoraConfig, QuantConfig
-from minilora.generation import KVCache, decode, generate, prefill, sample, stream
-from minilora.lora import inject_lora
+from minilora.generation import decode, generate, prefill, stream
+from minilora.injection import inject_lora
+from minilora.kv_cache import KVCache
 from minilora.quant.model import quantize_model
+from minilora.sampling import sample
 from minilora.threads import Workers
 
 LENGTH = GQA.context_length
@@ -89,7 +91,7 @@ def test_decoding_with_the_cache_equals_a_full_forward(config):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_sequences_at_different_positions_decode_together(config, wide, monkeypatch):
-    monkeypatch.setattr(generation, "WIDE", 1 if wide else 10**9)
+    monkeypatch.setattr(decoding_plan, "WIDE_HIDDEN_SIZE", 1 if wide else 10**9)
     model = make_model(config)
     a, b = np.random.default_rng(1).integers(config.vocab_size, size=(2, 9))
     ids = np.zeros((2, 5), int)
@@ -194,7 +196,7 @@ def test_a_prompt_in_pieces_gives_the_hidden_states_of_the_whole(config, chunk, 
     ids = np.random.default_rng(2).integers(config.vocab_size, size=(2, 9))
     whole, cache = KVCache(model, 2, 9), KVCache(model, 2, 9)
     expected = prefill(model, ids, whole)
-    monkeypatch.setattr(generation, "PREFILL", chunk)
+    monkeypatch.setattr(decoding_plan, "PREFILL_POSITIONS", chunk)
     rtol = close_rtol(np.float64, *[config.intermediate_size] * 9 * config.num_hidden_layers)
     assert_close(prefill(model, ids, cache), expected, rtol)
     for a, b in ((cache.keys, whole.keys), (cache.values, whole.values)):
@@ -374,14 +376,14 @@ def test_bad_settings_are_refused(changes, message):
 def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, monkeypatch):
     """However a wide model's work is cut, hidden states are those of one piece; who takes which piece never
     matters."""
-    cut = generation.cut
-    monkeypatch.setattr(generation, "WIDE", 1)
+    cut = decoding_plan.cut
+    monkeypatch.setattr(decoding_plan, "WIDE_HIDDEN_SIZE", 1)
     monkeypatch.setattr(
-        generation, "cut", lambda count, least, most: cut(count, 3, 5)
+        decoding_plan, "cut", lambda count, fewest, most: cut(count, 3, 5)
     )  # small models have short contexts
     model = make_model(config, dtype=dtype)
     ids = np.random.default_rng(3).integers(config.vocab_size, size=(7, 11))
-    assert [piece.start for piece in generation.cut(11, 32, 128)] == [0, 3, 7]
+    assert [piece.start for piece in decoding_plan.cut(11, 32, 128)] == [0, 3, 7]
     caches, found = [KVCache(model, 7, 12) for _ in range(3)], []
     for threads, cache in enumerate(caches, start=1):
         with Workers(threads) as workers:
@@ -401,7 +403,7 @@ def test_threads_share_prompts_and_sequences_and_change_no_byte(config, dtype, m
         for n in (1, 2, 3)
     ]
     assert texts[0] == texts[1] == texts[2]
-    monkeypatch.setattr(generation, "WIDE", 10**9)
+    monkeypatch.setattr(decoding_plan, "WIDE_HIDDEN_SIZE", 10**9)
     whole = KVCache(model, 7, 12)
     rtol = close_rtol(dtype, *[config.intermediate_size] * 9 * config.num_hidden_layers)
     assert_close(found[0], prefill(model, ids, whole), rtol)

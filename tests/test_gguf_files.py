@@ -16,7 +16,7 @@ from minilora.formats import gguf as ours
 from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile, TensorInfo
 from minilora.formats.gguf_writer import write_gguf
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.blocks import BlockWeight
 
 # ---- an independent little writer: everything is bytes, so that a test can put in what no writer would

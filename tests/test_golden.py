@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
+from minilora.parameters import Gradients
 from minilora.training.loss import shard_loss
-from minilora.transformer import build_model, parameter_shapes
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = sorted(FOLDER.glob("*.npz"))

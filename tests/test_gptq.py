@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from helpers import GQA, base_arrays, digest, make_model
 
+import minilora
 from minilora.config import ConfigError, LoraConfig, QuantConfig
-from minilora.kernels.gptq_columns import round_columns, round_columns_numpy
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
+from minilora.kernels import gptq_columns
 from minilora.memory import peak_bytes, unique_bytes
-from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
-from minilora.quant.gptq import Hessian, gptq, inverse_factor
+from minilora.quant import AffineWeight, CodebookWeight, quantize_weight, reference
+from minilora.quant.gptq import Hessian, _Grid, gptq, inverse_factor
 from minilora.quant.model import quantize_model
 
 AFFINE = ("int2", "int3", "int4", "int8")
@@ -124,22 +125,30 @@ def test_an_input_that_is_never_used_gets_weight_zero():
 
 
 @pytest.mark.parametrize("quant_type", ["int3", "nf4", "nf8"])
-def test_the_kernel_does_what_its_numpy_version_does(quant_type):
-    from minilora.quant.gptq import _Grid
-
+def test_the_kernel_compiled_and_run_by_python_does_what_the_reference_does(quant_type):
     config, w, (h, _) = settings(quant_type), matrix(5, 32, seed=12), hessian(32, seed=13)
     grid = _Grid(config, 5, 32 // (8 if config.affine else 32))
     grid.fit(w.reshape(5, grid.scale.shape[1], -1), slice(None))
-    upper, groups = inverse_factor(h, 0.01), np.arange(32) // (32 // grid.scale.shape[1])
-    results = []
-    for function in (round_columns, round_columns_numpy):
-        work, codes, errors = w.astype(np.float64), np.empty((5, 32), np.uint8), np.empty((5, 32))
-        function(
-            work, upper, groups, grid.scale, grid.offset, grid.midpoints, grid.levels, grid.top, codes, errors
-        )
-        results.append((codes, errors))
-    assert np.array_equal(results[0][0], results[1][0])
-    np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-9, atol=1e-12)
+    groups = np.arange(32) // (32 // grid.scale.shape[1])
+    scale, offset = grid.scale[:, groups], grid.offset[:, groups]
+    given = inverse_factor(h, 0.01), scale, offset, grid.levels, grid.midpoints
+    expected = reference.round_columns(w.astype(np.float64), *given)
+    by_python = np.empty((5, 32), np.uint8), np.empty((5, 32))
+    gptq_columns._round_columns.py_func(w.astype(np.float64), *given, *by_python)
+    for ranks, errors in (gptq_columns.round_columns(w.astype(np.float64), *given), by_python):
+        assert ranks.dtype == np.uint8 and np.array_equal(ranks, expected[0])
+        np.testing.assert_allclose(errors, expected[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("quant_type", ALL)
+@pytest.mark.parametrize("how", [{}, {"static_groups": True, "desc_act": True}])
+def test_plain_mode_makes_the_same_weight(quant_type, how):
+    w, (h, _) = matrix(6, 64, seed=14), hessian(64, seed=15)
+    found, loss = gptq(w, h, settings(quant_type, **how))
+    with minilora.kernels.plain():
+        plain, plain_loss = gptq(w, h, settings(quant_type, **how))
+    assert np.array_equal(found.codes, plain.codes) and found.dense().tobytes() == plain.dense().tobytes()
+    assert plain_loss == pytest.approx(loss, rel=1e-9)
 
 
 def test_bad_input_is_refused():

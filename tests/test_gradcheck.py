@@ -152,3 +152,31 @@ def test_catches_a_backward_that_forgets_the_mean(rng):
     gradcheck(loss, {"x": x}, {"x": F.rms_norm_backward(dy, weight, (x, rstd))[0]})
     with pytest.raises(GradientError):
         gradcheck(loss, {"x": x}, {"x": dy * weight * rstd})
+
+
+@pytest.mark.parametrize(
+    "factor, said",
+    [(2.0, "2.000"), (-1.0, "-1.000"), (0.0, "0.000"), (1 / 64, "0.01562")],
+    ids=["twice", "sign", "zero", "divided by 64"],
+)
+def test_a_constant_factor_is_named(quadratic, factor, said):
+    w, loss, gradient = quadratic
+    (check,) = gradcheck(loss, {"w": w}, {"w": factor * gradient}, raises=False)
+    assert not check.passed and abs(check.factor - factor) < 1e-6
+    assert str(check).endswith(f"; analytic = {said} × numeric in all {check.checked} elements")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize(
+    "name", ["one element", "two rows swapped", "order of axes", "NaN", "infinity", "factor"]
+)
+def test_no_factor_is_named_where_there_is_none(quadratic, name):
+    w, loss, gradient = quadratic
+    (check,) = gradcheck(loss, {"w": w}, {"w": WRONG[name](gradient.copy())}, raises=False)
+    assert not check.passed and check.factor is None and "numeric in all" not in str(check)
+
+
+def test_one_element_alone_has_no_constant_factor():
+    w = np.array([3.0])
+    (check,) = gradcheck(lambda: float((w**2).sum()), {"w": w}, {"w": 4 * w}, raises=False)
+    assert not check.passed and check.factor is None

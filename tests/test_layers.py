@@ -18,9 +18,11 @@ from helpers import GQA, assert_close, close_rtol, digest, fill_adapters, make_l
 
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
-from minilora.layers import MLP, DenseWeight, Embedding, Gradients, Linear, Parameter, RMSNorm
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import MLP, Embedding, Linear, RMSNorm
+from minilora.lora import LoraLinear
 from minilora.memory import arrays_in, unique_bytes
+from minilora.parameters import DenseWeight, Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import quantize_weight
 from minilora.training.gradcheck import gradcheck
@@ -348,8 +350,8 @@ def test_dropout_keeps_one_bit_an_element():
 def test_attention_projections_share_one_kept_input():
     """q, k and v keep the same array by identity, which the ledger counts once."""
     case = part("attention", LORA)(np.float64, False)
-    _, (cache_q, cache_k, cache_v), _, _ = case.forward(case.x)[1]
-    assert cache_q[0] is case.x and cache_k[0] is case.x and cache_v[0] is case.x
+    cache = case.forward(case.x)[1]
+    assert cache.q_proj.p is case.x and cache.k_proj.p is case.x and cache.v_proj.p is case.x
 
 
 def test_a_frozen_norm_builds_no_gradient():

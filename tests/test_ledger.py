@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from helpers import CONFIGS, make_model, random_batch
 
+from minilora.adapter import Adapter
+from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
-from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
 from minilora.memory import arrays_in, measure, peak_bytes
 from minilora.memory.counting import buffer_of
 from minilora.memory.ledger import HELD, PASSING, Entry, held_entries, kept_entries
@@ -26,7 +28,7 @@ from minilora.quant.packed import _scratch
 from minilora.threads import Workers, single_blas
 from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import make_optimizer
-from minilora.transformer import init_model
+from minilora.variants import DoraLinear
 
 SMALL = ModelConfig(
     vocab_size=61,
@@ -128,14 +130,12 @@ def by_hand(model, optimizer):
     for norm in (*norms, model.norm):
         add("weights", norm.weight.data)
     for linear in [x for b in model.blocks for _, _, x in b.linears()] + [model.head]:
-        if isinstance(linear, LoraLinear):
-            add("adapters", linear.lora_A.data)
-            add("adapters", linear.lora_B.data)
-            if linear.magnitude is not None:
-                add("adapters", linear.magnitude.data)
+        if isinstance(linear, Adapter):
+            for p in linear.trained():
+                add("adapters", p.data)
+            if isinstance(linear, DoraLinear):
                 add("adapters", linear.row_squares)
-            linear = linear.base
-        add_weight(linear.weight)
+        add_weight(linear.base.weight)
     for array in optimizer.state().values():
         add("optimizer", array)
     return {kind: sum(arrays.values()) for kind, arrays in found.items() if arrays}

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 from helpers import weights
 
+from minilora.building import build_model
 from minilora.config import ConfigError, LoraConfig, ModelConfig
 from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
-from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import Linear
+from minilora.parameters import DenseWeight, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
-from minilora.transformer import build_model
+from minilora.quant.weights import CodebookWeight
 
 CONFIG = ModelConfig(
     vocab_size=40,

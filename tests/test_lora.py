@@ -23,17 +23,19 @@ from helpers import (
     random_batch,
 )
 
+from minilora.building import parameter_shapes
 from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig, matches
-from minilora.initial import init_a
-from minilora.layers import DenseWeight, Gradients, Linear, Parameter
-from minilora.lora import LoraLinear, full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
+from minilora.layers import Linear
+from minilora.lora import LoraLinear, init_a
 from minilora.memory import count_parameters
 from minilora.merging import merge, merge_linear, unmerge_linear
+from minilora.parameters import DenseWeight, Gradients, Parameter
+from minilora.quant.affine import AffineWeight
 from minilora.quant.model import quantize_model
-from minilora.quant.weights import AffineWeight, CodebookWeight
+from minilora.quant.weights import CodebookWeight
 from minilora.training.loss import shard_loss
 from minilora.training.trainer import Trainer
-from minilora.transformer import parameter_shapes
 
 IDS = np.array([[1, 2, 3, 4], [5, 4, 3, 9]])
 NF4, INT4 = QuantConfig("nf4", block_size=32), QuantConfig("int4", group_size=4)

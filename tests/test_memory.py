@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from helpers import CONFIGS, GQA, adapters, make_model, random_batch
 
+from minilora.building import parameter_shapes
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
+from minilora.injection import full, inject_lora
 from minilora.kernels.microkernel import AVAILABLE
-from minilora.layers import Gradients
-from minilora.lora import full, inject_lora
 from minilora.memory import (
     activation_bytes,
     arrays_in,
@@ -23,10 +23,10 @@ from minilora.memory import (
     trainable_line,
     unique_bytes,
 )
+from minilora.parameters import Gradients
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import make_optimizer
-from minilora.transformer import parameter_shapes
 
 IDS = random_batch(GQA, B=2, T=6).ids
 PROJECTIONS = {name: shape for name, shape in parameter_shapes(GQA).items() if "_proj" in name}
@@ -170,7 +170,7 @@ def test_the_summary_is_pefts_line():
 
 
 def test_the_summary_of_the_default_model_has_known_numbers():
-    from minilora.transformer import init_model
+    from minilora.building import init_model
 
     model = inject_lora(
         init_model(ModelConfig(), np.random.default_rng(0)), LoraConfig(r=8), np.random.default_rng(0)

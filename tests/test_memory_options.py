@@ -11,13 +11,14 @@ from helpers import GQA, FakeTask, assert_close, close_rtol, digest, fill_adapte
 import minilora.training.loss
 from minilora.config import LoraConfig, TrainConfig
 from minilora.data.tasks import Batch
-from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import Gradients
-from minilora.lora import full, inject_lora
+from minilora.formats.files import FileError
+from minilora.injection import full, inject_lora
 from minilora.memory import arrays_in, peak_bytes
+from minilora.parameters import Gradients
 from minilora.threads import Workers
 from minilora.training.loss import evaluate, loss_and_grads, shard_loss
-from minilora.training.trainer import CHECKPOINT, Trainer
+from minilora.training.resume import CHECKPOINT
+from minilora.training.trainer import Trainer
 
 QUICK = TrainConfig(steps=4, batch_size=2, warmup_steps=2, learning_rate=1e-2)
 ROUNDING = close_rtol(np.float64, *[21] * 20)
@@ -118,10 +119,10 @@ def test_evaluation_takes_bounded_chunks_and_one_for_the_tiny_base(monkeypatch):
     expected = evaluate(model, [batch])["loss"]
     assert seen == [batch.mask.sum()]
     assert (
-        minilora.training.loss.LOGITS_BYTES // (259 * 4) > 32 * 256
+        minilora.training.loss.EVALUATION_LOGITS_BYTES // (259 * 4) > 32 * 256
     )  # the shipped base: a batch of its longest rows
     seen.clear()
-    monkeypatch.setattr(minilora.training.loss, "LOGITS_BYTES", 3 * 19 * 8 + 1)
+    monkeypatch.setattr(minilora.training.loss, "EVALUATION_LOGITS_BYTES", 3 * 19 * 8 + 1)
     assert abs(evaluate(model, [batch])["loss"] - expected) <= ROUNDING * expected
     assert max(seen) == 3 and sum(seen) == batch.mask.sum()
 
@@ -239,16 +240,9 @@ def test_the_bar_shows_loss_and_tokens_a_second(capsys):
     assert "loss=" in shown and "tokens/s=" in shown and "4/4" in shown
 
 
-def test_a_checkpoint_from_before_these_options_still_loads(tmp_path):
+def test_a_checkpoint_of_other_memory_options_is_refused(tmp_path):
     path = tmp_path / "old.safetensors"
-    trainer = Trainer(adapted(), FakeTask(), QUICK)
-    trainer.save(path)
-    arrays, metadata = read_tensors(path)
-    saved = metadata["minilora_checkpoint"]
-    for name in ("logits_chunk", "gradient_accumulation_steps"):
-        del saved["config"][name]
-    write_tensors(path, arrays, {"minilora_checkpoint": saved})
-    Trainer(adapted(), FakeTask(), QUICK).load(path)
+    Trainer(adapted(), FakeTask(), QUICK).save(path)
     for change in ({"logits_chunk": 8}, {"gradient_accumulation_steps": 2}):
         name = next(iter(change))
         with pytest.raises(FileError, match=f"{name}: {asdict(QUICK)[name]} there, {change[name]} here"):
@@ -282,8 +276,8 @@ def test_a_checkpointed_block_computes_the_same_cache_again(make):
 
 
 def restored(block, cache, rope, key=None, segments=None):
-    x, mixed, qkv = block.checkpoint(cache)
-    return block.restore_attention(x, qkv, rope, key, segments), block.restore_mlp(mixed, key)
+    kept = block.checkpoint(cache)
+    return block.restore_attention(kept, rope, key, segments), block.restore_mlp(kept, key)
 
 
 def adapt_all(**options):
@@ -310,5 +304,5 @@ def test_frozen_and_full_linears_keep_the_same_without_the_product():
     for model in (make_model(GQA), make_model(GQA, trainable=False)):
         linear = model.blocks[0].mlp.down_proj
         x = np.ones((3, 20))
-        (_, expected), found = linear.forward(x), linear.keep(x)
+        (_, expected), found = linear.forward(x), linear.cache_of(x)
         assert len(found) == len(expected) == linear.weight.trainable and all(a is x for a in found)

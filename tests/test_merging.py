@@ -19,7 +19,7 @@ from minilora.claims.merge_study import (
     quants_to_compare,
 )
 from minilora.config import ConfigError, LoraConfig, QuantConfig
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.memory import effective_bits
 from minilora.quant import AffineWeight
 from minilora.quant.model import quantize_model
@@ -194,7 +194,7 @@ def test_the_study_writes_rows_and_a_page_with_means_over_seeds(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "merging.jsonl").read_text().splitlines()]
     assert page == (tmp_path / "README.md").read_text() and {row["seed"] for row in rows} == {0, 1}
     losses = [row["loss"] for row in rows if row["way"] == "re-quantized: nf4, block 64"]
-    assert f"| re-quantized: nf4, block 64 | {np.mean(losses):.5f} ± " in page
+    assert f"| re-quantized: nf4, block 64 | {np.mean(losses):.5f} ± " in " ".join(page.split())
     assert all(row["numpy_version"] for row in rows) and "Not possible: offsets" in page
 
 

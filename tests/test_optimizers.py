@@ -16,14 +16,15 @@ from helpers import GQA, FakeTask, digest, make_model
 
 from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
-from minilora.kernels import codes as kernels
-from minilora.layers import Gradients, Parameter
-from minilora.lora import full
+from minilora.injection import full
+from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
 from minilora.quant.weights import dynamic_decode, dynamic_encode
-from minilora.training.optimizers import AdamW, make_optimizer, state_bytes
-from minilora.training.states import CHUNK, BlockwiseMoment, hand_back
-from minilora.training.trainer import CHECKPOINT, Trainer
+from minilora.training.optimizers import AdamW, make_optimizer
+from minilora.training.paging import hand_back
+from minilora.training.resume import CHECKPOINT
+from minilora.training.states import CHUNK, BlockwiseMoment, state_bytes, state_maps
+from minilora.training.trainer import Trainer
 
 ADAMW = [name for name in OPTIMIZERS if name != "sgd"]
 PAGED = [name for name in ADAMW if name.startswith("paged")]
@@ -155,7 +156,7 @@ def test_state_bytes_are_those_of_the_real_arrays(name, dtype, tmp_path):
     states = sum(a.nbytes for a in optimizer.state().values()) - absmax
     expected = (0, 0, states + absmax) if name in PAGED else (states, absmax, 0)
     assert (predicted["states"], predicted["absmax"], predicted["on_disk"]) == expected
-    assert predicted["maps"] == sum(a.nbytes for a in optimizer.code_maps())
+    assert predicted["maps"] == sum(a.nbytes for a in state_maps(optimizer.state()))
 
 
 def test_sgd_keeps_an_array_for_its_momentum():
@@ -213,35 +214,6 @@ def numbers(signed, n=4 * CHUNK + 77, seed=0):
     x = (rng.standard_normal(n) * 10.0 ** rng.uniform(-9, 0, n)).astype(np.float32)
     x[256:512] = 0  # a block of nothing
     return x if signed else np.abs(x)
-
-
-@pytest.mark.parametrize("signed", [True, False])
-def test_the_table_gives_the_codes_of_the_search(signed):
-    midpoints, _ = codebooks.thresholds(codebooks.dynamic_map(signed))
-    midpoints.flags.writeable = False
-    around = [np.nextafter(midpoints, to, dtype=np.float32) for to in (-2, 2)]
-    edges = np.concatenate(
-        [midpoints, *around, [0, -0.0, 1, -1, 1e-45, -1e-45, 1e-30, 2.0**-24, -(2.0**-24)]]
-    ).astype(np.float32)
-    edges = np.stack([np.ones_like(edges), edges], axis=1).reshape(
-        -1
-    )  # a 1 in each block, so that nothing is scaled
-    for values in (numbers(True), edges):
-        values = values if signed else np.abs(values)
-        values.flags.writeable = False
-        blocks = -(-values.size // 256)
-        found, expected = np.empty(values.size, np.uint8), np.empty(values.size, np.uint8)
-        absmax, expected_absmax = np.empty(blocks, np.float32), np.empty(blocks, np.float32)
-        kernels.quantize_by_table(values, midpoints, kernels.rank_table(midpoints), 256, absmax, found)
-        kernels.quantize_codebook_numpy(values, midpoints, 256, expected_absmax, expected)
-        assert np.array_equal(absmax, expected_absmax) and np.array_equal(found, expected)
-        assert len(np.unique(found)) == 256  # every code is met
-
-
-def test_a_table_too_coarse_for_its_midpoints_is_refused():
-    close = np.linspace(0.5, 0.6, 255, dtype=np.float32)
-    with pytest.raises(ValueError, match="two lie so close"):
-        kernels.rank_table(close)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -11,11 +11,12 @@ from helpers import CONFIGS, GQA, assert_close, close_rtol, fill_adapters, make_
 from minilora import functional as F
 from minilora.config import LoraConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
+from minilora.parameters import Gradients
 from minilora.threads import Workers
 from minilora.training.gradcheck import gradcheck
-from minilora.training.loss import evaluate, loss_and_grads, shard_loss, split
+from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.shards import split_batch
 
 LENGTHS = [[5, 1, 4], [3, 7], [2, 2, 5]]  # examples of each row; the last row has a place of padding left
 WIDTH = 10
@@ -138,10 +139,10 @@ def test_packed_adapters_and_evaluation():
 
 def test_split_keeps_the_numbers_with_their_rows():
     batch = packed(examples())
-    pieces = split(batch, 2)
+    pieces = split_batch(batch, 2)
     assert [len(piece.ids) for piece in pieces] == [2, 1]
     assert np.array_equal(np.concatenate([piece.segments for piece in pieces]), batch.segments)
-    assert all(piece.segments is None for piece in split(padded(examples()), 2))
+    assert all(piece.segments is None for piece in split_batch(padded(examples()), 2))
 
 
 def test_segments_of_another_shape_are_refused():

@@ -13,11 +13,11 @@ import pytest
 from test_llama_gguf import metadata_of, small
 
 from benchmarks import plan_grid
-from minilora.config import ConfigError, ModelConfig, QuantConfig, TrainConfig
+from minilora.config import ConfigError, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.llama_gguf import load_gguf
-from minilora.lora import LoraConfig, inject_lora
+from minilora.injection import inject_lora
 from minilora.memory import ARCHITECTURES, PlanConfig, measure, plan
 from minilora.memory.ledger import PASSING
 from minilora.memory.planner import DEPTH, planned_twin
@@ -84,12 +84,12 @@ def test_planned_and_measured(c):
 def test_the_table_of_the_grid_names_the_worst_case_first():
     rows = [plan_grid.row_of(c) for c in CASES[:3]]
     worst = max(rows, key=plan_grid.used)
-    lines = plan_grid.table(rows, worst=2).splitlines()
+    lines = [" ".join(line.split()) for line in plan_grid.worst_cases(rows, count=2).splitlines()]
     assert len(lines) == 4 and lines[2].startswith(
         f"| {worst['what']} | {worst['predicted']:,} | {worst['measured']:,} |"
     )
     assert all(r["measured"] - r["predicted"] == r["difference"] and r["persistent"] for r in rows)
-    assert plan_grid.table([rows[0] | {"persistent": False}]).endswith("| NO |")
+    assert plan_grid.worst_cases([rows[0] | {"persistent": False}]).endswith(" NO                 |")
 
 
 # ---- blocks that are all alike

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from study_rows import RANKS, one_row, search_rows, study_rows
 
-from minilora.report.drawing import limits, new_figure, spread
+from minilora.report.drawing import limits, new_figure, save_figure, spread
 from minilora.report.labels import (
     METHOD_COLOURS,
     METRICS,
@@ -22,7 +22,6 @@ from minilora.report.plots import (
     plot_deployed,
     plot_learning_rates,
     plot_memory,
-    save_figure,
     save_figures,
 )
 from minilora.report.series import MIB, accuracy_points, deployed_pairs, memory_bars, rank_curves, references

@@ -18,7 +18,8 @@ from minilora.quant.gptq import Hessian, gptq
 from minilora.quant.model import quantize_model
 from minilora.quant.weights import CodebookWeight, quantize_weight
 from minilora.report import quantization_plots
-from minilora.report.drawing import new_figure
+from minilora.report.drawing import new_figure, save_figure
+from minilora.report.quantization_tables import format_model_losses, format_weight_errors
 from minilora.report.statistics import mean_interval
 from minilora.sweep import weight_errors
 from minilora.sweep.results import ResultsError
@@ -103,7 +104,7 @@ def test_a_weight_that_is_exact_loses_nothing():
     for w in (exact, np.zeros((2, 32), np.float32)):
         (row,) = quantization.weight_errors(w, [QuantConfig("int4")], np.eye(32))
         assert row["relative"] == row["max_abs"] == row["output_error"] == 0 and row["snr_db"] == math.inf
-        assert "–" in quantization.print_weight_table([row])
+        assert "–" in format_weight_errors([row])
 
 
 def test_what_does_not_fit_is_refused_by_name():
@@ -283,7 +284,7 @@ def test_calibration_is_distinct_training_text_without_padding():
 
 
 def test_tables_line_up_and_name_their_rows(table):
-    text = quantization.print_weight_table(quantization.weight_errors(W, CONFIGS, hessian(X)))
+    text = format_weight_errors(quantization.weight_errors(W, CONFIGS, hessian(X)))
     lines = text.splitlines()
     assert len({len(line) for line in lines}) == 1 and len(lines) == 2 + len(CONFIGS)
     for name in (
@@ -294,7 +295,7 @@ def test_tables_line_up_and_name_their_rows(table):
         "int4, gptq",
     ):
         assert f"| {name} " in text
-    model = quantization.print_model_table(table)
+    model = format_model_losses(table)
     assert (
         len({len(line) for line in model.splitlines()}) == 1 and "| float32 " in model and "better" in model
     )
@@ -419,7 +420,7 @@ def test_figures_are_drawn_on_given_axes_and_the_same_again(tmp_path):
     ax = new_figure(3, 2).add_subplot()
     rows = quantization.weight_errors(W, CONFIGS[:1], hessian(X))
     assert quantization_plots.plot_errors(rows, ax) is ax
-    one, two = (quantization_plots.save(tmp_path, {name: ax.figure})[0].read_bytes() for name in "ab")
+    one, two = (save_figure(ax.figure, tmp_path / name, ["png"])[0].read_bytes() for name in "ab")
     assert one == two and one.startswith(b"\x89PNG")
     paths = quantization_plots.write_weight_figures(W, rows, tmp_path / "w")
     assert [path.name for path in paths] == ["levels.png", "blocks.png", "errors.png", "bytes.png"]
@@ -435,19 +436,16 @@ def test_the_study_writes_rows_a_page_and_figures(tmp_path, monkeypatch):
         "weight_configs",
         lambda _: [QuantConfig("nf4"), QuantConfig("int4"), QuantConfig("int4", quantizer="gptq")],
     )
-    configs = [QuantConfig("int2"), QuantConfig("int2", quantizer="gptq"), QuantConfig("nf2")]
-    rows = quantization.quantization_study(
-        tmp_path,
-        progress=False,
+    study = quantization.QuantizationStudy(
         tasks=("products",),
-        configs=configs,
-        seeds=(0, 1),
+        configs=(QuantConfig("int2"), QuantConfig("int2", quantizer="gptq"), QuantConfig("nf2")),
         weight="layers.0.self_attn.q_proj",
+        seeds=(0, 1),
+        sequences=2,
         n_eval=2,
         eval_batch_size=1,
-        sequences=2,
-        threads=1,
     )
+    rows = quantization.quantization_study(tmp_path, study, threads=1, progress=False)
     assert {path.name for path in tmp_path.iterdir()} == {
         "quantization.jsonl",
         "README.md",

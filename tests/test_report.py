@@ -7,8 +7,9 @@ from study_rows import one_row, search_rows, study_rows
 
 from minilora.report.findings import compare, findings
 from minilora.report.labels import METRICS
-from minilora.report.page import format_table, markdown_table, result_columns, write_report
+from minilora.report.page import format_table, result_columns, write_report
 from minilora.report.statistics import mean_interval
+from minilora.tables import markdown_table
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +92,10 @@ def test_failures_are_listed_and_an_empty_table_says_so():
 
 def test_markdown_has_a_cell_a_column(demo):
     columns = result_columns(demo, "products")
-    lines = markdown_table(columns).splitlines()
+    rows = list(zip(*(part.cells for part in columns), strict=True))
+    lines = markdown_table([part.title for part in columns], rows).splitlines()
     assert len(lines) == 2 + 7 and {line.count("|") for line in lines} == {len(columns) + 1}
-    assert re.fullmatch(r"\| --- \| --- (\| --: )+\|", lines[1])
+    assert re.fullmatch(r"\|:-+\|:-+(\|-+:)+\|", lines[1])
 
 
 @pytest.mark.parametrize("use", [format_table, lambda rows: write_report(rows, "unused")])
@@ -143,14 +145,14 @@ def test_the_page_has_results_figures_and_provenance(demo, tmp_path):
     assert {"rank.png", "memory.png", "accuracy_memory.png", "deployed.png"} <= set(
         re.findall(r"\(([^)]*\.png)\)", text)
     )
-    assert "rank_visible_products: task 'products' takes LoRA at two ranks and with two seeds" in text
+    assert "rank_visible_products: task 'products' needs LoRA at two ranks and with two seeds" in text
     assert "ConfigError: no such module" in text and "`minilora sweep`" in text and "products-corpus" in text
     assert str(tmp_path) not in text
 
 
 def test_the_search_is_reported_and_its_edges_flagged(demo, tmp_path):
     text = write_report([*demo, *search_rows("products")], tmp_path).read_text(encoding="utf-8")
-    assert "| products | LoRA | 0.996 | 0.600 | 0.382 | **0.300** | 0.368 |" in text
+    assert "| products | LoRA | 0.996 | 0.600 | 0.382 | **0.300** | 0.368 |" in re.sub(" +", " ", text)
     flags = re.findall(r"\*\*On the edge of the grid:\*\* ([^\n]*)", text)
     assert flags == ["subset on products chose 0.03, the greatest value tried; a better one may lie outside."]
 

@@ -28,13 +28,17 @@ from minilora import functional as F
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import Gradients, Parameter
-from minilora.lora import full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
+from minilora.parameters import Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
-from minilora.training.loss import evaluate, find_nonfinite, loss_and_grads, shard_loss, split
-from minilora.training.optimizers import SGD, AdamW, clip_, learning_rate, make_optimizer
-from minilora.training.trainer import CHECKPOINT, NonFiniteError, Trainer, batch_indices
+from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.nonfinite import NonFiniteError, nonfinite_in_forward
+from minilora.training.optimizers import SGD, AdamW, clip_, make_optimizer
+from minilora.training.resume import CHECKPOINT
+from minilora.training.schedule import learning_rate
+from minilora.training.shards import split_batch
+from minilora.training.trainer import Trainer, batch_indices
 
 QUICK = TrainConfig(steps=6, batch_size=4, warmup_steps=2, learning_rate=1e-2)
 
@@ -124,7 +128,7 @@ def test_padding_on_the_right_changes_nothing():
 @pytest.mark.parametrize("shards, sizes", [(1, [5]), (2, [3, 2]), (3, [2, 2, 1]), (5, [1] * 5), (9, [1] * 5)])
 def test_shards_are_uneven_in_order_and_never_more_than_sequences(shards, sizes):
     batch = random_batch(GQA, B=5)
-    pieces = split(batch, shards)
+    pieces = split_batch(batch, shards)
     assert [len(piece.ids) for piece in pieces] == sizes
     for field in ("ids", "targets", "mask"):
         assert np.array_equal(np.concatenate([getattr(p, field) for p in pieces]), getattr(batch, field))
@@ -135,7 +139,7 @@ def test_loss_and_gradients_do_not_depend_on_the_shards_but_for_rounding(shards)
     """The loss divides by the whole batch's targets, not by each shard's: with uneven masks the two
     differ."""
     model, batch = make_model(GQA), random_batch(GQA, B=5, share=0.3)
-    assert len({int(piece.mask.sum()) for piece in split(batch, shards)}) > 1
+    assert len({int(piece.mask.sum()) for piece in split_batch(batch, shards)}) > 1
     with Workers(1) as workers:
         (loss, grads), (loss1, grads1) = (
             loss_and_grads(model, batch, workers, shards=shards),
@@ -153,7 +157,7 @@ def test_a_shard_without_any_target_counts_nothing(make):
     batch.mask[1] = False
     with Workers(1) as workers:
         loss, grads = loss_and_grads(model, batch, workers, shards=2, stream=(0, 0))
-        alone, grads1 = loss_and_grads(model, split(batch, 2)[0], workers, shards=1, stream=(0, 0))
+        alone, grads1 = loss_and_grads(model, split_batch(batch, 2)[0], workers, shards=1, stream=(0, 0))
     assert loss == alone and all(np.array_equal(grads[p], grads1[p]) for p in grads)
 
 
@@ -359,11 +363,11 @@ def test_training_learns(make):
 
 
 @pytest.mark.parametrize(
-    "enough", [minilora.threads.ENOUGH, 1]
+    "enough", [minilora.threads.FEWEST_TO_SHARE, 1]
 )  # 1: gradients are added, clipped and applied by all threads
 @every_model
 def test_same_bytes_for_1_2_and_3_threads(make, enough, monkeypatch):
-    monkeypatch.setattr(minilora.threads, "ENOUGH", enough)
+    monkeypatch.setattr(minilora.threads, "FEWEST_TO_SHARE", enough)
     found = set()
     for threads in (1, 2, 3):
         model = make()
@@ -700,7 +704,7 @@ def test_nan_stops_with_step_and_place_and_keeps_the_last_good_checkpoint(
 def test_overflow_in_a_block_is_named():
     model = make_model(GQA, dtype=np.float32)
     model.blocks[1].mlp.down_proj.weight.param.data[...] = 3e38
-    assert find_nonfinite(model, [FakeTask().batch([0, 1])]) == "output of model.layers.1"
+    assert nonfinite_in_forward(model, [FakeTask().batch([0, 1])]) == "output of model.layers.1"
     trainer = Trainer(full(model), FakeTask(), QUICK, threads=1)
     with pytest.raises(
         NonFiniteError, match="step 0: loss nan.*output of model.layers.1; no checkpoint was asked for"

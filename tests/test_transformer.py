@@ -19,14 +19,15 @@ from helpers import (
     weights,
 )
 
+from minilora.building import build_model, init_model, parameter_shapes
 from minilora.config import LoraConfig, ModelConfig, QuantConfig
-from minilora.layers import Block, Gradients, Parameter
-from minilora.lora import full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
+from minilora.layers import Block
 from minilora.memory import arrays_in, unique_bytes
+from minilora.parameters import Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
-from minilora.transformer import build_model, init_model, parameter_shapes
 
 SMALL = replace(
     GQA, vocab_size=11, hidden_size=8, intermediate_size=6
@@ -150,8 +151,8 @@ def test_checkpointing_keeps_the_halves_inputs_and_q_k_v():
     _, plain = model.forward(IDS)
     _, checkpointed = model.forward(IDS, checkpoint=True)
     assert unique_bytes(arrays_in(checkpointed)) < unique_bytes(arrays_in(plain)) / 2
-    for cache in checkpointed[4]:
-        x, mixed, (q, k, v) = cache
+    for cache in checkpointed.blocks:
+        x, mixed, q, k, v = cache
         assert (
             x.shape == mixed.shape == (2, 4, 16)
             and q.shape == (2, 4, 4, 4)
@@ -164,8 +165,8 @@ def test_checkpointing_keeps_the_halves_inputs_and_q_k_v():
 
 def test_a_forward_pass_without_backward_keeps_no_block():
     model = make_model(GQA)
-    hidden, cache = model.forward(IDS, keep=False)
-    assert cache[4] == [(), ()] and np.array_equal(hidden, model.forward(IDS)[0])
+    hidden, cache = model.forward(IDS, with_cache=False)
+    assert cache.blocks == [None, None] and np.array_equal(hidden, model.forward(IDS)[0])
 
 
 # --- where backward stops -----------------------------------------------------------------------------------
@@ -190,10 +191,10 @@ def test_backward_stops_below_the_lowest_that_trains(method, lowest, backwards, 
     visited = []
     original = Block.backward
 
-    def spy(block, dy, cache, grads, last):
+    def spy(block, dy, cache, grads, need_dx):
         visited.append(model.blocks.index(block))
-        assert last == (model.blocks.index(block) == lowest)
-        return original(block, dy, cache, grads, last)
+        assert need_dx == (model.blocks.index(block) != lowest)
+        return original(block, dy, cache, grads, need_dx)
 
     monkeypatch.setattr(Block, "backward", spy)
     assert model.lowest_trainable() == lowest
@@ -203,15 +204,15 @@ def test_backward_stops_below_the_lowest_that_trains(method, lowest, backwards, 
 
 def test_blocks_below_the_lowest_that_trains_keep_nothing():
     model = METHODS["last block"](make_model(GQA, trainable=False))
-    cache_embedding, _, _, _, caches, _, _ = model.forward(IDS)[1]
-    assert cache_embedding == () and caches[0] == () and caches[1] != ()
+    cache = model.forward(IDS)[1]
+    assert cache.embedding == () and cache.blocks[0] is None and cache.blocks[1] is not None
 
 
 def test_backward_frees_each_blocks_cache_on_the_way():
     model = make_model(GQA)
     hidden, cache = model.forward(IDS)
     model.backward(np.ones_like(hidden), cache, Gradients(model.trainable()))
-    assert cache[4] == []
+    assert cache.blocks == []
 
 
 # --- what the model computes --------------------------------------------------------------------------------

@@ -9,15 +9,16 @@ from helpers import GQA, adapters, assert_close, fill_adapters, make_linear, mak
 from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
-from minilora.initial import loftq, low_rank, pissa
-from minilora.layers import Gradients, Linear
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import Linear
 from minilora.memory import count_parameters, model_bytes
 from minilora.merging import merge, merge_linear
+from minilora.parameters import Gradients
 from minilora.quant import AffineWeight, CodebookWeight, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.gradcheck import gradcheck
 from minilora.training.loss import shard_loss
+from minilora.variants import adapt, loftq, pissa, svd_factors
 
 IDS = np.array([[1, 2, 3, 4, 5], [9, 8, 7, 6, 5]])
 RNG = np.random.default_rng
@@ -36,7 +37,7 @@ def dora(quant=None, dtype=np.float64, seed=1):
     """A DoRA layer with random A, B and lengths that differ from ‖W + sBA‖."""
     base = make_linear(7, 12, dtype=dtype)
     base = base if quant is None else Linear(base.name, quantize_weight(base.weight.dense(), quant))
-    layer = fill_adapters(LoraLinear(base, config(use_dora=True), RNG(0)), seed)
+    layer = fill_adapters(adapt(base, config(use_dora=True), RNG(0)), seed)
     layer.magnitude.data = layer.magnitude.data * RNG(5).uniform(0.5, 1.5, 7).astype(dtype)
     return layer
 
@@ -44,7 +45,8 @@ def dora(quant=None, dtype=np.float64, seed=1):
 def explicit(layer, x):
     """y = x W'ᵀ with W' = m ∘ (W + sBA)/‖W + sBA‖, by the definition."""
     whole = (
-        layer.base.weight.dense().astype(np.float64) + layer.scaling * layer.lora_B.data @ layer.lora_A.data
+        layer.base.weight.dense().astype(np.float64)
+        + layer.lora.scaling * layer.lora.lora_B.data @ layer.lora.lora_A.data
     )
     return x @ (layer.magnitude.data[:, None] * whole / np.linalg.norm(whole, axis=1, keepdims=True)).T
 
@@ -69,7 +71,7 @@ def check_gradients(layer):
 
 
 def test_dora_starts_as_the_base():
-    layer = LoraLinear(make_linear(7, 12), config(use_dora=True), RNG(0))
+    layer = adapt(make_linear(7, 12), config(use_dora=True), RNG(0))
     x = RNG(2).standard_normal((4, 12))
     np.testing.assert_allclose(layer.forward(x)[0], layer.base.forward(x)[0], rtol=1e-14)
     np.testing.assert_allclose(
@@ -96,7 +98,7 @@ def test_dora_is_its_formula_and_merges(quant):
 def test_a_row_of_zeros_has_no_direction_and_gives_no_nan():
     base = make_linear(4, 6, dtype=np.float32)
     base.weight.param.data[1] = 0
-    layer = LoraLinear(base, config(use_dora=True), RNG(0))
+    layer = adapt(base, config(use_dora=True), RNG(0))
     y, cache = layer.forward(np.ones((2, 6), np.float32))
     grads = Gradients(layer.trained())
     dx = layer.backward(np.ones_like(y), cache, grads)
@@ -139,7 +141,7 @@ def test_dora_trains_a_model_and_counts_its_lengths(fake_task):
 
 def test_low_rank_is_the_best_approximation():
     m = RNG(0).standard_normal((9, 14))
-    a, b = low_rank(m, 4, 2.5)
+    a, b = svd_factors(m, 4, 2.5)
     singular = np.linalg.svd(m, compute_uv=False)
     assert np.linalg.norm(m - 2.5 * b @ a) == pytest.approx(
         np.sqrt((singular[4:] ** 2).sum()), rel=1e-12
@@ -231,7 +233,7 @@ def test_loftq_in_a_model_is_closer_to_the_dense_one_than_qlora(tmp_path):
 
 @pytest.mark.parametrize("init", ["pissa", "loftq"])
 def test_the_starts_train_and_pass_the_gradient_check_of_any_adapter(init):
-    layer = LoraLinear(
+    layer = adapt(
         make_linear(7, 12), config(init_lora_weights=init), RNG(0), quant=QuantConfig("int4", group_size=4)
     )
     assert isinstance(layer.base.weight, AffineWeight)

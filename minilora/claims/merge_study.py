@@ -1,15 +1,19 @@
-"""One adapter, merged in every way there is: what each costs, measured against the unmerged model.
+"""One adapter, merged in every way: what each way costs, measured against the unmerged model.
 
-    full-precision base    W + ΔW in float32: not the base that the adapter was trained over, if that was quantized
-    dequantized base       Ŵ + ΔW in float32: exact up to rounding, but no longer in few bits
-    re-quantized           quantize(Ŵ + ΔW): few bits again, and part of ΔW is rounded away
-    offsets                scale·q + (offset + ΔW): QA-LoRA's, exact, and still in few bits; the offsets as float32, float16 or
-                           whole zero points. The latter already harm a base that was fitted with real
-                           offsets: the control
+- *full-precision base*: W + ΔW in float32. The adapter was trained over another base, if that was quantized.
+- *dequantized base*: Ŵ + ΔW in float32. Exact up to rounding, but no longer in few bits.
+- *re-quantized*: quantize(Ŵ + ΔW). Few bits again, and part of ΔW is rounded away.
+- *offsets*: scale·q + (offset + ΔW), QA-LoRA's way. Exact, and still in few bits. The offsets are stored as
+  float32, float16 or whole zero points. Whole zero points already harm a base that was fitted with real
+  offsets; the *control* measures that alone.
 
-ΔW of a QA-LoRA adapter is s·B A with A repeated over its groups, an ordinary LoRA update, so it can take the
-first three ways too. Re-quantized to min/max groups of its own size it even keeps its codes, because a whole
+ΔW of a QA-LoRA adapter is s·B A with A repeated over its groups, an ordinary LoRA update, so the first three
+ways apply to it too. Re-quantized to min/max groups of its own size it even keeps its codes, because a whole
 group moves together.
+
+References
+----------
+QA-LoRA, arXiv 2309.14717, section 3.3.
 """
 
 from __future__ import annotations
@@ -24,23 +28,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 from tqdm import tqdm
 
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
-from minilora.layers import DenseWeight, Linear, Parameter
-from minilora.lora import LoraLinear
+from minilora.layers import Linear
 from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.report.statistics import mean_interval
 from minilora.sweep.run import build, calibration, environment, make_run_task, requantize
 from minilora.sweep.settings import RunConfig
+from minilora.tables import markdown_table
 from minilora.threads import available_threads, single_blas
 from minilora.training.trainer import Trainer
 from minilora.transformer import Transformer
+from minilora.variants import merged_over
 
 Row = dict[str, Any]
 COLUMNS = {
@@ -48,7 +56,7 @@ COLUMNS = {
     "loss": "loss",
     "kl": "KL to unmerged, nats",
     "logit_error": "largest logit error",
-    "bits": "bits a weight",
+    "bits": "bits per weight",
     "bytes": "bytes of the projections",
 }
 
@@ -62,24 +70,37 @@ def compare_merges(
     calibration: Sequence[Any] = (),
     progress: bool = False,
 ) -> list[Row]:
-    """Merge the adapters of ``model`` in every way; one row each, the first that of the unmerged model.
+    """Merge the adapters of `model` in every way and return one row for each, the unmerged model first.
 
-    ``base`` is the dense model that the adapted one was made from, ``quants`` what to re-quantize to. A way
-    that cannot be has its reason in ``refused`` instead of numbers. loss and KL(unmerged ‖ merged) are means
-    over the counted targets; ``logit_error`` is the largest difference of any logit there; ``bytes`` are
-    those of the block projections, as stored, and of adapters still beside them.
+    Parameters
+    ----------
+    base
+        The dense model that the adapted one was made from.
+    batches
+        What loss and logits are measured on.
+    quants
+        What to re-quantize to.
+    calibration
+        Token ids (B, T), batch by batch, for GPTQ.
+
+    Returns
+    -------
+    rows
+        `loss` and `kl` = KL(unmerged ‖ merged) are means over the counted targets, in nats per token.
+        `logit_error` is the largest difference of any logit there. `bits` are effective bits per weight.
+        `bytes` are those of the block projections as stored, and of adapters still beside them. A way that is
+        impossible has the reason in `refused` instead of numbers.
     """
     ways: dict[str, Callable[[], Transformer]] = {"not merged": lambda: model}
     ways["full-precision base"] = lambda: merge_into_dense(model, base)
-    ways["dequantized base"] = lambda: merge(model, "dense")[0]  # of LoRA the same: its base is not quantized
+    ways["dequantized base"] = lambda: merge(model, "dense")[0]  # for LoRA the same: its base is dense
     for quant in quants:
         ways[f"re-quantized: {describe(quant)}"] = partial(requantize, model, quant, calibration)
     if any(isinstance(linear.base.weight, AffineWeight) and linear.pool > 1 for linear in _adapted(model)):
         ways["control: not merged, base on whole zero points"] = lambda: round_base_offsets(model)
-    for store in ("float32", "float16", "zero"):
-        ways[f"offsets, {'whole zero points' if store == 'zero' else store}"] = partial(
-            merge_offsets, model, store
-        )
+    stores = {"float32": "float32", "float16": "float16", "zero": "whole zero points"}
+    for store, name in stores.items():
+        ways[f"offsets, {name}"] = partial(merge_offsets, model, store)
     reference = [_logits(model, batch) for batch in batches]
     rows = []
     for way, make in tqdm(ways.items(), desc="merging", unit="way", disable=not progress):
@@ -94,14 +115,13 @@ def compare_merges(
 
 
 def merge_into_dense(model: Transformer, base: Transformer) -> Transformer:
-    """W + ΔW for the full-precision W of ``base``, whatever base the adapter was trained over
-    (``LoraLinear.over``)."""
+    """Return W + ΔW for the full-precision W of `base`, whatever base the adapter was trained over."""
     adapted = {linear.name: linear for linear in _adapted(model)}
 
     def change(linear: Any) -> Any:
         if linear.name not in adapted:
             return linear
-        w = adapted[linear.name].over(linear.weight.dense()).astype(np.float32)
+        w = merged_over(adapted[linear.name], linear.weight.dense()).astype(np.float32)
         return Linear(linear.name, DenseWeight(Parameter(f"{linear.name}.weight", w)))
 
     merged = base.map_linears(change)
@@ -111,7 +131,7 @@ def merge_into_dense(model: Transformer, base: Transformer) -> Transformer:
 
 
 def merge_offsets(model: Transformer, store: str = "float32") -> Transformer:
-    """QA-LoRA's merge, with the merged offsets stored as ``float32``, ``float16`` or ``zero``."""
+    """Merge QA-LoRA adapters into offsets stored as `float32`, `float16` or `zero` (whole zero points)."""
     adapted = {linear.name for linear in _adapted(model)}
     merged = merge(model, "offsets")[0]
     return merged.map_linears(
@@ -122,11 +142,10 @@ def merge_offsets(model: Transformer, store: str = "float32") -> Transformer:
 
 
 def round_base_offsets(model: Transformer) -> Transformer:
-    """The unmerged model over a base whose own offsets are whole zero points: what that costs without any
-    merge."""
+    """Return the unmerged model over a base with whole zero points: what those cost without any merge."""
 
     def change(linear: Any) -> Any:
-        if not isinstance(linear, LoraLinear):
+        if not isinstance(linear, Adapter):
             return linear
         changed = copy.copy(linear)
         changed.base = Linear(linear.name, linear.base.weight.stored("zero")[0])
@@ -136,32 +155,38 @@ def round_base_offsets(model: Transformer) -> Transformer:
 
 
 def quants_to_compare(quant: QuantConfig, both: bool = True) -> list[QuantConfig]:
-    """What --compare re-quantizes to: as asked; with ``both`` also by GPTQ; and for integers with whole zero
-    points, as in files.
+    """Return what `--compare` re-quantizes to.
 
-    >>> [describe(q) for q in quants_to_compare(QuantConfig("int4"))]
-    ['int4, g = 32', 'int4, g = 32, gptq', 'int4, g = 32, whole zero points', 'int4, g = 32, whole zero
-    points, gptq']
+    The quantizer asked for comes first; `both` adds GPTQ. Integers are tried with whole zero points too, as
+    in files.
+
+    >>> [describe(q) for q in quants_to_compare(QuantConfig("int4"))][2:]
+    ['int4, g = 32, whole zero points', 'int4, g = 32, whole zero points, gptq']
     """
-    found = [quant, *([replace(quant, quantizer="gptq")] if both else [])]
-    return found + ([replace(q, offset_dtype="zero") for q in found] if quant.affine else [])
+    found = [quant]
+    if both:
+        found.append(replace(quant, quantizer="gptq"))
+    if quant.affine:
+        found += [replace(q, offset_dtype="zero") for q in found]
+    return found
 
 
 def describe(quant: QuantConfig) -> str:
-    """A quantizer in a few words.
+    """Return a quantizer in a few words.
 
     >>> describe(QuantConfig("int4")), describe(QuantConfig("nf4", quantizer="gptq"))
     ('int4, g = 32', 'nf4, block 64, gptq')
     """
-    words = f"{quant.quant_type}, " + (
-        f"g = {quant.group_size}" if quant.affine else f"block {quant.block_size}"
-    )
-    words += ", whole zero points" * (quant.offset_dtype == "zero")
-    return words + ("" if quant.quantizer == "rtn" else f", {quant.quantizer}")
+    words = [quant.quant_type, f"g = {quant.group_size}" if quant.affine else f"block {quant.block_size}"]
+    if quant.offset_dtype == "zero":
+        words.append("whole zero points")
+    if quant.quantizer != "rtn":
+        words.append(quant.quantizer)
+    return ", ".join(words)
 
 
 def format_merges(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table; what was refused follows as sentences."""
+    """Return the rows as a Markdown table, followed by sentences about the ways that are impossible."""
     formats = {"way": "{}", "bits": "{:.3f}", "bytes": "{:,}", "loss": "{:.5f}"}
 
     def cell(row: Row, name: str) -> str:
@@ -169,12 +194,10 @@ def format_merges(rows: Sequence[Row]) -> str:
         half = row.get(f"{name}_half")
         return form.format(row[name]) + ("" if half is None else f" ± {form.format(half)}")
 
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- |" + " --: |" * (len(COLUMNS) - 1)]
-    lines += [
-        "| " + " | ".join(cell(row, name) for name in COLUMNS) + " |" for row in rows if "refused" not in row
-    ]
+    cells = [[cell(row, name) for name in COLUMNS] for row in rows if "refused" not in row]
     refused = {row["refused"]: row["way"] for row in reversed(rows) if "refused" in row}
-    return "\n".join(lines + [f"\nNot possible: {way.split(',')[0]}: {why}" for why, way in refused.items()])
+    sentences = [f"Not possible: {way.split(',')[0]}: {why}" for why, way in refused.items()]
+    return "\n\n".join([markdown_table(list(COLUMNS.values()), cells), *sentences])
 
 
 STUDY = (("qalora", "int4"), ("qalora", "int2"), ("qlora", "nf4"), ("qlora", "nf2"), ("lora", None))
@@ -187,13 +210,19 @@ def merge_study(
     progress: bool = True,
     **settings: Any,
 ) -> str:
-    """Train an adapter of each kind and seed on ``products``, merge it in every way, and write rows and a
-    page into ``folder``.
+    """Train an adapter of each kind and seed on `products`, merge it in every way, and return the page.
 
-    loss and KL: mean ± half the 95 % t-interval over seeds; the logit error is the largest of all seeds.
-    Returns the page.
+    Rows and page are written into `folder`. loss and KL are means ± half the 95 % t-interval over seeds. The
+    logit error is the largest of all seeds.
+
+    Parameters
+    ----------
+    kinds
+        Pairs of method and quant_type.
+    settings
+        Fields of `RunConfig`; by default 200 steps of 8 examples, and 64 held-out examples.
     """
-    start, rows, parts = time.perf_counter(), [], []
+    start, rows = time.perf_counter(), []
     jobs = [(kind, seed) for kind in kinds for seed in seeds]
     for (method, quant_type), seed in tqdm(jobs, desc="merge study", unit="adapter", disable=not progress):
         chosen: dict[str, Any] = {"steps": 200, "batch_size": 8, "n_eval": 64} | settings
@@ -207,26 +236,35 @@ def merge_study(
             {"method": method, "quant_type": quant_type, "seed": seed, **row, **environment()}
             for row in found
         ]
+    text = page(rows, str(folder), minutes=(time.perf_counter() - start) / 60)
+    write_file(Path(folder) / "merging.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    write_file(Path(folder) / "README.md", text)
+    return text
+
+
+def page(rows: Sequence[Row], folder: str, minutes: float) -> str:
+    """Return the study's page from its rows."""
+    command = f"python -c \"from minilora.claims.merge_study import merge_study; merge_study('{folder}')\""
+    first, seeds = rows[0], {row["seed"] for row in rows}
+    versions = (
+        f"Python {first['python_version']}, NumPy {first['numpy_version']}, Numba {first['numba_version']}"
+    )
+    parts = [
+        "# One adapter, merged in every way",
+        f"Written by `{command}` in {minutes:.0f} minutes ({first['machine']}; {versions}). Task products, "
+        f"{len(seeds)} seeds. ± is half the 95 % t-interval over seeds; the logit error is the largest of "
+        "all seeds. Bytes are those of the block projections and of adapters beside them. GPTQ files hold "
+        "whole zero points.",
+    ]
+    kinds = dict.fromkeys((row["method"], row["quant_type"]) for row in rows)
     for method, quant_type in kinds:
         mine = [row for row in rows if (row["method"], row["quant_type"]) == (method, quant_type)]
-        parts.append(f"## {method}, {quant_type or 'float32'}\n\n{format_merges(_over_seeds(mine))}\n")
-    command = f"python -c \"from minilora.claims.merge_study import merge_study; merge_study('{folder}')\""
-    env = environment()
-    page = (
-        f"# One adapter, merged in every way\n\nWritten by `{command}` in {(time.perf_counter() - start) / 60:.0f} minutes "
-        f"({env['machine']}; Python {env['python_version']}, NumPy {env['numpy_version']}, Numba {env['numba_version']}). "
-        f"Task products, {len(seeds)} seeds, ± half the 95 % t-interval over them; the logit error is the largest of all. "
-        "Bytes are those of the block projections and of adapters beside them. Whole zero points are what GPTQ files hold."
-        "\n\n"
-    )
-    page += "\n".join(parts)
-    write_file(Path(folder) / "merging.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-    write_file(Path(folder) / "README.md", page)
-    return page
+        parts += [f"## {method}, {quant_type or 'float32'}", format_merges(_over_seeds(mine))]
+    return "\n\n".join(parts) + "\n"
 
 
 def _over_seeds(rows: Sequence[Row]) -> list[Row]:
-    """One row a way: means, with the interval's half where it is known."""
+    """Return one row for each way: means, and half the interval where there is one."""
     found = []
     for way in dict.fromkeys(row["way"] for row in rows):
         mine = [row for row in rows if row["way"] == way]
@@ -241,8 +279,8 @@ def _over_seeds(rows: Sequence[Row]) -> list[Row]:
     return found
 
 
-def _adapted(model: Transformer) -> list[LoraLinear]:
-    found = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+def _adapted(model: Transformer) -> list[Any]:
+    found = [linear for _, linear in model.linears() if isinstance(linear, Adapter)]
     if not found:
         raise ConfigError("model: has no adapter to merge; inject_lora makes one")
     return found
@@ -250,7 +288,7 @@ def _adapted(model: Transformer) -> list[LoraLinear]:
 
 def _logits(model: Transformer, batch: Batch) -> Any:
     """Logits (n, V) of the counted targets."""
-    hidden = model.forward(batch.ids, keep=False)[0]
+    hidden = model.forward(batch.ids, with_cache=False)[0]
     return model.head.forward(hidden[batch.mask])[0]
 
 
@@ -259,14 +297,8 @@ def _distance(model: Transformer, batches: Sequence[Batch], reference: Sequence[
     count = sum(len(r) for r in reference)
     for batch, before in zip(batches, reference, strict=True):
         after = _logits(model, batch)
-        p, q = _log_softmax(before), _log_softmax(after)
+        p, q = (log_softmax(logits.astype(np.float64), axis=-1) for logits in (before, after))
         loss -= float(q[np.arange(len(q)), batch.targets[batch.mask]].sum())
         kl += float((np.exp(p) * (p - q)).sum())
         largest = max(largest, float(np.abs(after - before).max(initial=0)))
     return {"loss": loss / count, "kl": max(0.0, kl / count), "logit_error": largest}
-
-
-def _log_softmax(logits: Any) -> Any:
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))

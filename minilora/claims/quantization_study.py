@@ -1,10 +1,11 @@
-"""What a weight loses when it is quantized: errors of one matrix, the loss of a whole model, bytes in memory
-and in a file.
+"""What a model loses when it is quantized, and one weight of it: errors, loss, bytes in memory and in a file.
 
-Two questions that have different answers. How far is Ŵ from W (``weight_errors``)? Rounding to the nearest
-code is best at that. What does the model lose (``model_table``)? There GPTQ can win with a larger error of
-the weights, because it keeps the error away from the inputs that are used. Noise is stated twice: over
-calibration samples (seeds), and paired over held-out batches; only a difference beyond both counts.
+Two questions have different answers. How far is Ŵ from W (`weight_errors`)? Rounding to the nearest code is
+best at that. How much does the loss rise (`model_table`)? There GPTQ can win with a larger error of the
+weights, because it keeps the error away from the inputs that are used.
+
+Noise is stated twice: over calibration samples (seeds), and paired over held-out batches. Only a difference
+beyond both counts.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +28,25 @@ from minilora.formats.files import writable_folder, write_file
 from minilora.layers import Array
 from minilora.memory import effective_bits
 from minilora.quant.model import find_linear, input_hessian, quantize_model
+from minilora.report.quantization_tables import (
+    format_model_losses,
+    format_weight_errors,
+    number,
+    quantizer_name,
+)
 from minilora.report.statistics import Interval, mean_interval
 from minilora.sweep.results import Row
 from minilora.sweep.run import environment, unpadded
 from minilora.sweep.weight_errors import (
-    aligned,
     block_errors,
     crossover,
     level_data,
-    name_of,
-    number,
-    print_weight_table,
     settings,
     size_rows,
     weight_errors,
 )
-from minilora.threads import Workers, available_threads, keep_memory
+from minilora.threads import Workers, available_threads
+from minilora.training.allocator import keep_freed_memory
 from minilora.training.loss import evaluate
 from minilora.transformer import Transformer
 
@@ -65,26 +69,40 @@ of 64."""
 WEIGHT = "layers.1.mlp.down_proj"
 """The weight that the study looks at alone: (128, 512) in the shipped base."""
 FIGURES = {
-    "levels": "Levels over the weights. The histogram of w/absmax of its block (codebooks) or of the place between its group's "
-    "first and last level (integers; *mse* narrows the range and clips), and the levels that the codes stand for.",
-    "blocks": "Error of each block against its largest weight. Levels are fractions of the scale, so one outlier makes its whole "
-    "block coarse: the dots follow the line through 0. NF4's levels are dense near 0, where most weights of a block with an "
-    "outlier are, and its error grows more slowly.",
-    "errors": "Error against effective bits. Along a line the block grows from 32 to 4096 (codebooks, double-quantized; GPTQ as "
-    "far as blocks lie within rows) or the group from 16 to 128 (integers), and the bits per weight fall.",
-    "bytes": "What scales cost. Left in memory; right one tensor in bitsandbytes' file, where each tensor carries its code maps.",
+    "levels": (
+        "Levels over the weights. The histogram shows w/absmax of its block (codebooks), or the place "
+        "between the first and the last level of its group (integers). Lines are the levels that the codes "
+        "stand for. *mse* narrows the range and clips."
+    ),
+    "blocks": (
+        "Error of each block against its largest weight. Levels are fractions of the scale, so one outlier "
+        "makes its whole block coarse: the dots follow the line through 0. NF4's levels are dense near 0, "
+        "where most weights of a block with an outlier are, and its error grows more slowly."
+    ),
+    "errors": (
+        "Error against effective bits. Along a line the block grows from 32 to 4096 (codebooks, "
+        "double-quantized) or the group from 16 to 128 (integers), and the bits per weight fall. GPTQ's "
+        "blocks must lie within rows."
+    ),
+    "bytes": (
+        "What scales cost. Left: in memory. Right: one tensor in bitsandbytes' file, where each tensor "
+        "carries its own code maps."
+    ),
 }
-COMMAND = "python -c \"from minilora.claims.quantization_study import quantization_study; quantization_study('{folder}')\""
+"""Name → what the figure shows, as the page says it."""
+COMMAND = (
+    'python -c "from minilora.claims.quantization_study import quantization_study; '
+    "quantization_study('{folder}')\""
+)
 
 
 # ---- calibration
 
 
 def calibration_of(task: Task, sequences: int = 64) -> Calibration:
-    """Training examples of a task, ``sequences`` different ones for each generator, without padding.
+    """Return a function that picks `sequences` training examples of a task, without padding.
 
-    GPTQ would take padded positions for inputs that matter: with them its results scatter more between
-    samples.
+    GPTQ would take padded positions for inputs that matter: its results would scatter more between samples.
     """
 
     def pick(rng: np.random.Generator) -> list[Array]:
@@ -106,22 +124,27 @@ def model_table(
     threads: int = 1,
     progress: bool = False,
 ) -> list[Row]:
-    """The held-out loss of a model quantized in each way; the first row is the model itself (``quantizer``
-    None).
-
-    ``calibration(rng)`` picks token ids (B, T) for GPTQ, once for each seed. Columns, losses in nats per
-    token:
-
-    - ``loss``, the mean over seeds, and ``loss_half``, half its 95 % t-interval over seeds (None without
-      GPTQ or with one seed);
-    - ``above`` = loss − the model's own, ``above_half`` half its interval, paired over batches;
-    - ``improvement`` = loss of plain rounding (``rtn``, ``minmax``, same storage) − loss;
-      ``improvement_half``, paired over batches; ``improvement_seeds_half``, over seeds;
-    - ``verdict``: ``better`` or ``worse`` than rounding if the difference exceeds both halves, else
-      ``unclear``.
+    """Return the held-out loss of a model quantized in each way; the first row is the model itself.
 
     The loss is a ratio Σ nats / Σ tokens, so the interval over batches is that of a ratio
-    (``paired_over_batches``).
+    (`paired_over_batches`).
+
+    Parameters
+    ----------
+    calibration
+        Picks token ids (B, T) for GPTQ, once for each seed.
+
+    Returns
+    -------
+    rows
+        Losses are in nats per token.
+
+        - `loss`, the mean over seeds; `loss_half`, half its 95 % t-interval over seeds (None without GPTQ or
+          with one seed)
+        - `above` = loss − the model's own; `above_half`, half its interval, paired over batches
+        - `improvement` = loss of plain rounding (`rtn`, `minmax`, same storage) − loss; `improvement_half`,
+          paired over batches; `improvement_seeds_half`, over seeds
+        - `verdict`: `better` or `worse` than rounding if the difference exceeds both halves, else `unclear`
     """
     counts = np.array([int(batch.mask.sum()) for batch in eval_batches])
     require(
@@ -190,12 +213,20 @@ def model_table(
 
 
 def paired_over_batches(differences: Array, counts: Array) -> Interval:
-    """D = Σ d_b / Σ c_b with its 95 % t-interval over n batches; ``differences`` d in nats and ``counts`` c
-    in tokens, (n,).
+    """Return D = Σ d_b / Σ c_b with its 95 % t-interval over n batches.
 
-    For a ratio, the values v_b = D + n·(d_b − D·c_b)/Σ c have the mean D and, to first order, its scatter;
-    with equal counts they are the batches' own means.
+    For a ratio, the values v_b = D + n·(d_b − D·c_b)/Σ c have the mean D and, to first order, its scatter.
+    With equal counts they are the means of the batches.
 
+    Parameters
+    ----------
+    differences
+        d (n,), in nats.
+    counts
+        c (n,), in tokens.
+
+    Examples
+    --------
     >>> [round(x, 3) for x in paired_over_batches(np.array([10.0, 20.0, 30.0]), np.array([10, 10, 10]))]
     [2.0, -0.484, 4.484]
     """
@@ -209,65 +240,21 @@ def _half(interval: Interval) -> tuple[float, float | None]:
 
 
 def _verdict(row: Row) -> str:
-    halves = [row["improvement_half"]] + [row["improvement_seeds_half"]] * (row["quantizer"] == "gptq")
-    if any(half is None for half in halves):
+    halves = [row["improvement_half"]]
+    if row["quantizer"] == "gptq":
+        halves.append(row["improvement_seeds_half"])
+    if None in halves:
         return "no interval"
-    return (
-        "unclear"
-        if abs(row["improvement"]) <= max(halves)
-        else "better"
-        if row["improvement"] > 0
-        else "worse"
-    )
-
-
-def print_model_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``model_table``'s rows as a markdown table; ± is half a 95 % t-interval, losses are in nats per
-    token."""
-    head = [
-        "weights",
-        "block",
-        "bits/w",
-        "loss",
-        "± seeds",
-        "above float32",
-        "± batches",
-        "better than rtn",
-        "± batches",
-        "± seeds",
-        "",
-    ]
-    cells = []
-    for row in rows:
-        values = [
-            number(row.get(name), form)
-            for name, form in (
-                ("effective_bits", ".2f"),
-                ("loss", ".4f"),
-                ("loss_half", ".4f"),
-                ("above", "+.4f"),
-                ("above_half", ".4f"),
-                ("improvement", "+.4f"),
-                ("improvement_half", ".4f"),
-                ("improvement_seeds_half", ".4f"),
-            )
-        ]
-        cells.append(
-            [
-                name_of(row),
-                str(row["group_size"] or row["block_size"] or "–"),
-                *values,
-                row.get("verdict") or "",
-            ]
-        )
-    return aligned(head, cells)
+    if abs(row["improvement"]) <= max(halves):
+        return "unclear"
+    return "better" if row["improvement"] > 0 else "worse"
 
 
 # ---- the study
 
 
 def weight_configs(in_features: int) -> list[QuantConfig]:
-    """Every type, block and group size that one weight with this many inputs is measured with."""
+    """Return every type, block and group size that one weight with this many inputs is measured with."""
     found = []
     for block in (32, 64, 128, 256, 512, 1024, 2048, 4096):
         found += [QuantConfig(name, block_size=block) for name in ("nf2", "nf3", "nf4", "fp4")]
@@ -287,77 +274,99 @@ def weight_configs(in_features: int) -> list[QuantConfig]:
     return found
 
 
+@dataclass(frozen=True)
+class QuantizationStudy:
+    """What `quantization_study` quantizes, and on which examples it measures the loss."""
+
+    tasks: tuple[str, ...] = ("products", "python")
+    configs: tuple[QuantConfig, ...] = CONFIGS
+    """How the whole model is quantized."""
+    weight: str = WEIGHT
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Each draws the training examples that GPTQ calibrates on."""
+    sequences: int = 48
+    """Examples that GPTQ calibrates on, for each seed."""
+    n_eval: int = 128
+    """Examples of the test split that the loss is measured on."""
+    eval_batch_size: int = 8
+
+
 def quantization_study(
     folder: str | Path,
-    progress: bool = True,
+    study: QuantizationStudy | None = None,
     *,
     model: Transformer | None = None,
-    tasks: Sequence[str] = ("products", "python"),
-    configs: Sequence[QuantConfig] = CONFIGS,
-    seeds: Sequence[int] = (0, 1, 2),
-    weight: str = WEIGHT,
-    n_eval: int = 128,
-    eval_batch_size: int = 8,
-    sequences: int = 48,
     threads: int | None = None,
+    progress: bool = True,
 ) -> list[Row]:
-    """Quantize one weight and the whole shipped base in every way; write rows, a page and figures into
-    ``folder``.
+    """Quantize one weight and the whole base in every way; write rows, a page and figures into `folder`.
 
-    GPTQ is calibrated on ``sequences`` examples of the training split, other ones for each seed; losses are
-    those of ``n_eval`` examples of the test split, in batches of ``eval_batch_size``. Files:
-    ``quantization.jsonl`` (rows of ``weight_errors``, ``model_table`` and ``size_rows``, told apart by
-    ``part``), ``README.md``, ``levels.png``, ``blocks.png``, ``errors.png``, ``bytes.png``, ``loss.png``,
-    each written whole or not at all. Takes some minutes on two cores.
+    The files are `quantization.jsonl`, `README.md`, `levels.png`, `blocks.png`, `errors.png`, `bytes.png` and
+    `loss.png`, each written whole or not at all. The study takes some minutes on two cores.
+
+    Parameters
+    ----------
+    study
+        What is quantized; by default everything that the committed page shows.
+    model
+        By default the shipped base.
+
+    Returns
+    -------
+    rows
+        Rows of `weight_errors`, `model_table` and `size_rows`, told apart by `part`.
     """
-    from minilora.sweep import (
-        quantization_plots as plots,
-    )  # matplotlib takes a second to load, and numbers need none
+    from minilora.report import quantization_plots as plots  # matplotlib takes a second to load
+    from minilora.report.drawing import save_figure
 
+    study = study or QuantizationStudy()
     folder = Path(folder)
     writable_folder(folder)
-    keep_memory()
+    keep_freed_memory()
     start = time.perf_counter()
     base = load_base() if model is None else model
-    linear = find_linear(base, weight)
+    linear = find_linear(base, study.weight)
     made = {"command": COMMAND.format(folder=folder), "base_sha256": sha256(base)} | environment()
     parts: dict[str, list[Row]] = {"weight": [], "model": [], "size": size_rows()}
-    for name in tasks:
-        task = make_task(name, n_eval=n_eval)
-        pick = calibration_of(task, sequences)
-        batches = task.eval_batches("test", eval_batch_size)
+    for name in study.tasks:
+        task = make_task(name, n_eval=study.n_eval)
+        pick = calibration_of(task, study.sequences)
+        batches = task.eval_batches("test", study.eval_batch_size)
         rows = model_table(
-            base, pick, batches, configs, seeds, threads=threads or available_threads(), progress=progress
+            base,
+            pick,
+            batches,
+            study.configs,
+            study.seeds,
+            threads=threads or available_threads(),
+            progress=progress,
         )
         common = {
             "task": name,
             "split": "test",
-            "n_eval": n_eval,
-            "calibration_sequences": sequences,
+            "n_eval": study.n_eval,
+            "calibration_sequences": study.sequences,
             "corpus_sha256": task.sha256,
         }
         parts["model"] += [common | row for row in rows]
     w = linear.weight.dense()
-    hessian = input_hessian(
-        base, linear.name, pick(np.random.default_rng(seeds[0]))
-    )  # on the last task's training split
+    # on the last task's training split
+    hessian = input_hessian(base, linear.name, pick(np.random.default_rng(study.seeds[0])))
     errors = weight_errors(w, weight_configs(w.shape[1]), hessian)
     parts["weight"] = [{"weight": linear.name, "task": name} | row for row in errors]
     rows = [{"part": part} | row | made for part, found in parts.items() for row in found]
-    shown = [QuantConfig(kind) for kind in ("nf4", "fp4", "int4", "nf2", "int2")] + [
-        QuantConfig("int2", fit="mse")
-    ]
+    shown = [QuantConfig(kind) for kind in ("nf4", "fp4", "int4", "nf2", "int2")]
+    shown.append(QuantConfig("int2", fit="mse"))
     by_block = [QuantConfig(kind, block_size=64, group_size=64) for kind in ("nf4", "int4")]
-    plots.save(
-        folder,
-        {
-            "levels": plots.draw_levels([level_data(w, config) for config in shown]),
-            "blocks": plots.draw_blocks([block_errors(w, config) for config in by_block]),
-            "errors": plots.draw_errors(parts["weight"], plots.WEIGHT_SERIES),
-            "bytes": plots.draw_bytes(parts["size"], crossover()),
-            "loss": plots.draw_losses(parts["model"]),
-        },
-    )
+    figures = {
+        "levels": plots.draw_levels([level_data(w, config) for config in shown]),
+        "blocks": plots.draw_blocks([block_errors(w, config) for config in by_block]),
+        "errors": plots.draw_errors(parts["weight"], plots.WEIGHT_SERIES),
+        "bytes": plots.draw_bytes(parts["size"], crossover()),
+        "loss": plots.draw_losses(parts["model"]),
+    }
+    for name, figure in figures.items():
+        save_figure(figure, folder / name, ["png"])
     write_file(
         folder / "quantization.jsonl",
         "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows),
@@ -367,7 +376,7 @@ def quantization_study(
 
 
 def findings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Say in sentences what ``model_table``'s rows show against plain rounding and against full precision."""
+    """Return what the rows of `model_table` show against plain rounding and against full precision."""
     rows = [row for row in rows if row["quant_type"] is not None]
     texts = {
         "better": "Less loss than plain rounding, beyond both intervals",
@@ -377,30 +386,36 @@ def findings(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     said = []
     for verdict, text in texts.items():
         names = [
-            f"{name_of(row)} ({number(row['improvement'], '+.4f')})"
+            f"{quantizer_name(row)} ({number(row['improvement'], '+.4f')})"
             for row in rows
             if row.get("verdict") == verdict
         ]
         said.append(f"{text}: {'; '.join(names) or 'none'}.")
-    below = [
-        f"{name_of(row)} ({row['above']:+.4f} ± {number(row['above_half'], '.4f')} over batches"
-        + f", ± {number(row['loss_half'], '.4f')} over seeds" * (row["quantizer"] == "gptq")
-        + ")"
-        for row in rows
-        if row["above"] < 0
-    ]
+    below = []
+    for row in rows:
+        if row["above"] < 0:
+            noise = f"± {number(row['above_half'], '.4f')} over batches"
+            if row["quantizer"] == "gptq":
+                noise += f", ± {number(row['loss_half'], '.4f')} over seeds"
+            below.append(f"{quantizer_name(row)} ({row['above']:+.4f} {noise})")
     least = [
         min((row for row in rows if row["bits"] == bits), key=lambda row: row["loss"])
         for bits in sorted({row["bits"] for row in rows})
     ]
-    named = "; ".join(f"{name_of(row)} ({row['above']:+.4f} above float32)" for row in least)
+    named = "; ".join(f"{quantizer_name(row)} ({row['above']:+.4f} above float32)" for row in least)
     said.append(f"Least loss with each number of bits: {named}.")
     return [*said, f"Below the loss of full precision: {'; '.join(below) or 'none'}."]
 
 
 def gptq_against_rtn(rows: Iterable[Mapping[str, Any]]) -> tuple[int, int, int]:
-    """Of ``weight_errors``' rows: (pairs of GPTQ and plain rounding, of these: larger error of W, smaller
-    error of outputs)."""
+    """Count in the rows of `weight_errors` how often GPTQ's errors are larger than those of plain rounding.
+
+    Returns
+    -------
+    pairs, larger, smaller
+        Settings that have both; of these, settings with a larger error of W, and with a smaller one of the
+        outputs.
+    """
     place = ("quant_type", "block_size", "group_size", "double_quant", "offset_dtype")
     sides: dict[str, dict[tuple[Any, ...], Mapping[str, Any]]] = {"gptq": {}, "rtn": {}}
     for row in rows:
@@ -415,38 +430,43 @@ def gptq_against_rtn(rows: Iterable[Mapping[str, Any]]) -> tuple[int, int, int]:
 
 
 def page(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
-    """The study's page in markdown: tables, what they show, figures."""
+    """Return the study's page: tables, what they show, figures."""
     models = [row for row in rows if row["part"] == "model"]
     weights = [row for row in rows if row["part"] == "weight"]
     first, one = models[0], weights[0]
     pairs, larger, smaller = gptq_against_rtn(weights)
     shown = [row for row in weights if (row["block_size"] or 64) == 64 and (row["group_size"] or 32) == 32]
+    versions = ", ".join(
+        f"{name} {first[f'{name.lower()}_version']}" for name in ("minilora", "NumPy", "Numba")
+    )
     lines = [
         "# What a weight loses when it is quantized",
-        f"Written by `{first['command']}` in {seconds / 60:.1f} minutes ({first['machine']}; minilora "
-        f"{first['minilora_version']}, NumPy {first['numpy_version']}, Numba {first['numba_version']}). All rows: "
-        "[quantization.jsonl](quantization.jsonl).",
+        f"Written by `{first['command']}` in {seconds / 60:.1f} minutes ({first['machine']}; {versions}). "
+        "All rows: [quantization.jsonl](quantization.jsonl).",
         "## The whole model",
-        "The shipped base, all block projections quantized, no training. Losses in nats per token of "
-        f"{first['n_eval']} test examples in {first['batches']} batches; GPTQ is calibrated on "
-        f"{first['calibration_sequences']} examples of the training split, drawn anew for each seed. ± is half a 95 % "
-        "t-interval: over calibration samples (*seeds*), or paired over the evaluation *batches*. *Better than rtn*: the loss of "
-        "plain rounding (rtn, minmax) with the same storage, less this one; the last column says *better* or *worse* where it "
-        "exceeds both halves. Many comparisons on few seeds: read a single narrow one with care.",
+        "The shipped base, all block projections quantized, no training. Losses are in nats per token of "
+        f"{first['n_eval']} test examples in {first['batches']} batches. GPTQ is calibrated on "
+        f"{first['calibration_sequences']} examples of the training split, drawn anew for each seed. ± is "
+        "half a 95 % t-interval: over calibration samples (*seeds*), or paired over the evaluation "
+        "*batches*. *Better than rtn* is the loss of plain rounding (rtn, minmax) with the same storage, "
+        "less this one. The last column says *better* or *worse* where the difference exceeds both halves. "
+        "There are many comparisons on few seeds: read a single narrow one with care.",
     ]
     for task in dict.fromkeys(row["task"] for row in models):
         mine = [row for row in models if row["task"] == task]
-        lines += [f"### {task}", "\n".join(f"- {text}" for text in findings(mine)), print_model_table(mine)]
+        lines += [f"### {task}", "\n".join(f"- {text}" for text in findings(mine)), format_model_losses(mine)]
     lines += [
         "![Loss above full precision](loss.png)",
-        "Loss above full precision. Symmetric logarithmic scale, linear in the middle. Large markers are means, bars intervals "
-        "paired over batches, small dots GPTQ's single calibration samples.",
+        "Loss above full precision. The scale is symmetric logarithmic, and linear in the middle. Large "
+        "markers are means, bars intervals paired over batches, small dots GPTQ's single calibration "
+        "samples.",
         "## One weight",
-        f"`{one['weight']}`, with the inputs that it sees on the training split of {one['task']}. *Output*: "
-        f"‖X(W − Ŵ)ᵀ‖/‖XWᵀ‖. Of {pairs} settings, GPTQ's weights are further from W than rounded ones in {larger}, its outputs "
-        f"nearer in {smaller}. *File bits*: bitsandbytes' arrays of this tensor, code maps included; double quantization makes "
-        f"them smaller from {crossover():,} weights on (blocks of 64).",
-        print_weight_table(shown),
+        f"`{one['weight']}`, with the inputs that it sees on the training split of {one['task']}. *Output* "
+        f"is ‖X(W − Ŵ)ᵀ‖/‖XWᵀ‖. Of {pairs} settings, GPTQ's weights are further from W than rounded ones in "
+        f"{larger}, its outputs nearer in {smaller}. *File bits* count the arrays of this tensor in "
+        "bitsandbytes' file, code maps included; double quantization makes them smaller from "
+        f"{crossover():,} weights on (blocks of 64).",
+        format_weight_errors(shown),
     ]
     for name, text in FIGURES.items():
         lines += [f"![{text.split('.')[0]}]({name}.png)", text]
@@ -454,7 +474,7 @@ def page(rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
 
 
 def _plain(row: Mapping[str, Any]) -> Row:
-    """What JSON can hold: no infinity (the SNR of an exact weight)."""
+    """Return a row as JSON can hold it: None for the infinite SNR of an exact weight."""
     return {
         key: None if isinstance(value, float) and not np.isfinite(value) else value
         for key, value in row.items()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from minilora.building import parameter_shapes
 from minilora.config import TINY, ModelConfig
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import VOCAB_SIZE, ByteTokenizer, Tokenizer
@@ -17,7 +18,7 @@ from minilora.formats.huggingface import CONFIG_FILE, load_huggingface
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_config, load_gguf
 from minilora.quant.blocks import BLOCK_BYTES
-from minilora.transformer import Transformer, parameter_shapes
+from minilora.transformer import Transformer
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -27,7 +27,8 @@ import numpy as np
 from minilora.config import require, require_in
 from minilora.formats.files import Array, FileError, without_repeats
 from minilora.quant import codebooks
-from minilora.quant.weights import NESTED_BLOCK_SIZE, CodebookWeight, DoubleQuant
+from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE
+from minilora.quant.weights import CodebookWeight, DoubleQuant
 
 QUANT_TYPES = ("nf4", "fp4")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -80,7 +81,7 @@ def to_arrays(name: str, weight: CodebookWeight) -> dict[str, Array]:
     quant_map = codebooks.code_map(weight.quant_type)
     if isinstance(weight.scales, DoubleQuant):
         state |= {
-            "nested_blocksize": NESTED_BLOCK_SIZE,
+            "nested_blocksize": DYNAMIC_BLOCK_SIZE,
             "nested_dtype": "float32",
             "nested_offset": weight.scales.offset.item(),
         }
@@ -150,7 +151,7 @@ def from_arrays(name: str, arrays: dict[str, Array], where: str) -> CodebookWeig
     )
     scales: Array | DoubleQuant = absmax
     if nested:
-        nested_absmax = take(f"{name}.nested_absmax", np.float32, -(-blocks // NESTED_BLOCK_SIZE))
+        nested_absmax = take(f"{name}.nested_absmax", np.float32, -(-blocks // DYNAMIC_BLOCK_SIZE))
         nested_map = take(f"{name}.nested_quant_map", np.float32, 256)
         _check_map(f"{name}.nested_quant_map", nested_map, codebooks.dynamic_map(), "8-bit dynamic", where)
         _check_scales(f"{name}.nested_absmax", nested_absmax, state["nested_offset"], where)
@@ -195,7 +196,7 @@ def _take_state(name: str, arrays: dict[str, Array], where: str) -> tuple[str, d
         "quant_type": (quant_type,),
         "blocksize": BLOCK_SIZES,
         "dtype": DTYPES,
-        "nested_blocksize": (NESTED_BLOCK_SIZE,),
+        "nested_blocksize": (DYNAMIC_BLOCK_SIZE,),
         "nested_dtype": ("float32",),
     }
     for setting, values in allowed.items():

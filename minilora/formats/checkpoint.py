@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, ConfigError, ModelConfig, require_in
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
+from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.quant.packed import unpacked
-from minilora.quant.weights import AffineWeight, CodebookWeight, DoubleQuant
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.quant.weights import CodebookWeight, DoubleQuant
+from minilora.quant.zero_points import ZeroPointWeight
+from minilora.transformer import Transformer
 
 
 def save_model(
@@ -144,7 +147,7 @@ def _quantized(
         bits = int(how["quant_type"][-1])
         if offset.dtype == np.uint8:
             offset = unpacked(offset, scale.size, bits).reshape(scale.shape)
-            return AffineWeight.from_zeros(codes, scale, offset, shape, bits, whole("group_size"))
+            return ZeroPointWeight(codes, scale, offset, shape, bits, whole("group_size"))
         return AffineWeight(codes, scale, offset, shape, bits, whole("group_size"))
     if how["double_quant"] is True:
         nested = (

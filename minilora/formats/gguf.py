@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.files import Array, FileError
-from minilora.layers import DenseWeight, Parameter
+from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 
 MAX_HEADER = 64 * 2**20

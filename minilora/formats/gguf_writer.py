@@ -11,7 +11,7 @@ import numpy as np
 from minilora.config import require
 from minilora.formats.files import Array, atomic
 from minilora.formats.gguf import ALIGNMENT_RULE, ARRAY, GGML_TYPES, SCALARS, STRING, is_alignment
-from minilora.layers import DenseWeight
+from minilora.parameters import DenseWeight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 

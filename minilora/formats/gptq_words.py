@@ -27,8 +27,9 @@ import numpy as np
 
 from minilora.config import ConfigError, require, require_in
 from minilora.formats.files import Array, FileError
+from minilora.quant.affine import AffineWeight
 from minilora.quant.packed import packed
-from minilora.quant.weights import AffineWeight
+from minilora.quant.zero_points import ZeroPointWeight
 
 BITS = (2, 3, 4, 8)
 VERSIONS = (1, 2)
@@ -172,7 +173,7 @@ def from_arrays(
     zeros = _from_words(qzeros, bits).T
     if version == 1:
         zeros = (zeros + np.uint8(1)) & np.uint8(2**bits - 1)
-    return AffineWeight.from_zeros(codes, scales.T, zeros, (out_features, in_features), bits, group_size)
+    return ZeroPointWeight(codes, scales.T, zeros, (out_features, in_features), bits, group_size)
 
 
 def _take(key: str, arrays: dict[str, Array], where: str) -> Array:

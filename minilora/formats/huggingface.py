@@ -25,6 +25,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ConfigError, require, require_in
 from minilora.formats import bitsandbytes, gptq_words
 from minilora.formats.files import (
@@ -39,9 +40,10 @@ from minilora.formats.files import (
     write_tensors,
 )
 from minilora.formats.huggingface_config import Quantization, read_config, read_quantization, settings_of
-from minilora.layers import DenseWeight
-from minilora.quant.weights import AffineWeight, CodebookWeight
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.parameters import DenseWeight
+from minilora.quant.affine import AffineWeight
+from minilora.quant.weights import CodebookWeight
+from minilora.transformer import Transformer
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"

@@ -21,9 +21,12 @@ import numpy as np
 from minilora.config import SVD_INITS, ConfigError, LoraConfig, expand_modules, matches
 from minilora.formats.files import FileError, inside, read_json, read_tensors, write_file, write_tensors
 from minilora.functional import group_repeat
-from minilora.layers import Array, DenseWeight
-from minilora.lora import LoraLinear, inject_lora
+from minilora.injection import inject_lora
+from minilora.layers import Array
+from minilora.lora import LoraLinear
+from minilora.parameters import DenseWeight
 from minilora.transformer import Transformer
+from minilora.variants import DoraLinear, SvdLinear, lora_of
 
 PREFIX = "base_model.model."
 
@@ -92,19 +95,19 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
         low-rank update of W.
     """
     folder = Path(folder)
-    adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+    adapted = [(linear, lora) for _, linear in model.linears() if (lora := lora_of(linear)) is not None]
     if not adapted:
         raise ConfigError("model: has no adapter to save; inject_lora makes one")
     targets = {
         name for name, _ in model.linears() if any(matches(name, target) for target in config.target_modules)
     }
-    same_modules = targets == {linear.name for linear in adapted}
-    if not same_modules or not all(_made_with(linear, config) for linear in adapted):
+    same_modules = targets == {linear.name for linear, _ in adapted}
+    if not same_modules or not all(_made_with(linear, lora, config) for linear, lora in adapted):
         raise ConfigError(
             f"config={config}: the adapters were made with another; pass the LoraConfig given to inject_lora"
         )
     is_pissa = config.init_lora_weights == "pissa"
-    if is_pissa and not all(isinstance(linear.base.weight, DenseWeight) for linear in adapted):
+    if is_pissa and not all(isinstance(lora.base.weight, DenseWeight) for _, lora in adapted):
         raise ConfigError(
             "init_lora_weights='pissa': the residual W - s·BA was quantized, and the adapter means nothing "
             "without it; merge and save_model, or inject PiSSA into the dense model"
@@ -130,17 +133,17 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
         "alpha_pattern": {k: alpha * v for k, v in config.alpha_pattern.items()},
     }
     arrays: dict[str, Array] = {}
-    for linear in adapted:
-        a, b = group_repeat(linear.lora_A.data, linear.pool), linear.lora_B.data
-        if is_pissa and linear.start is not None:
-            a, b = np.concatenate([a, linear.start[0]]), np.concatenate([b, -linear.start[1]], axis=1)
-        arrays |= {PREFIX + linear.lora_A.name: a, PREFIX + linear.lora_B.name: b}
-        if linear.magnitude is not None:
+    for linear, lora in adapted:
+        a, b = group_repeat(lora.lora_A.data, lora.pool), lora.lora_B.data
+        if is_pissa and isinstance(lora, SvdLinear):
+            a, b = np.concatenate([a, lora.start[0]]), np.concatenate([b, -lora.start[1]], axis=1)
+        arrays |= {PREFIX + lora.lora_A.name: a, PREFIX + lora.lora_B.name: b}
+        if isinstance(linear, DoraLinear):
             arrays[PREFIX + linear.magnitude.name] = linear.magnitude.data
     file = folder / "adapter_model.safetensors"
     metadata: dict[str, Any] = {}
     if config.use_qalora:
-        metadata["group_size"] = adapted[0].pool
+        metadata["group_size"] = adapted[0][1].pool
     if config.init_lora_weights == "loftq":
         metadata["loftq_iter"] = config.loftq_iter
     write_tensors(file, arrays, metadata, plain={"format": "pt"})
@@ -189,11 +192,14 @@ def _read(folder: Path) -> tuple[LoraConfig, dict[str, Array], dict[str, Any]]:
 
 
 def _fill(injected: Transformer, arrays: dict[str, Array], folder: Path) -> None:
-    for linear in (linear for _, linear in injected.linears() if isinstance(linear, LoraLinear)):
+    for _, linear in injected.linears():
+        lora = lora_of(linear)
+        if lora is None:
+            continue
         for parameter in linear.trained():
             array = arrays.pop(PREFIX + parameter.name, None)
-            if array is not None and parameter is linear.lora_A:
-                array = _pooled(array, linear, folder)
+            if array is not None and parameter is lora.lora_A:
+                array = _pooled(array, lora, folder)
             if array is None or array.shape != parameter.data.shape or array.dtype.kind != "f":
                 found = "missing" if array is None else f"{array.dtype} {array.shape}"
                 raise FileError(
@@ -294,15 +300,15 @@ def _pooled(a: Array, linear: LoraLinear, folder: Path) -> Array:
     return narrow
 
 
-def _made_with(linear: LoraLinear, config: LoraConfig) -> bool:
+def _made_with(linear: LoraLinear | DoraLinear, lora: LoraLinear, config: LoraConfig) -> bool:
     """Say whether an adapter is what `config` makes."""
     mine = config.of(linear.name)
     found = (
-        len(linear.lora_A.data),
-        linear.scaling,
-        linear.dropout,
-        linear.magnitude is not None,
-        linear.start is not None,
+        len(lora.lora_A.data),
+        lora.scaling,
+        lora.dropout,
+        isinstance(linear, DoraLinear),
+        isinstance(lora, SvdLinear),
     )
     return found == (
         mine.r,

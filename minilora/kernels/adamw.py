@@ -11,8 +11,17 @@ from minilora.kernels.jit import kernel
 Array = np.ndarray
 
 
+def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
+    """Do what `functional.adamw` does, for arrays (n,) of one dtype, which all numbers take too."""
+    one = p.dtype.type
+    rate = one(lr)
+    means = one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2)
+    correct_v, step = one(1 - c.beta2**t), rate / one(1 - c.beta1**t)
+    _update(g, *means, correct_v, one(c.eps), step, rate * one(c.weight_decay), p, m, v)
+
+
 @kernel
-def adamw(
+def _update(
     g: Array,
     beta1: Any,
     rest1: Any,
@@ -26,7 +35,7 @@ def adamw(
     m: Array,
     v: Array,
 ) -> None:
-    """Move p, m and v, all (n,), in one pass over memory; the numbers are those of ``_Numbers``."""
+    """Update p, m and v in one pass. Numbers have their dtype: a float64 would make float64 of all."""
     for i in range(p.size):
         m[i] = beta1 * m[i] + rest1 * g[i]
         v[i] = beta2 * v[i] + rest2 * g[i] * g[i]

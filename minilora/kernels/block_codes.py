@@ -1,32 +1,46 @@
-"""GGUF's blocks, decoded and multiplied in plain loops; beside each kernel its readable NumPy version.
+"""GGUF's blocks, compiled: decode and multiply as `minilora.quant.reference` does.
 
-Formats: see ``minilora.quant.blocks``. Kernels take the raw bytes of all blocks, (blocks·size,) uint8, of which one has ``size``.
+The public functions choose the vectors of `block_vectors`, where the processor has them, or the loops here.
+Formats: see `minilora.quant.blocks`. Kernels take the bytes of all blocks in a row, and the bytes of one of them,
+which tell the type. `tests/test_blocks.py` compares loops and vectors with the reference and with struct.unpack.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-from minilora.kernels.codes import Array
+from minilora.kernels import block_vectors
+from minilora.kernels.codes import Array, half_number, read_only
 from minilora.kernels.jit import kernel
 
-BLOCK = 32
-HALF = np.dtype("<f2")
+
+def few_rows() -> int:
+    """Return up to how many rows `multiply_blocks` is faster than BLAS on decoded tiles."""
+    return 16 if block_vectors.available() else 1
+
+
+def dequantize_blocks(blocks: Array, out: Array) -> None:
+    """Do what `reference.dequantize_blocks` does."""
+    decode = block_vectors.dequantize_blocks if block_vectors.available() else _dequantize_blocks
+    decode(read_only(blocks.reshape(-1)), blocks.shape[1], 0, out)
+
+
+def multiply_blocks(blocks: Array, x: Array) -> Array:
+    """Do what `reference.multiply_blocks` does, up to rounding; x must be contiguous and writable."""
+    out = np.empty((len(x), 32 * len(blocks) // x.shape[1]), np.float32)
+    multiply = block_vectors.multiply_blocks if block_vectors.available() else _multiply_blocks
+    multiply(read_only(blocks.reshape(-1)), blocks.shape[1], x, 0, out.shape[1], out)
+    return out
 
 
 @kernel
-def _half(low: int, high: int) -> Any:
-    """Return a finite float16, given as its two bytes, as float32: ``kernels.half_to_float`` for one number."""
-    h = np.uint32(low) | np.uint32(high) << np.uint32(8)
-    moved = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
-    return np.uint32(moved).view(np.float32) * np.float32(2.0**112)
+def _half(low: int, high: int) -> np.float32:
+    """Return a finite float16, given as its two bytes, as float32."""
+    return half_number(np.uint32(low) | np.uint32(high) << np.uint32(8))
 
 
 @kernel
-def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
-    """Write the weights of blocks first, first + 1, … into ``out`` (32·n,) float32."""
+def _dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
     at = first * size
     if size == 18:  # Q4_0
         for i in range(0, out.size, 32):
@@ -54,33 +68,15 @@ def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
             at += size
 
 
-def dequantize_blocks_numpy(blocks: Array, size: int, first: int, out: Array) -> None:
-    """Do what ``dequantize_blocks`` does."""
-    b = blocks.reshape(-1, size)[first : first + out.size // 32]
-    d = b[:, :2].view(HALF).astype(np.float32)
-    if size == 34:
-        w = d * b[:, 2:].view(np.int8)
-    elif size == 18:
-        w = d * (np.concatenate([b[:, 2:] & 15, b[:, 2:] >> 4], axis=1).astype(np.float32) - 8)
-    else:
-        w = d * np.concatenate([b[:, 4:] & 15, b[:, 4:] >> 4], axis=1) + b[:, 2:4].view(HALF).astype(
-            np.float32
-        )
-    out[:] = w.reshape(-1)
-
-
 @kernel
-def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
-    """Write out[i, r] = Σ_c W[r, c]·x[i, c] for rows r = first … last - 1 of W; x (B, in), ``out`` (B, out), float32.
-
-    A few rows at a time are decoded into the first-level cache, as by ``kernels.matvec``.
-    """
+def _multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
+    """Decode a few rows at a time into the first-level cache, and multiply each by all rows of x."""
     width = x.shape[1]
     at_once = max(1, 2048 // width)  # several short rows: a store is slow to be read back at once
     w = np.empty(at_once * width, np.float32)
     for top in range(first, last, at_once):
         end = min(top + at_once, last)
-        dequantize_blocks(blocks, size, top * (width // 32), w[: (end - top) * width])
+        _dequantize_blocks(blocks, size, top * (width // 32), w[: (end - top) * width])
         for r in range(top, end):
             row = w[(r - top) * width : (r - top + 1) * width]
             for i in range(len(x)):
@@ -88,10 +84,3 @@ def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, o
                 for c in range(width):
                     dot += row[c] * x[i, c]
                 out[i, r] = dot
-
-
-def multiply_blocks_numpy(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
-    """Do what ``multiply_blocks`` does, up to float32 rounding (sums in another order)."""
-    w = np.empty((last - first, x.shape[1]), np.float32)
-    dequantize_blocks_numpy(blocks, size, first * x.shape[1] // BLOCK, w.reshape(-1))
-    out[:, first:last] = x @ w.T

@@ -1,23 +1,22 @@
-"""GGUF's blocks on processors with AVX2: the two kernels of the blocks module again, 5 to 8 times as fast.
+"""The two kernels of `block_codes` in vectors: GGUF's blocks Q4_0, Q4_1 and Q8_0. Read `block_codes` first.
 
-``dequantize_blocks`` gives the same bits. ``multiply_blocks`` never forms a weight: with w = d·q + m a
-block's part in a product is
+`dequantize_blocks` gives the same bits. `multiply_blocks` never forms a weight: with w = d·q + m, a block's part
+of a product is
 
     Σ w·x  =  d · Σ q·x  +  m · Σ x        (Q4_0: m = -8·d;  Q8_0: m = 0)
 
-where Σ x is the same for all rows, and one multiplication by d serves 32 weights. Where d·q and m cancel,
-digits are lost that the sum of w·x would keep: the error is at most (in + 4)·2^-24·Σ (|d·q| + |m|)·|x|, and
-since a quantizer uses the codes at both ends of a block, |d·q| + |m| is at most about three times the largest
-|w| of the block.
+Σ x is the same for all rows, and one multiplication by d serves 32 weights. Where d·q and m cancel, digits are
+lost that the sum of w·x would keep. The error is at most (in + 4)·2^-24·Σ (|d·q| + |m|)·|x|. A quantizer uses the
+codes at both ends of a block, so |d·q| + |m| is at most about three times the block's largest |w|.
 
-Codes of four bits are converted where they lie: a 32-bit number holds 8 of them, code n as 16^n·q once the
-others are masked away, which is exact in float32; the factor 16^-n is in the input, which is put into the
-order of the codes beforehand.
+Codes of four bits are converted where they lie. An int32 holds eight of them: once the others are masked away,
+code n is the number 16^n·q, which float32 holds exactly. The factor 16^-n is in the input, which `order_input`
+arranges in the order of the codes. tests/test_blocks.py and tests/test_kernels.py compare with `block_codes` and
+with exact sums.
 """
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -26,74 +25,79 @@ from numba.core import types
 from numba.core.datamodel.models import PrimitiveModel
 from numba.extending import register_model
 
-from minilora.kernels.codes import Array
 from minilora.kernels.intrinsics import (
-    _FLAGS,
-    _FLOATS,
-    _all,
-    _call,
-    _ints,
-    _load,
-    _pick,
-    _plus,
-    _pointer,
-    _prefetch,
-    _spread,
-    _store,
-    _times,
+    F16,
+    F32,
+    FLOATS,
+    I8,
+    I32,
+    KEEP_ORDER,
+    F32x8,
+    F32x16,
+    F32x32,
+    I32x32,
+    add_halves,
+    available,
+    broadcast,
+    fetch,
+    float_at,
     intrinsic,
+    load,
+    multiply_add,
+    numbers,
+    pick,
+    plus,
+    pointer,
+    repeat,
+    store,
+    times,
+    vector,
     wide,
 )
-from minilora.kernels.jit import FEATURES, kernel
+from minilora.kernels.jit import kernel
 
-AHEAD = 4096
-"""Bytes from a block to the one that is asked for: left alone, the processor waits for memory half of the
-time."""
+Array = np.ndarray
 
-_I8, _I32, _F16, _F32 = ir.IntType(8), ir.IntType(32), ir.HalfType(), ir.FloatType()
+__all__ = ["available", "dequantize_blocks", "multiply_blocks", "multiply_rows", "order_input"]
+
+PREFETCH = 4096
+"""Prefetch distance in bytes. Without it, half of the time is spent waiting for memory."""
+
 LANES = 16 if wide() else 8
-"""Numbers of a vector: AVX-512 gains nothing where codes have 4 bits, and a third where they have 8."""
-_I32x32, _F32x8, _F32x16, _F32x32 = (
-    ir.VectorType(t, n) for t, n in ((_I32, 32), (_F32, 8), (_F32, 16), (_F32, 32))
-)
+"""Numbers in a vector."""
 
-
-@cache
-def available() -> bool:
-    """Whether Numba compiles for a processor with AVX2, fused multiply-add and conversion of float16."""
-    return {"+avx2", "+fma", "+f16c"} <= FEATURES
-
-
-# ---- kernels: arguments as in the blocks module
+# --- kernels: arguments as in `block_codes` ----------------------------------------------------------------
 
 
 @kernel
 def dequantize_blocks(blocks: Array, size: int, first: int, out: Array) -> None:
-    """Do what ``blocks.dequantize_blocks`` does."""
+    """Do what `block_codes.dequantize_blocks` does."""
     at = first * size
     if size == 18:  # Q4_0
         for i in range(0, out.size, 32):
-            _prefetch(out, i + 512)
-            q = _plus(_nibbles(blocks, at + 2), _all(np.float32(-8)))
-            _store(_times(q, _all(_half(blocks, at))), out, i)
+            fetch(out, i + 512)
+            q = plus(_nibbles(blocks, at + 2), repeat(np.float32(-8)))
+            store(times(q, repeat(float_at(blocks, at))), out, i)
             at += size
     elif size == 20:  # Q4_1
         for i in range(0, out.size, 32):
-            _prefetch(out, i + 512)
-            dq = _times(_nibbles(blocks, at + 4), _all(_half(blocks, at)))
-            _store(_plus(dq, _all(_half(blocks, at + 2))), out, i)
+            fetch(out, i + 512)
+            dq = times(_nibbles(blocks, at + 4), repeat(float_at(blocks, at)))
+            store(plus(dq, repeat(float_at(blocks, at + 2))), out, i)
             at += size
     else:  # Q8_0
         for i in range(0, out.size, 32):
-            _prefetch(out, i + 512)
-            _store(_times(_bytes(blocks, at + 2), _all(_half(blocks, at))), out, i)
+            fetch(out, i + 512)
+            store(times(_bytes(blocks, at + 2), repeat(float_at(blocks, at))), out, i)
             at += size
 
 
 @kernel
 def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, out: Array) -> None:
-    """Do what ``blocks.multiply_blocks`` does, up to rounding. A row of x gives the same bits alone and among
-    others."""
+    """Do what `block_codes.multiply_blocks` does, up to rounding.
+
+    A row of x gives the same bits alone and among others.
+    """
     batch, width = x.shape
     ordered = np.zeros(((batch + 3) // 4 * 4, width), np.float32)
     block_sums = np.zeros((len(ordered), width // 32), np.float32)
@@ -104,27 +108,30 @@ def multiply_blocks(blocks: Array, size: int, x: Array, first: int, last: int, o
         else:
             order_input(x[i], ordered[i], block_sums[i])
     for i in range(0, batch, 4):
-        if i + 1 == batch:
-            multiply_rows(blocks, size, ordered[i], block_sums[i], first, last, out[i])
-        else:  # four rows of x for each block that is decoded; those beyond the batch are zeros
+        if i + 2 < batch:  # four rows of x for each block that is decoded; those beyond the batch are zeros
             _multiply_four(
                 blocks, size, ordered[i : i + 4], block_sums[i : i + 4], first, last, out[i : i + 4]
             )
+        else:
+            for row in range(i, batch):
+                multiply_rows(blocks, size, ordered[row], block_sums[row], first, last, out[row])
 
 
 @kernel
 def multiply_rows(
     blocks: Array, size: int, x: Array, block_sums: Array, first: int, last: int, out: Array
 ) -> None:
-    """Write out[r] = Σ_c W[r, c]·x[c] for rows r = first … last - 1; x as ``order_input`` gives it, for Q8_0
-    as it is."""
+    """Write out[r] = Σ_c W[r, c]·x[c] for rows r = first … last - 1.
+
+    x and block_sums are what `order_input` writes; for Q8_0 x is in its own order, and block_sums are not read.
+    """
     at = first * block_sums.size * size
     for r in range(first, last):
         sums = _zeros()
         for b in range(block_sums.size):
             codes = _bytes(blocks, at + 2) if size == 34 else _nibbles_in_place(blocks, at + size - 16)
-            sums = _add_block(sums, blocks, at, codes, _load(x, 32 * b), block_sums[b])
-            _prefetch(blocks, at + AHEAD)
+            sums = _add_block(sums, blocks, at, codes, load(x, 32 * b), block_sums[b])
+            fetch(blocks, at + PREFETCH)
             at += size
         out[r] = _total(sums, size)
 
@@ -133,6 +140,7 @@ def multiply_rows(
 def _multiply_four(
     blocks: Array, size: int, x: Array, block_sums: Array, first: int, last: int, out: Array
 ) -> None:
+    """Do what `multiply_rows` does for four rows of x (4, in), of which out (1 to 4, rows) wants the first."""
     width, per_row = x.shape[1], block_sums.shape[1]
     flat, flat_sums = x.reshape(-1), block_sums.reshape(-1)
     at = first * per_row * size
@@ -141,11 +149,11 @@ def _multiply_four(
         for b in range(per_row):
             codes = _bytes(blocks, at + 2) if size == 34 else _nibbles_in_place(blocks, at + size - 16)
             c = 32 * b
-            s0 = _add_block(s0, blocks, at, codes, _load(flat, c), flat_sums[b])
-            s1 = _add_block(s1, blocks, at, codes, _load(flat, width + c), flat_sums[per_row + b])
-            s2 = _add_block(s2, blocks, at, codes, _load(flat, 2 * width + c), flat_sums[2 * per_row + b])
-            s3 = _add_block(s3, blocks, at, codes, _load(flat, 3 * width + c), flat_sums[3 * per_row + b])
-            _prefetch(blocks, at + AHEAD)
+            s0 = _add_block(s0, blocks, at, codes, load(flat, c), flat_sums[b])
+            s1 = _add_block(s1, blocks, at, codes, load(flat, width + c), flat_sums[per_row + b])
+            s2 = _add_block(s2, blocks, at, codes, load(flat, 2 * width + c), flat_sums[2 * per_row + b])
+            s3 = _add_block(s3, blocks, at, codes, load(flat, 3 * width + c), flat_sums[3 * per_row + b])
+            fetch(blocks, at + PREFETCH)
             at += size
         for i in range(len(out)):
             out[i, r] = _total(s0 if i == 0 else s1 if i == 1 else s2 if i == 2 else s3, size)
@@ -161,8 +169,7 @@ def _total(sums: Any, size: int) -> Any:
 
 @kernel
 def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
-    """Write x (in,) in the order of ``_nibbles_in_place`` and without its factors, and the sum of each 32 in
-    a row."""
+    """Write x (in,) in the order and without the factors of `_nibbles_in_place`, and the sum of each block."""
     one, two, three = np.float32(2.0**-4), np.float32(2.0**-8), np.float32(2.0**-12)
     for b in range(block_sums.size):
         total = np.float32(0)
@@ -177,7 +184,7 @@ def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
             ordered[to + 24], ordered[to + 28] = x[low + 3] * two, x[high + 3] * three
 
 
-# ---- operations
+# --- operations --------------------------------------------------------------------------------------------
 
 
 class _Sums(types.Type):
@@ -187,36 +194,22 @@ class _Sums(types.Type):
 @register_model(_Sums)
 class _SumsModel(PrimitiveModel):
     def __init__(self, manager: Any, kind: Any):
-        super().__init__(manager, kind, ir.VectorType(_F32, 2 * LANES))
+        super().__init__(manager, kind, vector(F32, 2 * LANES))
 
 
 _SUMS = _Sums(f"float32 x {2 * LANES}")
 
 
 @intrinsic
-def _half(typing: Any, array: Any, at: Any) -> Any:
-    """Return the float16 in bytes at and at + 1 as float32."""
-
-    def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        half = builder.load(_pointer(context, builder, _F16, signature.args[0], *arguments), align=1)
-        return builder.fpext(half, _F32)
-
-    return types.float32(array, at), build
-
-
-@intrinsic
 def _nibbles(typing: Any, array: Any, at: Any) -> Any:
-    """Return 32 codes of four bits in the order of the weights: the low halves of 16 bytes, then the high
-    halves."""
+    """Return 32 codes of four bits in the order of the weights: low halves of 16 bytes, then high halves."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        both = builder.load(
-            _pointer(context, builder, ir.VectorType(_I8, 16), signature.args[0], *arguments), align=1
-        )
-        low, high = builder.and_(both, _ints(_I8, [15] * 16)), builder.lshr(both, _ints(_I8, [4] * 16))
-        return builder.sitofp(builder.zext(_pick(builder, low, range(32), high), _I32x32), _F32x32)
+        both = builder.load(pointer(context, builder, signature, arguments, 0, vector(I8, 16)), align=1)
+        low, high = builder.and_(both, numbers(I8, [15] * 16)), builder.lshr(both, numbers(I8, [4] * 16))
+        return builder.sitofp(builder.zext(pick(builder, low, range(32), high), I32x32), F32x32)
 
-    return _FLOATS(array, at), build
+    return FLOATS(array, at), build
 
 
 @intrinsic
@@ -224,16 +217,14 @@ def _nibbles_in_place(typing: Any, array: Any, at: Any) -> Any:
     """Return 32 codes in the order and with the factors that ``order_input`` answers."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        four = builder.load(
-            _pointer(context, builder, ir.VectorType(_I32, 4), signature.args[0], *arguments), align=1
-        )
-        lower = _pick(builder, four, [0, 1, 2, 3] * 4)
-        upper = builder.lshr(lower, _ints(_I32, [16] * 16))
-        mask = _ints(_I32, [0xF << 4 * (i // 4) for i in range(16)])
-        low, high = (builder.sitofp(builder.and_(v, mask), _F32x16) for v in (lower, upper))
-        return _pick(builder, low, range(32), high)
+        four = builder.load(pointer(context, builder, signature, arguments, 0, vector(I32, 4)), align=1)
+        lower = pick(builder, four, [0, 1, 2, 3] * 4)
+        upper = builder.lshr(lower, numbers(I32, [16] * 16))
+        mask = numbers(I32, [0xF << 4 * (i // 4) for i in range(16)])
+        low, high = (builder.sitofp(builder.and_(v, mask), F32x16) for v in (lower, upper))
+        return pick(builder, low, range(32), high)
 
-    return _FLOATS(array, at), build
+    return FLOATS(array, at), build
 
 
 @intrinsic
@@ -241,44 +232,40 @@ def _bytes(typing: Any, array: Any, at: Any) -> Any:
     """Return 32 signed codes of eight bits."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        codes = builder.load(
-            _pointer(context, builder, ir.VectorType(_I8, 32), signature.args[0], *arguments), align=1
-        )
-        return builder.sitofp(builder.sext(codes, _I32x32), _F32x32)
+        codes = builder.load(pointer(context, builder, signature, arguments, 0, vector(I8, 32)), align=1)
+        return builder.sitofp(builder.sext(codes, I32x32), F32x32)
 
-    return _FLOATS(array, at), build
+    return FLOATS(array, at), build
 
 
 @intrinsic
 def _zeros(typing: Any) -> Any:
     """Return 2·LANES zeros."""
     return _SUMS(), lambda context, builder, signature, arguments: ir.Constant(
-        ir.VectorType(_F32, 2 * LANES), [0.0] * 2 * LANES
+        vector(F32, 2 * LANES), [0.0] * 2 * LANES
     )
 
 
 @intrinsic
 def _add_block(typing: Any, sums: Any, blocks: Any, at: Any, codes: Any, x: Any, total: Any) -> Any:
-    """Return the sums with a block added: d·q·x in LANES lanes, and the header, which is d, m and six others,
-    times Σx."""
+    """Return the sums with a block added: d·q·x in LANES lanes, and the header times Σx.
+
+    The header is read as eight float16 numbers, of which the first two may be d and m.
+    """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         sums, blocks, at, codes, x, total = arguments
-        halves = builder.load(
-            _pointer(context, builder, ir.VectorType(_F16, 8), signature.args[1], blocks, at), align=1
-        )
-        header = builder.fpext(halves, _F32x8)
-        whole = _pick(builder, header, range(LANES), ir.Constant(_F32x8, ir.Undefined))
-        kind, fma = ir.VectorType(_F32, LANES), f"llvm.fma.v{LANES}f32"
-        product = builder.fmul(*(_pick(builder, v, range(LANES)) for v in (codes, x)), flags=_FLAGS)
-        for k in range(LANES, 32, LANES):
-            product = _call(
-                builder, fma, kind, *(_pick(builder, v, range(k, k + LANES)) for v in (codes, x)), product
-            )
-        dots, others = (_pick(builder, sums, range(k, k + LANES)) for k in (0, LANES))
-        dots = _call(builder, fma, kind, product, _pick(builder, header, [0] * LANES), dots)
-        others = _call(builder, fma, kind, whole, _spread(builder, total, LANES), others)
-        return _pick(builder, dots, range(2 * LANES), others)
+        halves = builder.load(pointer(context, builder, signature, arguments, 1, vector(F16, 8)), align=1)
+        header = builder.fpext(halves, F32x8)
+        whole = pick(builder, header, range(LANES), ir.Constant(F32x8, ir.Undefined))
+        parts = [[pick(builder, v, range(k, k + LANES)) for v in (codes, x)] for k in range(0, 32, LANES)]
+        product = builder.fmul(*parts[0], flags=KEEP_ORDER)
+        for part in parts[1:]:
+            product = multiply_add(builder, *part, product)
+        dots, others = (pick(builder, sums, range(k, k + LANES)) for k in (0, LANES))
+        dots = multiply_add(builder, product, pick(builder, header, [0] * LANES), dots)
+        others = multiply_add(builder, whole, broadcast(builder, total, LANES), others)
+        return pick(builder, dots, range(2 * LANES), others)
 
     return _SUMS(sums, blocks, at, codes, x, types.float32), build
 
@@ -288,13 +275,7 @@ def _sum(typing: Any, sums: Any) -> Any:
     """Return the sum of the first LANES numbers, halves and halves."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        total, n = _pick(builder, arguments[0], range(LANES)), LANES
-        while n > 1:
-            n //= 2
-            total = builder.fadd(
-                _pick(builder, total, range(n)), _pick(builder, total, range(n, 2 * n)), flags=_FLAGS
-            )
-        return builder.extract_element(total, ir.Constant(_I32, 0))
+        return add_halves(builder, pick(builder, arguments[0], range(LANES)))
 
     return types.float32(sums), build
 

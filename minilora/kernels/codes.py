@@ -1,55 +1,52 @@
-"""The Numba kernels: pack, quantize, dequantize and multiply; beside each one its readable NumPy version.
+"""Packed codes, compiled: pack, quantize, dequantize and multiply as `minilora.quant.reference` does.
 
-Packing, for all widths: codes lie in row-major order, the first in the highest bits of a byte (bitsandbytes'
-order). 2 bits: 4 codes a byte; 3 bits: 8 codes in 3 bytes, a 24-bit big-endian number; 4 bits: 2 a byte; 8
-bits: as is. Code 0 pads the end.
+The public functions have the names, arguments and results of the reference: read that first. Each makes its inputs
+read-only, so that Numba compiles one signature of each kernel, and calls a loop of this file. For 4 bits three of
+them call `codes_vectors` instead, where the processor has vectors. Kernels never validate; they take C-contiguous
+arrays and write into the last one. Loops stand where a slice assignment would do: compiling one `out[:] = codes`
+takes Numba two seconds, for its error messages.
 
-One formula serves codebooks and affine groups, because an affine code is a codebook with the values 0, 1, 2,
-…:
-
-    w[i] = levels[code[i]] · scales[block] + offsets[block],    block = i // block_size,  i in the flattened row-major tensor
-
-Where the processor has AVX2 or AVX-512, the simd module does three of these for 4 bits in vectors.
-
-Kernels never validate; they take C-contiguous arrays and write into ``out``. Callers pass codes, tables,
-scales and offsets read-only always, so that Numba compiles one signature of each kernel. Loops stand where
-slice assignment would do: compiling one ``out[:] = codes`` takes Numba two seconds, for its error messages.
+`tests/test_kernels.py` compares each loop, compiled and run by Python, with the reference and with the loops of
+`tests/naive.py`: the same bits, and products within the bound of their rounding.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from minilora.kernels import codes_vectors
+from minilora.kernels.codes_vectors import SMALLEST_ABSMAX
 from minilora.kernels.jit import kernel
 
 Array = NDArray[Any]
 
-UNIT = {2: (4, 1), 3: (8, 3), 4: (2, 1), 8: (1, 1)}
-"""Bits of a code -> (codes, bytes) of the smallest whole piece of packed data."""
 
-SMALLEST_ABSMAX = np.float32(1e-38)
-
-
-def packed_size(count: int, bits: int) -> int:
-    """Return how many bytes ``count`` codes of ``bits`` bits take.
-
-    >>> packed_size(9, 3), packed_size(9, 4)
-    (6, 5)
-    """
-    codes, size = UNIT[bits]
-    return -(-count // codes) * size
+def read_only(a: Array) -> Array:
+    """Return the array, or a read-only view if it is writable: another type to Numba."""
+    if a.flags.writeable:
+        a = a.view()
+        a.flags.writeable = False
+    return a
 
 
 # ---- packing
 
 
+def pack(codes: Array, bits: int) -> Array:
+    """Do what `reference.pack` does."""
+    size = -(-codes.size // 8) * 3 if bits == 3 else -(-codes.size * bits // 8)
+    out = np.empty(size, np.uint8)
+    _pack(read_only(codes), bits, out)
+    return out
+
+
 @kernel
-def pack(codes: Array, bits: int, out: Array) -> None:
-    """Pack ``codes`` (n,) uint8 into ``out`` (packed_size(n, bits),) uint8: 8 codes become ``bits`` bytes at
-    a time."""
+def _pack(codes: Array, bits: int, out: Array) -> None:
+    """Pack 8 codes into `bits` bytes at a time; code 0 pads the end."""
     done = 0
     if bits == 8:
         done = codes.size
@@ -70,24 +67,17 @@ def pack(codes: Array, bits: int, out: Array) -> None:
             out[byte + j] = np.uint8((word >> np.uint64(8 * (bits - 1 - j))) & np.uint64(255))
 
 
-def pack_numpy(codes: Array, bits: int, out: Array) -> None:
-    """Do what ``pack`` does, through one array of single bits."""
-    padded = np.zeros(8 * out.size // bits, np.uint8)
-    padded[: codes.size] = codes
-    out[:] = np.packbits(np.unpackbits(padded[:, None], axis=1)[:, 8 - bits :])
+def unpack(packed: Array, bits: int, count: int, start: int = 0) -> Array:
+    """Do what `reference.unpack` does."""
+    out = np.empty(count, np.uint8)
+    _unpack(read_only(packed), bits, start, out)
+    return out
 
 
 @kernel
-def unpack(packed: Array, bits: int, out: Array) -> None:
-    """Unpack the first n codes into ``out`` (n,) uint8."""
+def _unpack(packed: Array, bits: int, start: int, out: Array) -> None:
     for i in range(out.size):
-        out[i] = _code_at(packed, bits, i)
-
-
-def unpack_numpy(packed: Array, bits: int, out: Array) -> None:
-    """Do what ``unpack`` does, through one array of single bits."""
-    single = np.unpackbits(packed)[: bits * out.size].reshape(-1, bits)
-    out[:] = np.packbits(single, axis=1)[:, 0] >> (8 - bits)
+        out[i] = _code_at(packed, bits, start + i)
 
 
 @kernel
@@ -103,14 +93,39 @@ def _code_at(packed: Array, bits: int, i: int) -> np.uint32:
 # ---- quantizing
 
 
-@kernel
-def quantize_codebook(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
-    """Write each block's max|w| and each weight's rank among the sorted values: the count of midpoints below
-    w/absmax.
+def quantize_codebook(
+    w: Array, midpoints: Array, block_size: int, out: tuple[Array, Array] | None = None
+) -> tuple[Array, Array]:
+    """Do what `reference.quantize_codebook` does, written to `out` = (ranks, absmax) if that is given.
 
-    ``w`` (n,) float32, ``midpoints`` (15,) or (255,) ascending float32, +inf where the codebook has fewer,
-    ``absmax`` (blocks,) float32, ``out`` (n,) uint8.
+    Up to 15 midpoints are compared one by one; 255 take a table.
     """
+    ranks, absmax = out or (np.empty(w.size, np.uint8), np.empty(-(-w.size // block_size), np.float32))
+    w, (midpoints, below) = read_only(w), _search_tables(midpoints.tobytes())
+    whole = block_size % 32 == 0 and w.size % block_size == 0
+    if below.size:
+        _quantize_by_table(w, midpoints, below, block_size, absmax, ranks)
+    elif whole and codes_vectors.available():
+        codes_vectors.quantize_codebook(w, midpoints, block_size, absmax, ranks)
+    else:
+        _quantize_by_comparing(w, midpoints, block_size, absmax, ranks)
+    return ranks, absmax
+
+
+@cache
+def _search_tables(midpoints: bytes) -> tuple[Array, Array]:
+    """Return up to 15 midpoints padded to 15 and nothing, or 255 and their `rank_table`."""
+    values = np.frombuffer(midpoints, np.float32)
+    if values.size > 15:
+        return values, rank_table(values)
+    padded = np.full(15, np.inf, np.float32)
+    padded[: values.size] = values
+    return read_only(padded), read_only(np.empty(0, np.uint8))
+
+
+@kernel
+def _quantize_by_comparing(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
+    """Count the midpoints below each w·(1/absmax): 15 ascending ones, +inf where the codebook has fewer."""
     w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
     ranks = np.empty(min(block_size, w.size), np.int32)
     for block in range(absmax.size):
@@ -118,55 +133,32 @@ def quantize_codebook(w: Array, midpoints: Array, block_size: int, absmax: Array
         end = min(start + block_size, w.size)
         x, x_bits, rank, codes = w[start:end], w_bits[start:end], ranks[: end - start], out[start:end]
         largest = np.uint32(0)
-        for i in range(
-            x.size
-        ):  # the bits of |x|, read as whole numbers, are ordered as |x| is, and vectorise
+        for i in range(x.size):  # the bits of |x| as whole numbers are ordered as |x| is, and vectorise
             largest = max(largest, x_bits[i] & np.uint32(0x7FFFFFFF))
         absmax_bits[block] = largest
         inverse = np.float32(1) / max(absmax[block], SMALLEST_ABSMAX)
-        if (
-            midpoints.size == 15
-        ):  # a constant, so that LLVM unrolls the loop over j and vectorises the one over i
-            for i in range(x.size):
-                value = x[i] * inverse
-                count = np.int32(0)
-                for j in range(15):
-                    count += np.int32(value > midpoints[j])
-                rank[i] = count
-        else:  # binary search of all weights in step: value > midpoints[rank - 1] holds throughout
-            for i in range(x.size):
-                rank[i] = 0
-            step = np.int32((midpoints.size + 1) // 2)
-            while step:
-                for i in range(x.size):
-                    rank[i] += step * np.int32(x[i] * inverse > midpoints[rank[i] + step - np.int32(1)])
-                step //= np.int32(2)
+        for i in range(x.size):
+            value = x[i] * inverse
+            count = np.int32(0)
+            for j in range(15):  # a constant, so that LLVM unrolls this loop and vectorises the one over i
+                count += np.int32(value > midpoints[j])
+            rank[i] = count
         for i in range(x.size):
             codes[i] = rank[i]
 
 
-def quantize_codebook_numpy(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
-    """Do what ``quantize_codebook`` does."""
-    starts = np.arange(0, w.size, block_size)
-    absmax[:] = np.maximum.reduceat(np.abs(w), starts)
-    inverse = np.float32(1) / np.maximum(absmax, SMALLEST_ABSMAX)
-    out[:] = np.searchsorted(midpoints, w * inverse[np.arange(w.size) // block_size], side="left")
-
-
 @kernel
-def quantize_by_table(
+def _quantize_by_table(
     w: Array, midpoints: Array, below: Array, block_size: int, absmax: Array, out: Array
 ) -> None:
-    """Do what ``quantize_codebook`` does with 255 midpoints, by a table instead of a search: four times
-    faster.
+    """Find the rank among 255 midpoints by a table: four times faster than a search.
 
-    ``below`` = ``rank_table(midpoints)`` gives each number's bucket the rank of its lower end; one comparison
-    decides the rest.
+    `below` = `rank_table(midpoints)` gives each number's bucket the rank of its lower end. One comparison decides
+    the rest.
     """
     w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
-    inverse = np.empty(
-        absmax.size, np.float32
-    )  # through memory: else LLVM makes x/absmax of x·(1/absmax), and rounds otherwise
+    # through memory: else LLVM makes x/absmax of x·(1/absmax), and rounds otherwise
+    inverse = np.empty(absmax.size, np.float32)
     for block in range(absmax.size):
         largest = np.uint32(0)
         for bits in w_bits[block * block_size : (block + 1) * block_size]:
@@ -177,10 +169,8 @@ def quantize_by_table(
     scaled_bits = scaled.view(np.int32)
     half = np.int32(below.size // 2)
     for block in range(absmax.size):
-        x, codes = (
-            w[block * block_size : (block + 1) * block_size],
-            out[block * block_size : (block + 1) * block_size],
-        )
+        start, end = block * block_size, (block + 1) * block_size
+        x, codes = w[start:end], out[start:end]
         for i in range(x.size):
             scaled[i] = x[i] * inverse[block]
         for i in range(x.size):
@@ -194,37 +184,40 @@ FIRST_BUCKET = int(np.float32(2.0**-24).view(np.int32)) >> 16
 
 
 def rank_table(midpoints: Array) -> Array:
-    """Return how many midpoints lie below all numbers of each bucket: 255 ascending float32 -> (2·buckets,)
-    uint8.
+    """Return how many midpoints lie below all numbers of each bucket: (255,) float32 → (2·buckets,) uint8.
 
-    A bucket holds the numbers whose float32 begins with the same 16 bits, sign, exponent and 7 bits of the
-    fraction; those closer to 0 than 2^-24 share the first one, those from 1 on the last. Positive ones come
-    first. Each must hold at most one midpoint, as with the dynamic maps; raises ``ValueError`` if one holds
-    more.
+    A bucket holds the numbers whose float32 begins with the same 16 bits: sign, exponent and 7 bits of the
+    fraction. Numbers closer to 0 than 2^-24 share the first bucket, those from 1 on the last. Positive buckets
+    come first.
+
+    Raises
+    ------
+    ValueError
+        If a bucket holds two midpoints. Those of NF8 and of the dynamic maps lie far enough apart.
     """
     last = int(np.float32(1).view(np.int32)) >> 16
     edges = (np.arange(FIRST_BUCKET, last + 2, dtype=np.int32) << 16).view(np.float32)
     low, high = edges[:-1].copy(), edges[1:].copy()
     low[0], high[-1] = 0, np.inf
-    below = np.concatenate(
-        [np.searchsorted(midpoints, low, "left"), np.searchsorted(midpoints, -high, "right")]
-    )
-    up_to = np.concatenate(
-        [np.searchsorted(midpoints, high, "left"), np.searchsorted(midpoints, -low, "left")]
-    )
-    if (up_to - below).max() > 1:
+    below = [np.searchsorted(midpoints, low, "left"), np.searchsorted(midpoints, -high, "right")]
+    up_to = [np.searchsorted(midpoints, high, "left"), np.searchsorted(midpoints, -low, "left")]
+    if (np.concatenate(up_to) - np.concatenate(below)).max() > 1:
         raise ValueError(
-            "midpoints: two lie so close that one comparison does not tell their sides; use quantize_codebook"
+            "midpoints: two lie so close together that their float32 numbers begin with the same 16 bits; "
+            "a table of ranks needs at most one in each bucket"
         )
-    table = below.astype(np.uint8)
-    table.flags.writeable = False
-    return table
+    return read_only(np.concatenate(below).astype(np.uint8))
+
+
+def group_range(w: Array, group_size: int) -> tuple[Array, Array]:
+    """Do what `reference.group_range` does."""
+    low, high = (np.empty(w.size // group_size, np.float32) for _ in range(2))
+    _group_range(read_only(w), group_size, low, high)
+    return low, high
 
 
 @kernel
-def group_range(w: Array, group_size: int, low: Array, high: Array) -> None:
-    """Write the least and the greatest weight of each group: ``w`` (groups·group_size,), ``low`` and ``high``
-    (groups,)."""
+def _group_range(w: Array, group_size: int, low: Array, high: Array) -> None:
     for group in range(low.size):
         least = greatest = w[group * group_size]
         for i in range(group * group_size, (group + 1) * group_size):
@@ -232,18 +225,16 @@ def group_range(w: Array, group_size: int, low: Array, high: Array) -> None:
         low[group], high[group] = least, greatest
 
 
-def group_range_numpy(w: Array, group_size: int, low: Array, high: Array) -> None:
-    """Do what ``group_range`` does."""
-    groups = w.reshape(-1, group_size)
-    low[:], high[:] = groups.min(axis=1), groups.max(axis=1)
+def quantize_affine(w: Array, scales: Array, offsets: Array, bits: int) -> Array:
+    """Do what `reference.quantize_affine` does."""
+    out = np.empty(w.size, np.uint8)
+    _quantize_affine(read_only(w), read_only(scales), read_only(offsets), 2**bits - 1, out)
+    return out
 
 
 @kernel
-def quantize_affine(
-    w: Array, scales: Array, offsets: Array, group_size: int, largest: int, out: Array
-) -> None:
-    """Write code = clip(rint((w - offset) / scale), 0, largest); all floats float32, ``out`` (n,) uint8."""
-    top = np.float32(largest)
+def _quantize_affine(w: Array, scales: Array, offsets: Array, largest: int, out: Array) -> None:
+    top, group_size = np.float32(largest), w.size // scales.size
     for group in range(scales.size):
         scale, offset = scales[group], offsets[group]
         for i in range(group * group_size, (group + 1) * group_size):
@@ -251,35 +242,70 @@ def quantize_affine(
             out[i] = np.uint8(min(max(code, np.float32(0)), top))
 
 
-def quantize_affine_numpy(
-    w: Array, scales: Array, offsets: Array, group_size: int, largest: int, out: Array
-) -> None:
-    """Do what ``quantize_affine`` does."""
-    codes = np.rint((w.reshape(-1, group_size) - offsets[:, None]) / scales[:, None])
-    out[:] = np.clip(codes, 0, largest).reshape(-1).astype(np.uint8)
-
-
 # ---- dequantizing and multiplying
 
 
-def lookup_table(levels: Array, bits: int) -> Array:
-    """Return the levels of all codes in one index, which is a byte, (256, 8/bits), or for 3-bit codes 6 bits,
-    (64, 2).
+def in_vectors(bits: int, width: int, block_size: int) -> bool:
+    """Return whether vectors decode pieces that begin and end at multiples of `width` weights."""
+    return bits == 4 and width % 32 == 0 and block_size % 32 == 0 and codes_vectors.available()
 
-    >>> lookup_table(np.arange(16, dtype=np.float32), 4)[0x2F].tolist()
-    [2.0, 15.0]
+
+def dequantize(
+    packed: Array, levels: Array, scales: Array, offsets: Array, block_size: int, start: int, out: Array
+) -> None:
+    """Do what `reference.dequantize` does."""
+    bits, table = _lookup_table(levels.tobytes())
+    vectors = in_vectors(bits, start | out.size, block_size)  # a | b is a multiple of 32 if both are
+    decode = codes_vectors.dequantize if vectors else _dequantize
+    numbers = _numbers(scales, offsets, vectors)
+    decode(read_only(packed), bits, table, *numbers, block_size, start, out)
+
+
+def matvec(
+    packed: Array,
+    levels: Array,
+    scales: Array,
+    offsets: Array,
+    block_size: int,
+    start: int,
+    x: Array,
+    out: Array,
+) -> None:
+    """Do what `reference.matvec` does, up to rounding; x must be contiguous and writable."""
+    bits, table = _lookup_table(levels.tobytes())
+    vectors = in_vectors(bits, start | x.size, block_size)
+    multiply = codes_vectors.matvec if vectors else _matvec
+    numbers = _numbers(scales, offsets, vectors)
+    multiply(read_only(packed), bits, table, *numbers, block_size, start, x, out)
+
+
+def _numbers(scales: Array, offsets: Array, vectors: bool) -> tuple[Array, Array]:
+    """Return scales and offsets as float32, or where vectors read both in float16, as its bits."""
+    if vectors and scales.itemsize == offsets.itemsize == 2:
+        return read_only(scales.view(np.uint16)), read_only(offsets.view(np.uint16))
+    if scales.itemsize == 2:
+        scales = half_to_float(scales)
+    if offsets.itemsize == 2:
+        offsets = half_to_float(offsets)
+    return read_only(scales), read_only(offsets)
+
+
+@cache
+def _lookup_table(levels: bytes) -> tuple[int, Array]:
+    """Return the bits of a code, and the levels of all codes in one index: a byte, or for 3-bit codes 6 bits.
+
+    The table is (256, 8/bits) float32, for 3 bits (64, 2).
     """
+    values = np.frombuffer(levels, np.float32)
+    bits = values.size.bit_length() - 1
     index_bits = 6 if bits == 3 else 8
     shifts = np.arange(index_bits - bits, -1, -bits)
-    table = levels[(np.arange(2**index_bits)[:, None] >> shifts) & (2**bits - 1)]
-    table.flags.writeable = False
-    return table
+    return bits, read_only(values[(np.arange(2**index_bits)[:, None] >> shifts) & (2**bits - 1)])
 
 
 @kernel
 def _lookup(packed: Array, bits: int, table: Array, start: int, out: Array) -> None:
-    """Write the levels of codes start, start + 1, … into ``out``: 8 codes at a time where a byte begins, else
-    singly."""
+    """Write the levels of codes start, start + 1, …: 8 codes at a time where a byte begins, else singly."""
     first = 6 - bits if bits == 3 else 8 - bits  # table[code << first, 0] is the level of a single code
     i = 0
     while i < out.size and (start + i) % 8 != 0:
@@ -292,10 +318,8 @@ def _lookup(packed: Array, bits: int, table: Array, start: int, out: Array) -> N
         for j in range(whole.size):
             whole[j] = table[p[j], 0]
     else:
-        pairs, o = (
-            table.view(np.uint64),
-            whole.view(np.uint64),
-        )  # two float32 travel as one 8-byte word: 1.2 times faster
+        # two float32 travel as one 8-byte word: 1.2 times faster
+        pairs, o = table.view(np.uint64), whole.view(np.uint64)
         if bits == 4:
             for j in range(o.size):
                 o[j] = pairs[p[j], 0]
@@ -304,11 +328,8 @@ def _lookup(packed: Array, bits: int, table: Array, start: int, out: Array) -> N
                 o[2 * j], o[2 * j + 1] = pairs[p[j], 0], pairs[p[j], 1]
         else:
             for j in range(o.size // 4):
-                word = (
-                    np.uint32(p[3 * j]) << np.uint32(16)
-                    | np.uint32(p[3 * j + 1]) << np.uint32(8)
-                    | np.uint32(p[3 * j + 2])
-                )
+                high, middle, low = np.uint32(p[3 * j]), np.uint32(p[3 * j + 1]), np.uint32(p[3 * j + 2])
+                word = high << np.uint32(16) | middle << np.uint32(8) | low
                 for k in range(4):
                     o[4 * j + k] = pairs[(word >> np.uint32(18 - 6 * k)) & np.uint32(63), 0]
     while i < out.size:
@@ -318,8 +339,7 @@ def _lookup(packed: Array, bits: int, table: Array, start: int, out: Array) -> N
 
 @kernel
 def _scale(scales: Array, offsets: Array, block_size: int, start: int, first_block: int, out: Array) -> None:
-    """Turn levels into weights in place: out·scale + offset, block by block; out[0] is weight ``start`` of
-    the tensor."""
+    """Turn levels into weights in place, block by block; out[0] is weight `start` of the tensor."""
     block = start // block_size
     end = (block + 1) * block_size - start
     block -= first_block
@@ -340,7 +360,7 @@ def _scale(scales: Array, offsets: Array, block_size: int, start: int, first_blo
 
 
 @kernel
-def dequantize(
+def _dequantize(
     packed: Array,
     bits: int,
     table: Array,
@@ -350,41 +370,14 @@ def dequantize(
     start: int,
     out: Array,
 ) -> None:
-    """Write w[start : start + n] of the flattened tensor into ``out`` (n,) float32.
-
-    ``packed`` is the whole tensor's; ``scales`` and ``offsets`` (float32; ``offsets`` empty means 0) begin
-    with the block that holds ``start``.
-    """
-    for i in range(
-        0, out.size, 4096
-    ):  # 16 KiB: levels are still in the first-level cache when they are scaled
+    for i in range(0, out.size, 4096):  # 16 KiB: levels are scaled while they are in the first-level cache
         piece = out[i : i + 4096]
         _lookup(packed, bits, table, start + i, piece)
         _scale(scales, offsets, block_size, start + i, start // block_size, piece)
 
 
-def dequantize_numpy(
-    packed: Array,
-    bits: int,
-    table: Array,
-    scales: Array,
-    offsets: Array,
-    block_size: int,
-    start: int,
-    out: Array,
-) -> None:
-    """Do what ``dequantize`` does."""
-    codes = np.empty(start + out.size, np.uint8)
-    unpack_numpy(packed, bits, codes)
-    levels = table[:: table.shape[0] >> bits, 0]
-    block = np.arange(start, start + out.size) // block_size - start // block_size
-    out[:] = levels[codes[start:]] * scales[block]
-    if offsets.size:
-        out += offsets[block]
-
-
 @kernel
-def matvec(
+def _matvec(
     packed: Array,
     bits: int,
     table: Array,
@@ -395,11 +388,7 @@ def matvec(
     x: Array,
     out: Array,
 ) -> None:
-    """Write out[r] = Σ_c w[start + r·in + c]·x[c] for x (in,), ``out`` (rows,), float32; a few rows at a time
-    are decoded, into the first-level cache.
-
-    Other arguments as for ``dequantize``.
-    """
+    """Decode a few rows at a time into the first-level cache, and multiply each by x."""
     at_once = max(1, 2048 // x.size)  # several short rows: a store is slow to be read back at once
     w = np.empty(at_once * x.size, np.float32)
     for first in range(0, out.size, at_once):
@@ -415,39 +404,25 @@ def matvec(
             out[r] = dot
 
 
-def matvec_numpy(
-    packed: Array,
-    bits: int,
-    table: Array,
-    scales: Array,
-    offsets: Array,
-    block_size: int,
-    start: int,
-    x: Array,
-    out: Array,
-) -> None:
-    """Do what ``matvec`` does, up to float32 rounding (sums in another order)."""
-    w = np.empty(out.size * x.size, np.float32)
-    dequantize_numpy(packed, bits, table, scales, offsets, block_size, start, w)
-    out[:] = w.reshape(out.size, x.size) @ x
+def half_to_float(half: Array) -> Array:
+    """Do what `reference.half_to_float` does for finite numbers, several times faster than NumPy's cast."""
+    out = np.empty(half.size, np.float32)
+    _half_to_float(read_only(half.view(np.uint16)), out)
+    return out
 
 
 @kernel
-def half_to_float(half_bits: Array, out: Array) -> None:
-    """Write finite float16 numbers, given as their uint16 bits, as float32: several times faster than NumPy's
-    cast.
+def _half_to_float(half_bits: Array, out: Array) -> None:
+    for i in range(out.size):
+        out[i] = half_number(np.uint32(half_bits[i]))
 
-    Exponent and mantissa move to their float32 places; the bias differs by 127 - 15, so a factor 2^112
-    completes the number, exactly, subnormal ones included.
+
+@kernel
+def half_number(h: np.uint32) -> Any:
+    """Return a finite float16, given as its bits, as float32.
+
+    Exponent and mantissa move to their float32 places. The bias differs by 127 - 15, so a factor 2^112 completes
+    the number: exactly, also if it is subnormal.
     """
-    out_bits = out.view(np.uint32)
-    for i in range(out.size):
-        h = np.uint32(half_bits[i])
-        out_bits[i] = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
-    for i in range(out.size):
-        out[i] *= np.float32(2.0**112)
-
-
-def half_to_float_numpy(half_bits: Array, out: Array) -> None:
-    """Do what ``half_to_float`` does."""
-    out[:] = half_bits.view(np.float16)
+    moved = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
+    return np.uint32(moved).view(np.float32) * np.float32(2.0**112)

@@ -1,17 +1,17 @@
 """One token of one sequence through a model of GGUF blocks: the arithmetic that several threads run together.
 
-``minilora.decoding`` knows models, and calls this. Letters of the shapes: see the functional module.
+`minilora.decoding` knows models and calls this. Norm, rotation, SwiGLU and exp are those of `rows`. Letters of
+the shapes: see `minilora.functional`. tests/test_decoding.py compares with the plain path, `generation.decode`.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 
 from minilora.kernels.barrier import bytes_at, meet
 from minilora.kernels.block_vectors import multiply_rows, order_input
 from minilora.kernels.jit import kernel
+from minilora.kernels.rows import ONE, exp, group_sum, largest, rms_norm_forward, rope, swiglu_forward
 
 Array = np.ndarray
 
@@ -22,7 +22,7 @@ def decode_token(
     table: Array,
     head: Array,
     norms: Array,
-    eps: Any,
+    eps: float,
     cos: Array,
     sin: Array,
     keys: Array,
@@ -36,58 +36,56 @@ def decode_token(
     threads: int,
     sync: Array,
 ) -> None:
-    """Do one thread's part of a token: ``x`` (C,) is its embedding and is used up, ``shared`` is what threads tell each other."""
+    """Do one thread's part of a token.
+
+    x (C,) is the token's embedding and is overwritten. `table` (L, 7, 7) and `head` (1, 7) describe the weights
+    (see `Decoder._entry`), `norms` is (2L + 1, C), keys and values are (L, K, S, D). Threads hand results to each
+    other in `shared` (7, widest); logits (1, V) are the result.
+    """
     C, K, D = x.size, keys.shape[1], keys.shape[3]
-    q, k, v, y, gate, up, mixed = (
-        shared[0],
-        shared[1],
-        shared[2],
-        shared[3, :C],
-        shared[4, :F],
-        shared[5, :F],
-        shared[6, : H * D],
-    )
-    normed = np.empty(C, np.float32)
-    mine, mine_of_k, mine_of_f, phase = (
+    q, k, v, y = shared[0, : H * D], shared[1], shared[2], shared[3, :C]
+    gate, up, mixed, hidden = shared[4, :F], shared[5, :F], shared[6, : H * D], shared[6, :F]
+    normed, rstd = np.empty(C, np.float32), np.empty(1, np.float32)
+    mine, my_heads, mine_of_f = (
         _share(C, thread, threads),
         _share(K, thread, threads),
         _share(F, thread, threads),
-        1,
     )
+    phase = 1
     for layer in range(len(table)):
         w = table[layer]
-        _norm(x, norms[2 * layer], eps, normed)
+        rms_norm_forward(x, norms[2 * layer], eps, normed, rstd)
         _multiply(w[:3], normed, shared[:3], thread, threads)  # q, k, v
         phase = meet(sync, phase, threads)
-        for j in range(mine_of_k[0], mine_of_k[1]):
+        for j in range(my_heads[0], my_heads[1]):
             _attend(q, k, v, cos, sin, keys[layer, j], values[layer, j], position, j, H // K, mixed)
         phase = meet(sync, phase, threads)
         _multiply(w[3:4], mixed, shared[3:4], thread, threads)  # o
         for i in range(mine[0], mine[1]):
             x[i] += y[i]
         phase = meet(sync, phase, threads)
-        _norm(x, norms[2 * layer + 1], eps, normed)
+        rms_norm_forward(x, norms[2 * layer + 1], eps, normed, rstd)
         _multiply(w[4:6], normed, shared[4:6], thread, threads)  # gate, up
-        for i in range(mine_of_f[0], mine_of_f[1]):
-            gate[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * up[i]
+        part = slice(mine_of_f[0], mine_of_f[1])
+        swiglu_forward(gate[part], up[part], hidden[part])
         phase = meet(sync, phase, threads)
-        _multiply(w[6:], gate, shared[3:4], thread, threads)  # down
+        _multiply(w[6:], hidden, shared[3:4], thread, threads)  # down
         for i in range(mine[0], mine[1]):
             x[i] += y[i]
         phase = meet(sync, phase, threads)
-    _norm(x, norms[-1], eps, normed)
+    rms_norm_forward(x, norms[-1], eps, normed, rstd)
     _multiply(head, normed, logits, thread, threads)
 
 
 @kernel
 def _share(count: int, thread: int, threads: int) -> tuple[int, int]:
-    """Return which of ``count`` things, first to last - 1, are this thread's."""
+    """Return which of `count` rows or heads, first to last - 1, are this thread's."""
     return count * thread // threads, count * (thread + 1) // threads
 
 
 @kernel
 def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -> None:
-    """Write this thread's rows of W x into a row of ``out`` for each weight, which is a row of ``Decoder``'s tables."""
+    """Write this thread's rows of W x to a row of `out` for each weight, which is a row of `Decoder`'s tables."""
     ordered, sums = np.empty(x.size, np.float32), np.empty(x.size // 32, np.float32)
     order_input(x, ordered, sums)
     for i in range(len(weights)):
@@ -96,23 +94,20 @@ def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -
         first, last = _share(rows, thread, threads)
         multiply_rows(blocks, size, x if size == 34 else ordered, sums, first, last, out[i])
         if rank:
-            a, b = (
-                bytes_at(weights[i, 5], 4 * rank * (x.size // group)),
-                bytes_at(weights[i, 6], 4 * rows * rank),
-            )
-            _add_adapter(a.view(np.float32), b.view(np.float32), rank, group, x, first, last, out[i])
+            a = bytes_at(weights[i, 5], 4 * rank * (x.size // group)).view(np.float32)
+            b = bytes_at(weights[i, 6], 4 * rows * rank).view(np.float32)
+            _add_adapter(a, b, rank, group, x, first, last, out[i])
 
 
 @kernel
 def _add_adapter(
     a: Array, b: Array, rank: int, group: int, x: Array, first: int, last: int, out: Array
 ) -> None:
-    """Add rows of B A p to ``out``, where p is x or the sums of its groups; A (r, in/g) and B (out, r) are flat."""
+    """Add rows of B A p to `out`: p is x or the sums of its groups, A (r, in/g) and B (out, r) are flat."""
     pooled, hidden = x, np.empty(rank, np.float32)
     if group > 1:
-        pooled = np.zeros(x.size // group, np.float32)
-        for i in range(x.size):
-            pooled[i // group] += x[i]
+        pooled = np.empty(x.size // group, np.float32)
+        group_sum(x, group, pooled)
     for r in range(rank):
         row, dot = a[r * pooled.size : (r + 1) * pooled.size], np.float32(0)
         for i in range(pooled.size):
@@ -123,17 +118,6 @@ def _add_adapter(
         for r in range(rank):
             dot += b[i * rank + r] * hidden[r]
         out[i] += dot
-
-
-@kernel
-def _norm(x: Array, weight: Array, eps: Any, out: Array) -> None:
-    """Do what ``functional.rms_norm_forward`` does."""
-    total = np.float32(0)
-    for i in range(x.size):
-        total += x[i] * x[i]
-    rstd = np.float32(1) / np.sqrt(total / np.float32(x.size) + eps)
-    for i in range(x.size):
-        out[i] = x[i] * rstd * weight[i]
 
 
 @kernel
@@ -150,25 +134,24 @@ def _attend(
     group: int,
     out: Array,
 ) -> None:
-    """Rotate and store key head ``head``, and write what its ``group`` of query heads see: ``keys`` and ``values`` are (S, D)."""
+    """Rotate and store key head `head`, and write what its `group` of query heads see: keys and values (S, D)."""
     D = keys.shape[1]
-    _rotate(k[head * D : (head + 1) * D], cos, sin, np.float32(1), keys[position])
+    rope(cos, sin, 1, D, 1.0, k[head * D : (head + 1) * D])
+    rope(cos, sin, group, D, 1.0, q[head * group * D : (head + 1) * group * D])
     for i in range(D):
+        keys[position, i] = k[head * D + i]
         values[position, i] = v[head * D + i]
-    query, scores = np.empty(D, np.float32), np.empty(position + 1, np.float32)
+    scale, scores = ONE / np.sqrt(np.float32(D)), np.empty(position + 1, np.float32)
     for h in range(head * group, (head + 1) * group):
-        mixed = out[h * D : (h + 1) * D]
-        _rotate(q[h * D : (h + 1) * D], cos, sin, np.float32(1) / np.sqrt(np.float32(D)), query)
-        highest = np.float32(-np.inf)
+        query, mixed = q[h * D : (h + 1) * D], out[h * D : (h + 1) * D]
         for s in range(scores.size):
             key, dot = keys[s], np.float32(0)
             for i in range(D):
                 dot += query[i] * key[i]
             scores[s] = dot
-            highest = max(highest, dot)
-        total = np.float32(0)
+        top, total = largest(scores), np.float32(0)
         for s in range(scores.size):
-            scores[s] = _exp(scores[s] - highest)
+            scores[s] = exp((scores[s] - top) * scale)
             total += scores[s]
         for i in range(D):
             mixed[i] = np.float32(0)
@@ -176,32 +159,3 @@ def _attend(
             value, weight = values[s], scores[s] / total
             for i in range(D):
                 mixed[i] += weight * value[i]
-
-
-@kernel
-def _rotate(x: Array, cos: Array, sin: Array, factor: Any, out: Array) -> None:
-    """Do what ``functional.rope_forward`` does for one head (D,), and multiply by a factor."""
-    half = cos.size
-    for i in range(half):
-        out[i] = (x[i] * cos[i] - x[half + i] * sin[i]) * factor
-        out[half + i] = (x[half + i] * cos[i] + x[i] * sin[i]) * factor
-
-
-@kernel
-def _exp(x: Any) -> Any:
-    """Return eˣ = 2^n·e^r with |r| ≤ ln(2)/2, to two units in the last place, in operations that have vectors (Cephes' expf)."""
-    x = np.float32(-87) if x < np.float32(-87) else x
-    x = np.float32(88) if x > np.float32(88) else x
-    n = np.floor(x * np.float32(1.44269504088896341) + np.float32(0.5))
-    r = (
-        x - n * np.float32(0.693359375) + n * np.float32(2.12194440e-4)
-    )  # ln 2 in two parts, of which the first is short
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1)
-    power = (np.int32(n) + np.int32(127)) << np.int32(23)
-    return p * np.int32(power).view(np.float32)

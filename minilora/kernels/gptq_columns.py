@@ -1,75 +1,52 @@
-"""GPTQ's inner loop: round one column after another and spread each error; beside the kernel its readable NumPy version."""
+"""GPTQ's inner loop, compiled: round one column after another, and spread each error.
+
+`tests/test_gptq.py` compares it with `minilora.quant.reference.round_columns` and with the elimination of
+`tests/naive.py`.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
-from minilora.kernels.codes import SMALLEST_ABSMAX, Array
+from minilora.kernels.codes import SMALLEST_ABSMAX, Array, read_only
 from minilora.kernels.jit import kernel
 
 
-@kernel
 def round_columns(
+    w: Array, upper: Array, scale: Array, offset: Array, levels: Array, midpoints: Array
+) -> tuple[Array, Array]:
+    """Do what `reference.round_columns` does."""
+    ranks, errors = np.empty(w.shape, np.uint8), np.empty(w.shape)
+    inputs = (read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints))
+    _round_columns(w, *inputs, ranks, errors)
+    return ranks, errors
+
+
+@kernel
+def _round_columns(
     w: Array,
     upper: Array,
-    groups: Array,
     scale: Array,
     offset: Array,
-    midpoints: Array,
     levels: Array,
-    top: int,
-    codes: Array,
+    midpoints: Array,
+    ranks: Array,
     errors: Array,
 ) -> None:
-    """Round w (out, n) float64 column by column, spreading each error over the columns to its right; w is used up.
-
-    ``upper`` (n, n) float64 · ``groups`` (n,) int64, each column's · ``scale`` and ``offset`` (out, groups) float32 · ``levels``
-    (2^k,) ascending float32 with their ``midpoints``, both empty for affine codes, 0 to ``top`` · ``codes`` (out, n) uint8 ranks
-    and ``errors`` (out, n) float64 are written.
-    """
+    top = np.float32(levels.size - 1)
     for r in range(w.shape[0]):  # a row's errors move nothing but the row
         for i in range(w.shape[1]):
-            s, o = scale[r, groups[i]], offset[r, groups[i]]
+            s, o = scale[r, i], offset[r, i]
             value = np.float32(w[r, i])
-            if levels.size == 0:
-                code = min(max(np.rint((value - o) / s), np.float32(0)), np.float32(top))
-                rounded = code * s + o
-                codes[r, i] = np.uint8(code)
-            else:
+            if midpoints.size:
                 value *= np.float32(1) / max(s, SMALLEST_ABSMAX)
                 rank = 0
                 while rank < midpoints.size and value > midpoints[rank]:
                     rank += 1
-                rounded = levels[rank] * s
-                codes[r, i] = np.uint8(rank)
-            e = (w[r, i] - np.float64(rounded)) / upper[i, i]
+            else:
+                rank = int(min(max(np.rint((value - o) / s), np.float32(0)), top))
+            ranks[r, i] = rank
+            e = (w[r, i] - np.float64(levels[rank] * s + o)) / upper[i, i]
             errors[r, i] = e
             for j in range(i + 1, w.shape[1]):
                 w[r, j] -= e * upper[i, j]
-
-
-def round_columns_numpy(
-    w: Array,
-    upper: Array,
-    groups: Array,
-    scale: Array,
-    offset: Array,
-    midpoints: Array,
-    levels: Array,
-    top: int,
-    codes: Array,
-    errors: Array,
-) -> None:
-    """Do what ``round_columns`` does, a whole column at a time."""
-    for i in range(w.shape[1]):
-        s, o, value = scale[:, groups[i]], offset[:, groups[i]], w[:, i].astype(np.float32)
-        if levels.size == 0:
-            codes[:, i] = np.clip(np.rint((value - o) / s), 0, top)
-            rounded = codes[:, i] * s + o
-        else:
-            codes[:, i] = np.searchsorted(
-                midpoints, value * (np.float32(1) / np.maximum(s, SMALLEST_ABSMAX)), side="left"
-            )
-            rounded = levels[codes[:, i]] * s
-        errors[:, i] = (w[:, i] - rounded) / upper[i, i]
-        w[:, i + 1 :] -= errors[:, i, None] * upper[i, i + 1 :]

@@ -1,5 +1,7 @@
-"""The gradients of a low-rank path, in one pass over dy: it is much larger than all else, and is read from
-memory once."""
+"""The gradients of a low-rank path in one pass over dy, which is much larger than all else and is read once.
+
+The formulas are those of `functional.low_rank_backward`. tests/test_compiled_math.py compares with float64.
+"""
 
 from __future__ import annotations
 
@@ -7,24 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels.gemm import (
-    FEW,
-    Array,
-    aligned,
-    compiled,
-    flat,
-    groups_of,
-    pack_few,
-    pack_panel,
-    times_few,
-    times_narrow,
-)
+from minilora.kernels.gemm import EDGE, Array, aligned, flat, multiply_panel, pack_panel, panel_width
+from minilora.kernels.intrinsics import read_only
 from minilora.kernels.jit import kernel
-from minilora.kernels.microkernel import LANES, LOW, NARROW
+from minilora.kernels.microkernel import LANES, NR_NARROW
 
-NEAR = 48
-"""Rows whose gradients are taken together: still in the cache, and few enough for the processor to read ahead
-in each."""
+EMPTY = np.empty(0, np.float32)
+BLOCK = 48
+"""Rows of dy and p taken together: they are still in the cache when they are multiplied again."""
 
 
 @kernel
@@ -34,42 +26,39 @@ def add_outer(
     r: int,
     x: Array,
     x_at: int,
-    width: int,
+    n: int,
     rows: int,
-    one: int,
     scratch: Array,
-    written: Array,
     ragged: int,
     out: Array,
     add: bool,
 ) -> None:
-    """out (r, width) (+)= Σ_n a[at + n·r + i] x[x_at + n·width + j] over a few rows n, with x where it
-    lies."""
-    for j in range(0, width, NARROW):
-        n = min(NARROW, width - j)
-        if n == NARROW:
-            times_narrow(a, at, one, r, rows, x, x_at + j, width, scratch, out, j, width, r, n, add)
-        else:
-            pack_panel(x, x_at + j, width, one, rows, n, scratch, ragged, NARROW * one)
-            times_narrow(
-                a, at, one, r, rows, written, ragged, NARROW * one, scratch, out, j, width, r, n, add
-            )
+    """Write, or with `add` add to, out[i, j] = Σ_k a[at + k·r + i] x[x_at + k·n + j] over a few rows k: out (r, n).
+
+    x is multiplied where it lies; only a last panel that is not full is packed, to scratch[ragged].
+    """
+    for j in range(0, n, NR_NARROW):
+        columns = min(NR_NARROW, n - j)
+        panel, panel_at, line = x, x_at + j, n
+        if columns < NR_NARROW:
+            pack_panel(x, x_at + j, n, 1, rows, columns, scratch, ragged, NR_NARROW)
+            panel, panel_at, line = read_only(scratch), ragged, NR_NARROW
+        multiply_panel(
+            a, at, 1, r, rows, a, at, 0, panel, panel_at, line, NR_NARROW, scratch, out, j, n, r, columns, add
+        )
 
 
 @kernel
-def adapter_gradients(
+def low_rank_gradients(
     dy: Array,
     h: Array,
     p: Array,
     b: Array,
-    written: Array,
-    dh_written: Array,
     scale: Any,
     m: int,
     n: int,
     k: int,
     r: int,
-    one: int,
     scratch: Array,
     dh: Array,
     db_t: Array,
@@ -77,94 +66,84 @@ def adapter_gradients(
     db: Array,
     da: Array,
 ) -> None:
-    """dh = dy b, db += scale · dyᵀ h, da += scale · dhᵀ p, NEAR rows after the other.
+    """Write dh = dy b; add scale · dyᵀ h to db and scale · dhᵀ p to da, each unless it is empty.
 
-    dy (m, n), h and dh (m, r), p (m, k), b and db (n, r), da (r, k). ``written`` is scratch, and
-    ``dh_written`` dh, to be read; db_t (r, n) and da_s (r, k) hold the sums until they are added.
+    dy (m, n), h and dh (m, r), p (m, k), b and db (n, r), da (r, k), all flat. db_t (r, n) and da_s (r, k) hold
+    the sums until they are added.
     """
-    group = groups_of(r, n)
-    ragged = LOW * NARROW + aligned(scratch)
-    panels = ragged + NEAR * NARROW
-    if group:
-        pack_few(b, r, one, n, r, group, scratch, panels)
-    for j in range(0, 0 if group else r, NARROW):
-        pack_panel(b, j, r, one, n, min(NARROW, r - j), scratch, panels + j * n, NARROW * one)
-    for first in range(0, m, NEAR):
-        rows = min(NEAR, m - first)
-        if group:
-            times_few(dy, first * n, n, written, panels, group, scratch, dh, first * r, rows, r)
-        for j in range(0, 0 if group else r, NARROW):
-            times_narrow(
+    ragged = EDGE + aligned(scratch)
+    panels = ragged + BLOCK * NR_NARROW
+    for j in range(0, r, NR_NARROW):
+        columns = min(NR_NARROW, r - j)
+        pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, panel_width(columns))
+    for first in range(0, m, BLOCK):
+        rows = min(BLOCK, m - first)
+        for j in range(0, r, NR_NARROW):
+            columns = min(NR_NARROW, r - j)
+            panel, width = panels + j * n, panel_width(columns)
+            multiply_panel(
                 dy,
                 first * n,
                 n,
-                one,
+                1,
                 n,
-                written,
-                panels + j * n,
-                NARROW * one,
+                dy,
+                0,
+                0,
+                read_only(scratch),
+                panel,
+                width,
+                width,
                 scratch,
                 dh,
                 first * r + j,
                 r,
                 rows,
-                min(NARROW, r - j),
-                one < 1,
+                columns,
+                False,
             )
-        add_outer(h, first * r, r, dy, first * n, n, rows, one, scratch, written, ragged, db_t, first > 0)
-        add_outer(
-            dh_written, first * r, r, p, first * k, k, rows, one, scratch, written, ragged, da_s, first > 0
-        )
-    for i in range(r):
-        row = db_t[i * n : (i + 1) * n]
-        for j in range(n):
-            db[j * r + i] += scale * row[j]
+        if db.size:
+            add_outer(h, first * r, r, dy, first * n, n, rows, scratch, ragged, db_t, first > 0)
+        if da.size:
+            add_outer(read_only(dh), first * r, r, p, first * k, k, rows, scratch, ragged, da_s, first > 0)
+    if db.size:
+        for i in range(r):
+            row = db_t[i * n : (i + 1) * n]
+            for j in range(n):
+                db[j * r + i] += scale * row[j]
     for i in range(da.size):
         da[i] += scale * da_s[i]
 
 
-def adapter_backward(dy: Array, h: Array, p: Array, b: Array, s: float, db: Array, da: Array) -> Array:
-    """The gradients of y = s·h bᵀ with h = p aᵀ: returns dh = dy b, that of s·h; db += s·dyᵀ h, da += s·dhᵀ
-    p.
+def adapter_backward(
+    dy: Array, h: Array, p: Array, b: Array, s: float, db: Array | None, da: Array | None
+) -> Array:
+    """Return dh = dy b, and add to the gradients of y = s·h bᵀ, h = p aᵀ: db += s·dyᵀ h, da += s·dhᵀ p.
 
-    Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). All in one call, since
-    threads that make many short ones wait for each other's interpreter lock.
-
-    >>> db, da = np.zeros((3, 1)), np.zeros((1, 4))
-    >>> adapter_backward(np.ones((2, 3)), np.ones((2, 1)), np.ones((2, 4)), np.ones((3, 1)), 2.0, db, da).tolist()
-    [[3.0], [3.0]]
-    >>> db.tolist(), da.tolist()
-    ([[4.0], [4.0], [4.0]], [[12.0, 12.0, 12.0, 12.0]])
+    Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). A gradient that is None (its
+    factor is frozen) is skipped. All in one call: threads that make many short calls wait for each other's
+    interpreter lock.
     """
     (n, r), k = b.shape, p.shape[-1]
     m = dy.size // n
-    if m <= FEW or not compiled(dy, h, p, b, db, da):
-        dh = dy @ b
-        db += dy.reshape(-1, n).T @ (s * h).reshape(-1, r)
-        da += (s * dh).reshape(-1, r).T @ p.reshape(-1, k)
-        return dh
-    dh, db_t, da_s = (np.empty(shape, np.float32, like=dy) for shape in (h.shape, (r, n), (r, k)))
-    size = LOW * NARROW + LANES - 1 + NEAR * NARROW + n * -(-r // NARROW) * NARROW
+    sums = [np.empty(0 if d is None else d.size, np.float32, like=dy) for d in (db, da)]
+    dh = np.empty(h.shape, np.float32, like=dy)
+    size = EDGE + LANES - 1 + BLOCK * NR_NARROW + n * -(-r // NR_NARROW) * NR_NARROW
     scratch = np.empty(size, np.float32, like=dy)
     if isinstance(dy, np.ndarray):
-        adapter_gradients(
+        low_rank_gradients(
             flat(dy),
             flat(h),
             flat(p),
             flat(b),
-            flat(scratch),
-            flat(dh),
             np.float32(s),
             m,
             n,
             k,
             r,
-            1,
             scratch,
             dh.reshape(-1),
-            db_t.reshape(-1),
-            da_s.reshape(-1),
-            db.reshape(-1),
-            da.reshape(-1),
+            *sums,
+            *(EMPTY if d is None else d.reshape(-1) for d in (db, da)),
         )
     return dh

@@ -1,7 +1,8 @@
-"""What happens to one row or one number after the other, in one pass over memory instead of one an operation.
+"""Functions of one row or one number, each in one pass over memory where NumPy needs one pass per operation.
 
-The formulas are those of ``minilora.functional``, whose names these kernels carry. All arrays are flat
-float32; a row has ``C`` numbers. ``exp`` errs by at most 2 units in the last place and gives 0 below −88.02.
+The formulas are those of `minilora.functional`, whose names these kernels carry. All arrays are flat float32
+(ids and targets int64); a row has C numbers. tests/test_compiled_math.py compares every kernel with
+`functional` in float64.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.kernels.intrinsics import fma, from_bits, power_of_two, to_bits
 from minilora.kernels.jit import kernel
-from minilora.kernels.microkernel import fma, from_bits, power_of_two, to_bits
 
 Array = np.ndarray
 ONE = np.float32(1)
@@ -20,13 +21,15 @@ EMPTY = np.empty(0, np.float32)
 
 @kernel
 def exp(x: Any) -> Any:
-    """e^x = 2^n · e^r with n = round(x / ln 2), e^r for |r| ≤ ln 2 / 2 from a polynomial (Cephes, expf.c)."""
+    """Return e^x, within 2 units in the last place; 0 below −88.02.
+
+    e^x = 2^n · e^r with n = round(x / ln 2) and a polynomial for |r| ≤ ln 2 / 2 (Cephes, expf.c).
+    """
     x = np.float32(-88.0296919) if x < np.float32(-88.0296919) else x
     x = np.float32(88.7228394) if x > np.float32(88.7228394) else x
     n = np.rint(x * np.float32(1.44269504))
-    r = fma(
-        n, np.float32(-0.693359375), x
-    )  # ln 2 in two parts: the first has few digits, so that n times it is exact
+    # ln 2 in two parts: the first has few digits, so that n times it is exact
+    r = fma(n, np.float32(-0.693359375), x)
     r = fma(n, np.float32(2.12194440e-4), r)
     p = fma(np.float32(1.9875691500e-4), r, np.float32(1.3981999507e-3))
     p = fma(p, r, np.float32(8.3334519073e-3))
@@ -38,10 +41,10 @@ def exp(x: Any) -> Any:
 
 @kernel
 def largest(x: Array) -> Any:
-    """max(x), of whole numbers in the same order, since of float32 LLVM would make no vectors.
+    """Return max(x).
 
-    A NaN counts as +∞ or, if its sign is set, as −∞: what is then computed from all of x is NaN in either
-    case.
+    It compares int32 numbers in the same order: LLVM makes no vectors of a float32 maximum. A NaN counts as
+    ±∞ by its sign; what is then computed from all of x is NaN in either case.
     """
     best = np.int32(-(2**31))
     for i in range(x.size):
@@ -53,7 +56,7 @@ def largest(x: Array) -> Any:
 
 @kernel
 def embedding_backward(ids: Array, dy: Array, C: int, dtable: Array) -> None:
-    """dtable[ids[n]] += dy[n]."""
+    """Add each row of dy (N, C) to its token's row of dtable (V, C): dtable[ids[n]] += dy[n]."""
     for n in range(ids.size):
         row, out = dy[n * C : (n + 1) * C], dtable[ids[n] * C : (ids[n] + 1) * C]
         for c in range(C):
@@ -62,7 +65,7 @@ def embedding_backward(ids: Array, dy: Array, C: int, dtable: Array) -> None:
 
 @kernel
 def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
-    """y = weight · x · rstd, rstd = 1/√(mean(x²) + eps)."""
+    """Write y = weight · x · rstd with rstd = 1/√(mean(x²) + eps): x and y (N, C), rstd (N,)."""
     C = weight.size
     for n in range(rstd.size):
         row, out = x[n * C : (n + 1) * C], y[n * C : (n + 1) * C]
@@ -77,8 +80,10 @@ def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array)
 
 @kernel
 def rms_norm_backward(weight: Array, x: Array, rstd: Array, dx: Array, dweight: Array) -> None:
-    """dx = rstd (dxhat − xhat · mean(dxhat · xhat)), dxhat = dy · weight; dweight = Σ dy · xhat unless empty;
-    dx begins as dy."""
+    """Turn dy, which dx (N, C) holds at first, into dx; add to dweight (C,) unless it is empty.
+
+    dx = rstd (dxhat − xhat · mean(dxhat · xhat)) with dxhat = dy · weight, xhat = x · rstd; dweight = Σ dy · xhat
+    """
     C = weight.size
     for n in range(rstd.size):
         row, out = x[n * C : (n + 1) * C], dx[n * C : (n + 1) * C]
@@ -94,17 +99,17 @@ def rms_norm_backward(weight: Array, x: Array, rstd: Array, dx: Array, dweight: 
 
 @kernel
 def rope(cos: Array, sin: Array, heads: int, D: int, sign: float, x: Array) -> None:
-    """(first, second) → (first · cos − second · sin, second · cos + first · sin) in each head; ``sign`` −1
-    turns back.
+    """Rotate every head of x (N, heads, D) in place; `sign` −1 rotates back.
 
-    The tables hold D/2 numbers for each position; a table of one sequence serves all.
+    (first, second) → (first · cos − second · sin, second · cos + first · sin), the two halves of a head. The
+    tables hold D/2 numbers per position; those of one sequence serve all sequences.
     """
     half = D // 2
-    places = cos.size // half
+    positions = cos.size // half
     turn = np.float32(sign)
     for n in range(x.size // (heads * D)):
-        c = cos[n % places * half : (n % places + 1) * half]
-        s = sin[n % places * half : (n % places + 1) * half]
+        c = cos[n % positions * half : (n % positions + 1) * half]
+        s = sin[n % positions * half : (n % positions + 1) * half]
         for h in range(n * heads, (n + 1) * heads):
             first, second = x[h * D : h * D + half], x[h * D + half : (h + 1) * D]
             for i in range(half):
@@ -115,14 +120,14 @@ def rope(cos: Array, sin: Array, heads: int, D: int, sign: float, x: Array) -> N
 
 @kernel
 def swiglu_forward(gate: Array, up: Array, y: Array) -> None:
-    """y = gate · σ(gate) · up."""
+    """Write y = gate · σ(gate) · up."""
     for i in range(y.size):
         y[i] = gate[i] / (ONE + exp(-gate[i])) * up[i]
 
 
 @kernel
 def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
-    """dup = dy · silu(gate), dgate = dy · up · σ (1 + gate (1 − σ)); dup begins as dy."""
+    """Write dgate = dy · up · σ (1 + gate (1 − σ)) and dup = dy · gate · σ; dup holds dy at first."""
     for i in range(dup.size):
         sigma, dy = ONE / (ONE + exp(-gate[i])), dup[i]
         dup[i] = dy * gate[i] * sigma
@@ -131,11 +136,9 @@ def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
 
 @kernel
 def cross_entropy(targets: Array, V: int, logits: Array) -> float:
-    """Make probabilities of each row of V logits, in place, and return Σ (log Σ exp logits − logits[target]),
-    in float64.
+    """Return Σ (log Σ exp logits − logits[target]) in float64; logits (N, V) become probabilities in place.
 
-    With two arrays LLVM would have to allow for an overlap, and where there is one, take its loop without
-    vectors.
+    One array serves both: with two, LLVM would check for overlap and, where there is some, use no vectors.
     """
     loss = 0.0
     for n in range(targets.size):
@@ -154,7 +157,7 @@ def cross_entropy(targets: Array, V: int, logits: Array) -> float:
 
 @kernel
 def group_sum(x: Array, g: int, y: Array) -> None:
-    """Sum each group of g neighbours."""
+    """Write the sums of groups of g neighbours: x (n·g,) → y (n,)."""
     for i in range(y.size):
         total = np.float32(0)
         for j in range(i * g, (i + 1) * g):

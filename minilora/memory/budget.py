@@ -11,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
+from minilora.building import parameter_shapes
 from minilora.config import ADAPTERS, PlanConfig, expand_modules, matches, require
 from minilora.memory.compare import check_methods, check_taken, settings_of
 from minilora.memory.counting import format_bytes
-from minilora.memory.ledger import Ledger, html_table, text_table
+from minilora.memory.ledger import Ledger
 from minilora.memory.measure import trainer_bytes
 from minilora.memory.planner import model_shape, plan
-from minilora.transformer import parameter_shapes
+from minilora.tables import html_table, text_table
 
 UNITS = {"": 1, "b": 1} | {
     f"{letter}{end}": base**power

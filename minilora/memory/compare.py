@@ -19,8 +19,9 @@ from minilora.config import (
     require_in,
 )
 from minilora.memory.counting import format_bytes
-from minilora.memory.ledger import HELD, PASSING, Ledger, html_table, text_table
+from minilora.memory.ledger import HELD, PASSING, Ledger
 from minilora.memory.planner import plan
+from minilora.tables import html_table, text_table
 
 TAKEN_BY = {
     "r": ADAPTERS,

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import DenseWeight, Key
-from minilora.lora import LoraLinear
+from minilora.adapter import Adapter
+from minilora.layers import Key
 from minilora.memory.shapes import ShapeArray
+from minilora.parameters import DenseWeight, Parameter
 from minilora.transformer import Transformer
 
 Array = np.ndarray
@@ -62,18 +63,21 @@ def packed_weights(model: Transformer) -> list[Any]:
     """Every weight of a model, adapted or not, that is stored in few bits; one that embedding and head share,
     once."""
     weights = [model.embedding.weight]
-    weights += [
-        (linear.base if isinstance(linear, LoraLinear) else linear).weight for _, linear in model.linears()
-    ]
+    weights += [linear.base.weight for _, linear in model.linears()]
     return list({id(weight): weight for weight in weights if not isinstance(weight, DenseWeight)}.values())
+
+
+def adapter_parameters(model: Transformer) -> set[Parameter]:
+    """Return the parameters of all adapters, whichever class they are of."""
+    return {p for _, linear in model.linears() if isinstance(linear, Adapter) for p in linear.trained()}
 
 
 def model_bytes(model: Transformer) -> dict[str, int]:
     """Bytes of a model by class: weights (dense arrays and codes), scales_offsets, code_maps, adapters."""
     found: dict[str, list[Array]] = {"weights": [], "scales_offsets": [], "code_maps": [], "adapters": []}
+    own = adapter_parameters(model)
     for p in model.parameters():
-        kind = "adapters" if ".lora_" in p.name else "weights"
-        found[kind].append(p.data)
+        found["adapters" if p in own else "weights"].append(p.data)
     for weight in packed_weights(model):
         for kind, arrays in weight.arrays().items():
             found[QUANT_CLASSES[kind]].extend(arrays)
@@ -93,7 +97,7 @@ def projection_bytes(model: Transformer) -> tuple[int, int]:
     stored = weights = 0
     for block in model.blocks:
         for _, _, linear in block.linears():
-            weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight
+            weight = linear.base.weight
             stored += sum(
                 a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays
             )

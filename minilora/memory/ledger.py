@@ -15,10 +15,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from minilora.layers import DenseWeight, Parameter
-from minilora.lora import LoraLinear
-from minilora.memory.counting import buffer_of, format_bytes
-from minilora.memory.shapes import Buffer
+import numpy as np
+
+from minilora.adapter import Adapter
+from minilora.memory.counting import adapter_parameters, buffer_of, format_bytes
+from minilora.memory.shapes import Buffer, ShapeArray
+from minilora.parameters import DenseWeight, Parameter
+from minilora.tables import html_table, text_table
 from minilora.transformer import Transformer
 
 HELD = {
@@ -53,6 +56,10 @@ COLUMN = {kind: column for column, kinds in COLUMNS.items() for kind in kinds}
 """Classes that share a column of the table by layer."""
 WIDTH = 120
 """Characters of a line, up to which that table shows bytes in full."""
+
+
+ADAPTER_ARRAYS = {"row_squares": "squared length of each row of W, for DoRA"}
+"""What the arrays of an adapter are that are no parameters; others go by the attribute's name."""
 
 
 @dataclass(frozen=True)
@@ -271,7 +278,7 @@ def held_entries(
             entries.append(Entry(kind, layer.removeprefix("model."), what, buffer.nbytes))
 
     weights = [(model.embedding.name, model.embedding.weight)]
-    weights += [(name, getattr(linear, "base", linear).weight) for name, linear in model.linears()]
+    weights += [(name, linear.base.weight) for name, linear in model.linears()]
     for layer, weight in weights:
         if isinstance(weight, DenseWeight):
             continue  # among the parameters
@@ -284,15 +291,19 @@ def held_entries(
                 add(
                     name, "shared" if kind == "code_maps" else layer, getattr(weight, "quant_type", ""), array
                 )
+    own = adapter_parameters(model)
     for p in model.parameters():
         layer = p.name.removesuffix(".weight")
-        if ".lora_" in p.name:
-            layer, _, part = p.name.partition(".lora_")
-            add("adapters", layer, f"lora_{part.removesuffix('.weight')}", p.data)
+        if p in own:
+            layer, _, part = layer.rpartition(".")
+            add("adapters", layer, part, p.data)
         else:
             add("weights", layer, str(p.data.dtype), p.data)
-    for linear in (x for _, x in model.linears() if isinstance(x, LoraLinear) and x.magnitude is not None):
-        add("adapters", linear.name, "squared length of each row of W, for DoRA", linear.row_squares)
+    for _, linear in model.linears():
+        if isinstance(linear, Adapter):
+            for name, value in vars(linear).items():
+                if isinstance(value, np.ndarray | ShapeArray):
+                    add("adapters", linear.name, ADAPTER_ARRAYS.get(name, name), value)
     for array in maps:
         add("code maps", "shared", "of 8-bit states", array)
     for name, array in (states or {}).items():
@@ -420,29 +431,3 @@ def _same_in_all_blocks(entries: Iterable[Entry]) -> list[tuple[str, int, int]]:
         key = f"{layer}: {what}", e.nbytes
         counts[key] = counts.get(key, 0) + 1
     return [(what, n, times) for (what, n), times in counts.items()]
-
-
-# ---- text and HTML
-
-
-def text_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns; numbers flush right."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    number = re.compile(r"[\d,.\s×%+-]*( [KMG]iB| B)?")
-    flush = [
-        str.rjust if all(number.fullmatch(row[i]) for row in rows) else str.ljust for i in range(len(heads))
-    ]
-    text = [
-        "  ".join(f(cell, w) for f, cell, w in zip(flush, row, widths, strict=True)).rstrip()
-        for row in [heads, *rows]
-    ]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
-
-
-def html_table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """The same for a notebook."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -14,18 +14,20 @@ from pathlib import Path
 
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Gradients
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
 from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
 from minilora.memory.planner import SAME, with_update
 from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
 from minilora.memory.twin import tile_bytes, twin_of
-from minilora.quant import weights
+from minilora.parameters import Gradients
+from minilora.quant.compilation import compile_kernels
 from minilora.quant.packed import reserve_tile
 from minilora.threads import Workers, single_blas
-from minilora.training.loss import loss_and_grads, split
+from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import Optimizer, clip_, make_optimizer
+from minilora.training.shards import split_batch
+from minilora.training.states import state_maps
 from minilora.transformer import Transformer
 
 
@@ -66,7 +68,7 @@ def measure(
     own = (
         make_optimizer(twin.trainable(), config) if optimizer is None else optimizer
     )  # zeros, made when they are touched
-    held = held_entries(model, {} if paged else own.state(), own.code_maps())
+    held = held_entries(model, {} if paged else own.state(), state_maps(own.state()))
     tile = tile_bytes(twin)
     if tile:
         held.append(Entry("tiles", "worker", "decoded weights", tile))
@@ -124,7 +126,7 @@ def measure(
 
 def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Entry]:
     """What a real forward pass of the largest shard keeps."""
-    piece = split(batch, config.shards)[0]
+    piece = split_batch(batch, config.shards)[0]
     with single_blas():
         _, cache = model.forward(
             piece.ids, (config.seed, 0, 0), config.gradient_checkpointing, piece.segments
@@ -136,7 +138,7 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
 def trainer_bytes() -> int:
     """What a process that trains has in memory before its model: Python, NumPy, Numba and the kernels; 0 if
     unknown."""
-    weights.warm_up()
+    compile_kernels()
     return resident_bytes()[0] or 0
 
 

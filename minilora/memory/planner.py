@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import parameter_shapes
 from minilora.config import ModelConfig, PlanConfig, QuantConfig, expand_modules, require
 from minilora.formats.bases import shape_of
 from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.huggingface_config import read_config
 from minilora.formats.llama_gguf import find_model, gguf_name
-from minilora.layers import Parameter
-from minilora.lora import full, inject_lora, subset
+from minilora.injection import full, inject_lora, subset
 from minilora.memory.architectures import ARCHITECTURES, architecture
 from minilora.memory.counting import count_parameters, effective_bits
 from minilora.memory.ledger import Entry, Ledger, deepen, held_entries
@@ -39,8 +39,9 @@ from minilora.memory.twin import (
     shape_batch,
     tile_bytes,
 )
-from minilora.training.optimizers import state_bytes, state_layout
-from minilora.transformer import Transformer, parameter_shapes
+from minilora.parameters import Parameter
+from minilora.training.states import state_bytes, state_layout
+from minilora.transformer import Transformer
 
 Stored = Callable[[str, tuple[int, int]], ShapeWeight | None]
 MOST_LAYERS = 1000
@@ -199,9 +200,7 @@ def _counts(twin: Transformer, layers: int | None) -> tuple[int, int]:
     more = layers - len(twin.blocks)
     of_block = [p.data.size for p in block.parameters()]
     of_block += [
-        math.prod(w.shape)
-        for _, _, x in block.linears()
-        if isinstance(w := getattr(x, "base", x).weight, ShapeWeight)
+        math.prod(w.shape) for _, _, x in block.linears() if isinstance(w := x.base.weight, ShapeWeight)
     ]
     return trainable + more * sum(
         p.data.size for p in block.parameters() if p.trainable

@@ -13,8 +13,8 @@ from functools import cache
 from typing import Any
 
 from minilora.memory.counting import format_bytes
-from minilora.memory.ledger import html_table, text_table
 from minilora.memory.planner import plan
+from minilora.tables import html_table, text_table
 
 LORA, QLORA, QALORA = "LoRA, 2106.09685", "QLoRA, 2305.14314", "QA-LoRA, 2309.14717"
 GPT3_PARAMETERS = 175_255_800_000

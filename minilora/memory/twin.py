@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
+from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig, require
 from minilora.data.tasks import Batch
-from minilora.kernels import block_vectors as blocks_simd
-from minilora.kernels import codes as kernels
-from minilora.layers import Array, DenseWeight, Embedding, Linear, Parameter, RMSNorm
+from minilora.layers import Array, Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import DenseWeight, Parameter
+from minilora.quant.blocks import few_rows
 from minilora.quant.packed import PackedWeight, in_vectors
+from minilora.quant.reference import packed_size
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
-from minilora.transformer import Transformer, build_model, parameter_shapes
+from minilora.transformer import Transformer
+from minilora.variants import lora_of
 
 BLOCK_FORMATS = {"Q4_0": (16, 0), "Q4_1": (16, 2), "Q8_0": (32, 0)}
 """Bytes of codes and of minima in a block of 32; the scale takes two more."""
@@ -84,12 +88,12 @@ class ShapeWeight(PackedWeight):
         """
         out, in_ = shape
         size, zero = out * in_, config.offset_dtype == "zero"
-        codes = [ShapeArray.new((kernels.packed_size(size, config.bits),), np.uint8)]
+        codes = [ShapeArray.new((packed_size(size, config.bits),), np.uint8)]
         if config.affine:
             require(in_ % config.group_size == 0, "group_size", config.group_size, f"must divide in={in_}")
             groups = (out, in_ // config.group_size)
             offset = (
-                ShapeArray.new((kernels.packed_size(prod(groups), config.bits),), np.uint8)
+                ShapeArray.new((packed_size(prod(groups), config.bits),), np.uint8)
                 if zero
                 else ShapeArray.new(groups, config.offset_dtype)
             )
@@ -125,7 +129,7 @@ class ShapeWeight(PackedWeight):
         """A matrix in a GGUF's blocks of 32."""
         rows = (shape[0], shape[1] // 32)
         codes, minima = BLOCK_FORMATS[quant_type]
-        few = 16 if blocks_simd.available() else 1  # as BlockWeight has it
+        few = few_rows()
         arrays: dict[str, list[Any]] = {
             "codes": [ShapeArray.new((*rows, codes), np.uint8)],
             "scales": [ShapeArray.new(rows, np.float16)],
@@ -242,6 +246,10 @@ def twin_of(model: Transformer) -> Transformer:
     shares."""
     parameters: dict[int, Parameter] = {}
     weights: dict[int, Any] = {}
+    arrays: dict[int, ShapeArray] = {}
+
+    def array(a: Any) -> ShapeArray:
+        return arrays.setdefault(id(a), ShapeArray.new(a.shape, a.dtype))
 
     def parameter(p: Parameter) -> Parameter:
         if id(p) not in parameters:
@@ -256,14 +264,16 @@ def twin_of(model: Transformer) -> Transformer:
         return weights[id(w)]
 
     def linear(old: Any) -> Any:
-        if not isinstance(old, LoraLinear):
+        if isinstance(old, Linear):
             return Linear(old.name, weight(old.weight))
         new = copy.copy(old)
-        new.base = Linear(old.name, weight(old.base.weight))
-        new.lora_A, new.lora_B = parameter(old.lora_A), parameter(old.lora_B)
-        if old.magnitude is not None:
-            new.magnitude = parameter(old.magnitude)
-            new.row_squares = ShapeArray.new(old.row_squares.shape, old.row_squares.dtype)
+        for name, value in vars(old).items():  # of any adapter: its base, its parameters, its other arrays
+            if isinstance(value, Linear | Adapter):
+                setattr(new, name, linear(value))
+            elif isinstance(value, Parameter):
+                setattr(new, name, parameter(value))
+            elif isinstance(value, np.ndarray | ShapeArray):
+                setattr(new, name, array(value))
         return new
 
     twin = model.map_linears(linear)
@@ -277,7 +287,7 @@ def twin_of(model: Transformer) -> Transformer:
 
 def tile_bytes(model: Transformer) -> int:
     """Scratch that a worker keeps for decoded tiles, once the twin has run a step."""
-    weights = [getattr(linear, "base", linear).weight for _, linear in model.linears()]
+    weights = [linear.base.weight for _, linear in model.linears()]
     largest = max((w.largest_tile for w in weights if isinstance(w, ShapeWeight)), default=0)
     return 4 * largest
 
@@ -318,8 +328,9 @@ def run_step(
     meter = Meter(layer_names(twin) | {id(block): f"layers.{i}" for i, block in enumerate(model.blocks)})
     model.rope = MethodType(_rope, model)  # type: ignore[method-assign]
     for _, linear in model.linears():
-        if isinstance(linear, LoraLinear):
-            linear.dropout_mask = MethodType(_dropout_mask, linear)  # type: ignore[method-assign]
+        lora = lora_of(linear)
+        if lora is not None:
+            lora.dropout_mask = MethodType(_dropout_mask, lora)  # type: ignore[method-assign]
     _observe(model, meter, watch or (lambda what, value: None))
     with metered(meter), Workers(1) as one:
         loss_and_grads(

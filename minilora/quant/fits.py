@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minilora.config import FITS, OFFSET_STORES, require_in
-from minilora.kernels import codes as kernels
 from minilora.quant.packed import frozen
+from minilora.quant.switch import implementation
 
 Array = NDArray[Any]
 
@@ -44,8 +44,7 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
     """
     require_in(how, FITS, "fit")
     require_in(store, OFFSET_STORES, "offset_dtype")
-    low, high = np.empty(len(w), np.float32), np.empty(len(w), np.float32)
-    kernels.group_range(frozen(w.reshape(-1), np.float32), w.shape[1], low, high)
+    low, high = implementation("codes").group_range(frozen(w.reshape(-1), np.float32), w.shape[1])
     if how == "symmetric":
         high = np.maximum(np.abs(low), np.abs(high))
         scale = stored_scale(high * np.float32(2), bits)

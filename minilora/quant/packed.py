@@ -1,8 +1,6 @@
-"""What all packed weights share: products that decode one tile of rows at a time, and never keep the dense
-matrix.
+"""What all packed weights share: products that decode one tile of rows at a time, never the dense matrix.
 
-Keeping the dense matrix instead would silently undo QLoRA. A tile lies in a scratch of its thread, and is
-multiplied there.
+To keep the dense matrix would silently undo QLoRA. A tile lies in its thread's scratch, and is multiplied there.
 """
 
 from __future__ import annotations
@@ -16,21 +14,20 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from minilora.config import require
-from minilora.kernels import codes as kernels
-from minilora.kernels import codes_vectors as simd
-from minilora.kernels.gemm import FEW, LowRank, product, product_t
+from minilora.kernels import BLAS_ROWS, LowRank, is_plain, linear_dx, linear_forward, load
 from minilora.quant import codebooks
+from minilora.quant.reference import packed_size
+from minilora.quant.switch import implementation
 
 Array = NDArray[Any]
 
 TILE = 1024 * 1024
-"""Weights decoded at once, 4 MiB of float32 a thread. With 1 MiB SmolLM2's step takes 9 % longer: threads
-that call more often wait for each other more often."""
+"""Weights decoded at once: 4 MiB of float32 a thread. With 1 MiB a step of SmolLM2 takes 9 % longer, because
+threads that call more often wait for each other more often."""
 
 
 def frozen(array: ArrayLike, dtype: Any) -> Array:
-    """Return the array as contiguous, read-only ``dtype``: the same object if it is that already, else a
-    copy.
+    """Return the array as contiguous, read-only `dtype`: the same object if it is that already, else a copy.
 
     >>> a = frozen([1, 2], np.uint8)
     >>> a.flags.writeable, frozen(a, np.uint8) is a
@@ -57,39 +54,43 @@ def _tile(size: int) -> Array:
 
 
 def reserve_tile(size: int) -> None:
-    """Make this thread's scratch now, so that no later step of the thread does."""
+    """Allocate this thread's scratch now rather than during a step."""
     if size:
         _tile(size)
 
 
 @cache
-def table_of(quant_type: str) -> Array:
-    """Return the kernels' lookup table of a codebook or integer type, made once."""
-    bits = int(quant_type[-1])
-    levels = (
-        np.arange(2**bits, dtype=np.float32)
-        if quant_type.startswith("int")
-        else codebooks.code_map(quant_type)
-    )
-    return kernels.lookup_table(levels, bits)
+def levels_of(quant_type: str) -> Array:
+    """Return what the codes of a type stand for before scaling: a code map, or 0, 1, 2, … for `int2` to `int8`."""
+    if quant_type.startswith("int"):
+        return frozen(np.arange(2 ** int(quant_type[-1])), np.float32)
+    return codebooks.code_map(quant_type)
 
 
 def in_vectors(bits: int, width: int, block_size: int) -> bool:
-    """Whether the vectors of the simd module decode a weight of this width, in blocks of this size."""
-    return bits == 4 and width % 32 == 0 and block_size % 32 == 0 and simd.available()
+    """Return whether vectors decode a weight of this width in blocks of this size."""
+    return not is_plain() and bool(load("codes").in_vectors(bits, width, block_size))
+
+
+def flat_rows(low_rank: LowRank | Array | None) -> LowRank | None:
+    """Return the factors with one row for each position, or None if there are no factors."""
+    if not isinstance(low_rank, LowRank):
+        return None
+    return low_rank._replace(h=low_rank.h.reshape(-1, low_rank.h.shape[-1]))
 
 
 class PackedWeight(ABC):
-    """W (out, in) in few bits, frozen: it has no gradient. Products and rows are float32 (float64 for float64
-    input).
+    """W (out, in) in few bits, frozen: it has no gradient.
 
-    A subclass says how weights are decoded (``_decode_into``) and multiplied by a few rows while they are
-    (``_multiply_few``).
+    Products and rows are float32, and float64 for float64 input. A subclass says how to decode weights
+    (`_decode_into`) and how to multiply by a few rows while decoding (`_multiply_few`).
     """
 
     dtype = np.dtype(np.float32)
     trainable = False
     bits: int
+    offset_group = 0
+    """Inputs that share one float offset, into which QA-LoRA merges; 0 without such offsets."""
 
     def __init__(self, shape: tuple[int, int]):
         out_features, in_features = map(int, shape)
@@ -98,44 +99,46 @@ class PackedWeight(ABC):
 
     # ---- products
 
-    def matmul(self, x: Array, path: LowRank | None = None) -> Array:
-        """Return x Wᵀ, with a low-rank path (h, b, s) x Wᵀ + s·h bᵀ: x (…, in), h (…, r), b (out, r) -> (…,
-        out).
+    def matmul(self, x: Array, low_rank: LowRank | Array | None = None) -> Array:
+        """Return x Wᵀ + low_rank: x (…, in) → (…, out).
 
-        A single float32 row, or a few, as in decoding text, take a kernel that multiplies while it decodes.
+        A few float32 rows, as in decoding text, take a kernel that multiplies while it decodes.
         """
         out_features, in_features = self.shape
         x2 = self._flat(x, in_features)
-        if path:
-            path = path[0].reshape(len(x2), -1), *path[1:]
+        factors = flat_rows(low_rank)
         y = np.empty((len(x2), out_features), np.result_type(x2.dtype, np.float32), like=x2)
         if 1 <= len(x2) <= self._few and x2.dtype == np.float32:
-            self._multiply_few(
-                np.array(x2, order="C"), y
-            )  # contiguous and writable: the one signature of the kernel
-            if path:
-                y += (path[2] * path[0]) @ path[1].T
+            # contiguous and writable: the one signature of the kernel
+            self._multiply_few(np.array(x2, order="C"), y)
+            if factors:
+                y += (factors.s * factors.h) @ factors.b.T
         else:
             for first, last in self._tiles(TILE):
-                part = (path[0], path[1][first:last], path[2]) if path else None
-                product(x2, self._decode(first, last), part, out=y, column=first)
-        return y.reshape(*x.shape[:-1], out_features)
+                part = factors._replace(b=factors.b[first:last]) if factors else None
+                linear_forward(x2, self._decode(first, last), part, out=y, column=first)
+        y = y.reshape(*x.shape[:-1], out_features)
+        if low_rank is not None and factors is None:
+            y += low_rank
+        return y
 
-    def matmul_t(self, dy: Array, path: LowRank | None = None, onto: Array | None = None) -> Array:
-        """Return dy W, with a path (dh, a, s) dy W + s·dh a: dy (…, out), dh (…, r), a (r, in) -> (…, in).
-        Added to ``onto``."""
+    def matmul_t(
+        self, dy: Array, low_rank: LowRank | Array | None = None, onto: Array | None = None
+    ) -> Array:
+        """Return dy W + low_rank: dy (…, out) → (…, in), added to `onto` if that is given."""
         out_features, in_features = self.shape
         dy2 = self._flat(dy, out_features)
-        if path:
-            path = path[0].reshape(len(dy2), -1), *path[1:]
+        factors = flat_rows(low_rank)
         dx: Any = None if onto is None else onto.reshape(-1, in_features)
         for first, last in self._tiles(TILE):
-            dx = product_t(dy2, self._decode(first, last), path if first == 0 else None, dx, first)
-        return dx.reshape(*dy.shape[:-1], in_features)
+            dx = linear_dx(dy2, self._decode(first, last), factors if first == 0 else None, dx, first)
+        dx = dx.reshape(*dy.shape[:-1], in_features)
+        if low_rank is not None and factors is None:
+            dx += low_rank
+        return dx
 
     def rows(self, ids: Array) -> Array:
-        """Return rows of W as float32: ids (…) whole numbers -> (…, in). Each distinct row is decoded
-        once."""
+        """Return rows of W as float32: whole numbers ids (…) → (…, in). Each distinct row is decoded once."""
         ids = np.asarray(ids)
         unique, inverse = np.unique(ids, return_inverse=True)
         if unique.size and not 0 <= unique[0] <= unique[-1] < self.shape[0]:
@@ -159,8 +162,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, list[Array]]:
-        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that all weights
-        share)."""
+        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that weights share)."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -169,7 +171,7 @@ class PackedWeight(ABC):
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective bits: 8·(codes + scales + offsets)/(out·in); the shared code maps are not counted."""
+        """Effective bits: 8·(codes + scales + offsets)/(out·in); shared code maps are not counted."""
         stored = self.nbytes
         return 8 * (stored["codes"] + stored["scales"] + stored["offsets"]) / (self.shape[0] * self.shape[1])
 
@@ -177,17 +179,16 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def _decode_into(self, start: int, out: Array) -> None:
-        """Write the weights start, start + 1, … of the flattened tensor, which begin or end rows, into
-        ``out`` float32."""
+        """Write the flattened weights start, start + 1, … into `out` float32; both ends are ends of rows."""
 
     @property
+    @abstractmethod
     def _few(self) -> int:
-        """Return up to how many float32 rows ``_multiply_few`` is faster than BLAS on decoded tiles."""
-        return 1
+        """Up to how many float32 rows `_multiply_few` is faster than BLAS on decoded tiles; 0: never."""
 
     @abstractmethod
     def _multiply_few(self, x: Array, out: Array) -> None:
-        """Write x Wᵀ into ``out``: x (n, in) → (n, out) for n of 1 to ``_few``."""
+        """Write x Wᵀ into `out`: x (n, in) → (n, out) for n from 1 to `_few`."""
 
     def _decode(self, first: int, last: int) -> Array:
         """Return rows first … last - 1 in the thread's scratch, valid until the next call."""
@@ -196,8 +197,7 @@ class PackedWeight(ABC):
         return tile.reshape(last - first, self.shape[1])
 
     def _tiles(self, size: int) -> list[tuple[int, int]]:
-        """Cut the rows into tiles of about ``size`` weights; multiples of 8 rows, so that each begins with a
-        whole byte."""
+        """Cut the rows into tiles of about `size` weights: multiples of 8 rows, so each begins with a whole byte."""
         step = max(8, size // self.shape[1] // 8 * 8)
         return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
 
@@ -211,7 +211,7 @@ class PackedWeight(ABC):
 class CodedWeight(PackedWeight):
     """Codes in row-major order, and for each block of the flattened tensor a scale and perhaps an offset.
 
-    ``codes`` is 1-D uint8, packed as the kernels module says.
+    `codes` is 1-D uint8, packed as `quant.reference.pack` does.
     """
 
     def __init__(self, codes: Array, shape: tuple[int, int], quant_type: str, block_size: int):
@@ -220,25 +220,19 @@ class CodedWeight(PackedWeight):
         self.block_size = int(block_size)
         self.quant_type = quant_type
         self.codes = frozen(codes, np.uint8)
-        expected = (kernels.packed_size(self.shape[0] * self.shape[1], self.bits),)
-        require(
-            self.codes.shape == expected,
-            "codes.shape",
-            self.codes.shape,
-            f"{self.shape[0]}·{self.shape[1]} codes of {self.bits} bits need {expected}",
-        )
-        self._table = table_of(quant_type)
+        expected = (packed_size(self.shape[0] * self.shape[1], self.bits),)
+        allowed = f"{self.shape[0]}·{self.shape[1]} codes of {self.bits} bits need {expected}"
+        require(self.codes.shape == expected, "codes.shape", self.codes.shape, allowed)
+        self._levels = levels_of(quant_type)
 
     def unpacked(self) -> NDArray[np.uint8]:
-        """Return the codes, one a byte: a fresh uint8 array (out, in)."""
-        codes = np.empty(self.shape, np.uint8)
-        kernels.unpack(self.codes, self.bits, codes.reshape(-1))
-        return codes
+        """Return the codes, a byte each: a fresh uint8 array (out, in)."""
+        out, in_ = self.shape
+        return implementation("codes").unpack(self.codes, self.bits, out * in_).reshape(out, in_)
 
     @abstractmethod
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return read-only (scales, offsets) of blocks first … last - 1: float32, or float16's bits for
-        vectors; empty: 0."""
+        """Return the scales and offsets of blocks first … last - 1: float32 or float16; empty offsets are 0."""
 
     def _window(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
@@ -246,51 +240,39 @@ class CodedWeight(PackedWeight):
 
     @property
     def _decodes_scales(self) -> bool:
-        """Whether the kernels' scales and offsets are made from what is stored; if so, a part at a time."""
+        """Whether scales or offsets are converted before kernels read them; if so, a tile at a time."""
         return True
 
-    @property
-    def _kernels(self) -> Any:
-        """The module that decodes this weight; the bits are the same."""
-        return simd if in_vectors(self.bits, self.shape[1], self.block_size) else kernels
+    def _in_vectors(self) -> bool:
+        return in_vectors(self.bits, self.shape[1], self.block_size)
 
     def _decode_into(self, start: int, out: Array) -> None:
-        scales, offsets = self._window(start, start + out.size)
-        self._kernels.dequantize(
-            self.codes, self.bits, self._table, scales, offsets, self.block_size, start, out
-        )
+        values = self._window(start, start + out.size)
+        implementation("codes").dequantize(self.codes, self._levels, *values, self.block_size, start, out)
 
     @property
     def _few(self) -> int:
-        return FEW if self._kernels is simd else 1
+        if is_plain():
+            return 0
+        return BLAS_ROWS if self._in_vectors() else 1
 
     def _multiply_few(self, x: Array, out: Array) -> None:
-        width = self.shape[1]
+        width, matvec = self.shape[1], implementation("codes").matvec
         for first, last in self._tiles(TILE if self._decodes_scales else self.shape[0] * width):
-            scales, offsets = self._window(first * width, last * width)
+            values = self._window(first * width, last * width)
             for row, y in zip(x, out[:, first:last], strict=True):
-                self._kernels.matvec(
-                    self.codes,
-                    self.bits,
-                    self._table,
-                    scales,
-                    offsets,
-                    self.block_size,
-                    first * width,
-                    row,
-                    y,
-                )
+                matvec(self.codes, self._levels, *values, self.block_size, first * width, row, y)
 
 
 def checked(w: Array) -> Array:
-    """Return w as read-only contiguous float32, refusing what cannot be quantized."""
+    """Return w as read-only contiguous float32; refuse what cannot be quantized."""
     w = as_matrix(w)
     require_finite(w)
     return w
 
 
 def as_matrix(w: Array) -> Array:
-    """Return w as read-only contiguous float32, refusing all but two axes that hold something."""
+    """Return w as read-only contiguous float32; refuse all but two axes that hold something."""
     w = np.asarray(w)
     require(w.ndim == 2 and w.size > 0, "w.shape", w.shape, "must be (out, in), both at least 1")
     w = np.ascontiguousarray(w, np.float32).view()
@@ -299,8 +281,7 @@ def as_matrix(w: Array) -> Array:
 
 
 def require_finite(w: Array) -> None:
-    """Raise ``ValueError`` that names the first element of w (out, in) that is not finite, if there is
-    one."""
+    """Raise a `ValueError` that names the first element of w (out, in) that is not finite, if there is one."""
     finite = np.isfinite(w)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()
@@ -310,24 +291,24 @@ def require_finite(w: Array) -> None:
 
 
 def packed(codes: Array, bits: int) -> Array:
-    """Return codes (n,) uint8 packed as the kernels module says, read-only."""
-    out = np.empty(kernels.packed_size(codes.size, bits), np.uint8)
-    kernels.pack(codes, bits, out)
-    out.flags.writeable = False
-    return out
+    """Return codes (n,) uint8 packed, read-only."""
+    return frozen(implementation("codes").pack(codes, bits), np.uint8)
 
 
 def unpacked(codes: Array, count: int, bits: int) -> Array:
-    """Return the first ``count`` codes of packed ones, a byte each; raises ``ValueError`` if the packed ones
-    have another length.
+    """Return the first `count` packed codes, a byte each.
 
+    Raises
+    ------
+    ConfigError
+        If the packed codes have another length.
+
+    Examples
+    --------
     >>> unpacked(packed(np.array([1, 2, 3], np.uint8), 3), 3, 3).tolist()
     [1, 2, 3]
     """
-    size = kernels.packed_size(count, bits)
-    require(
-        codes.shape == (size,), "codes.shape", codes.shape, f"{count} codes of {bits} bits take ({size},)"
-    )
-    out = np.empty(count, np.uint8)
-    kernels.unpack(frozen(codes, np.uint8), bits, out)
-    return out
+    size = packed_size(count, bits)
+    allowed = f"{count} codes of {bits} bits take ({size},)"
+    require(codes.shape == (size,), "codes.shape", codes.shape, allowed)
+    return implementation("codes").unpack(frozen(codes, np.uint8), bits, count)

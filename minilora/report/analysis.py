@@ -1,4 +1,4 @@
-"""Rank made visible: the spectrum of an update, and how far two adapters' subspaces coincide."""
+"""Rank made visible: the spectrum of an update, and how far the subspaces of two adapters coincide."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import entr
 
 from minilora.report.drawing import new_figure
 from minilora.report.labels import GREY, PALETTE, task_of
@@ -28,17 +29,23 @@ def _matrix(value: ArrayLike, name: str) -> Matrix:
     if not np.isfinite(matrix).all():
         index = tuple(int(i) for i in np.argwhere(~np.isfinite(matrix))[0])
         raise ValueError(
-            f"{name}{list(index)}: {matrix[index]} is not finite; a singular value decomposition needs finite numbers"
+            f"{name}{list(index)}: {matrix[index]} is not finite; a singular value decomposition needs "
+            "finite numbers"
         )
     return matrix
 
 
 def effective_rank(singular_values: ArrayLike) -> float:
-    """Return exp(-Σ pᵢ ln pᵢ), pᵢ = σᵢ / Σσ: the entropy's exponential (Roy and Vetterli 2007, "effective
-    rank").
+    """Return the effective rank exp(-Σ pᵢ ln pᵢ) with pᵢ = σᵢ / Σσ.
 
     It is n for n equal singular values, 1 when one dominates, and 0 for the zero matrix.
 
+    References
+    ----------
+    Roy and Vetterli, "The effective rank: a measure of effective dimensionality", 2007.
+
+    Examples
+    --------
     >>> round(effective_rank([2.0, 2.0, 2.0, 0.0]), 6)
     3.0
     """
@@ -46,8 +53,7 @@ def effective_rank(singular_values: ArrayLike) -> float:
     total = values.sum()
     if total == 0:
         return 0.0
-    share = values[values > 0] / total
-    return float(np.exp(-(share * np.log(share)).sum()))
+    return float(np.exp(entr(values / total).sum()))
 
 
 @single_blas()
@@ -60,6 +66,8 @@ def spectrum(delta_w: ArrayLike) -> tuple[Matrix, float]:
         The update of one weight, (out, in): after - before for full fine-tuning, scaling · B A for an
         adapter.
 
+    Examples
+    --------
     >>> values, rank = spectrum(np.diag([3.0, 3.0, 0.0]))
     >>> values.tolist(), round(rank, 6)
     ([3.0, 3.0, 0.0], 2.0)
@@ -70,30 +78,35 @@ def spectrum(delta_w: ArrayLike) -> tuple[Matrix, float]:
 
 @single_blas()
 def subspace_similarity(a1: ArrayLike, a2: ArrayLike) -> Matrix:
-    """Return φ, (r1, r2): how much of the smaller subspace lies in the other, 0 (orthogonal) to 1
-    (contained).
+    """Return φ, (r1, r2): which share of the smaller subspace lies in the other, from 0 to 1.
 
-    φ(i, j) = ‖V₁ᵢᵀ V₂ⱼ‖²_F / min(i, j), where V₁ᵢ holds the first i right-singular vectors of ``a1`` and V₂ⱼ
-    the first j of ``a2`` (LoRA, arXiv 2106.09685, §7.2, eq. 4, which calls them U). Element [i-1, j-1] is
-    φ(i, j).
+    φ(i, j) = ‖V₁ᵢᵀ V₂ⱼ‖²_F / min(i, j), where V₁ᵢ holds the first i right-singular vectors of `a1`, and V₂ⱼ
+    the first j of `a2`. 0 is orthogonal, 1 is contained. Element [i-1, j-1] is φ(i, j).
 
     Parameters
     ----------
     a1, a2
-        Two adapters' A, (r1, in) and (r2, in), of the same module.
-
-    >>> subspace_similarity([[1.0, 0.0, 0.0]], [[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]).tolist()
-    [[0.0, 1.0]]
+        The A of two adapters of one module, (r1, in) and (r2, in).
 
     Raises
     ------
     ValueError
         The inputs differ in width, or a row count exceeds it.
+
+    References
+    ----------
+    LoRA, arXiv 2106.09685, section 7.2, equation 4, which calls the singular vectors U.
+
+    Examples
+    --------
+    >>> subspace_similarity([[1.0, 0.0, 0.0]], [[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]).tolist()
+    [[0.0, 1.0]]
     """
     first, second = _matrix(a1, "a1"), _matrix(a2, "a2")
     if first.shape[1] != second.shape[1]:
         raise ValueError(
-            f"a2: width {second.shape[1]} differs from a1's {first.shape[1]}; compare adapters of the same module"
+            f"a2: width {second.shape[1]} differs from a1's {first.shape[1]}; compare adapters of the same "
+            "module"
         )
     for name, a in (("a1", first), ("a2", second)):
         if a.shape[0] > a.shape[1]:
@@ -111,8 +124,7 @@ def subspace_similarity(a1: ArrayLike, a2: ArrayLike) -> Matrix:
 def random_subspace_similarity(
     r1: int, r2: int, width: int, rng: np.random.Generator, repeats: int = 20
 ) -> Matrix:
-    """Return the mean φ of two independent Gaussian matrices, (r1, r2): what similarity by chance alone looks
-    like.
+    """Return the mean φ of two independent Gaussian matrices, (r1, r2): the similarity that chance gives.
 
     Its expectation is max(i, j) / width, the share of the space that the larger subspace fills.
 
@@ -128,13 +140,13 @@ def random_subspace_similarity(
 
 
 def plot_spectra(updates: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
-    """Draw the singular values of several updates of one weight; the legend gives each its effective rank.
+    """Draw the singular values of several updates of one weight; the legend gives each effective rank.
 
     Parameters
     ----------
     updates
-        Label -> ΔW, for example ``{"full": dw, "LoRA r=8": scaling * b @ a}``. Singular values below the
-        float32 rounding of the largest are left out: they are noise.
+        Label → ΔW, for example `{"full": dw, "LoRA r=8": scaling * b @ a}`. Singular values below the float32
+        rounding of the largest are left out: they are noise.
     """
     ax = ax or new_figure().add_subplot()
     for number, (label, delta_w) in enumerate(updates.items()):
@@ -159,7 +171,7 @@ def plot_spectra(updates: Mapping[str, ArrayLike], ax: Axes | None = None) -> Ax
 def plot_similarity(
     phi: ArrayLike, ax: Axes | None = None, labels: tuple[str, str] = ("i", "j"), title: str = ""
 ) -> Axes:
-    """Draw φ(i, j) as a heat map on a fixed scale from 0 to 1, with its value at a few places."""
+    """Draw φ(i, j) as a heat map on a fixed scale from 0 to 1, with its value in the corners."""
     ax = ax or new_figure().add_subplot()
     values = _matrix(phi, "phi")
     rows, columns = values.shape
@@ -174,25 +186,10 @@ def plot_similarity(
     )
     for i, j in {(1, 1), (rows, columns), (1, columns), (rows, 1)}:
         value = values[i - 1, j - 1]
-        where: dict[str, Any] = {
-            "ha": "left" if j == 1 < columns else "right" if j == columns > 1 else "center"
-        }
-        where["va"] = "bottom" if i == 1 < rows else "top" if i == rows > 1 else "center"
-        x = (
-            0.5 + 0.02 * columns
-            if where["ha"] == "left"
-            else columns + 0.5 - 0.02 * columns
-            if where["ha"] == "right"
-            else j
-        )
-        y = (
-            0.5 + 0.02 * rows
-            if where["va"] == "bottom"
-            else rows + 0.5 - 0.02 * rows
-            if where["va"] == "top"
-            else i
-        )
-        ax.text(x, y, f"{value:.2f}", fontsize=8, color="black" if value > 0.6 else "white", **where)
+        x, ha = _inside(j, columns, "left", "right")
+        y, va = _inside(i, rows, "bottom", "top")
+        colour = "black" if value > 0.6 else "white"
+        ax.text(x, y, f"{value:.2f}", fontsize=8, color=colour, ha=ha, va=va)
     for axis, count in ((ax.xaxis, columns), (ax.yaxis, rows)):
         axis.set_ticks(
             sorted({1, *(2**k for k in range(1, 8) if 2**k * 8 >= count and 2**k <= count), count})
@@ -202,6 +199,15 @@ def plot_similarity(
     return ax
 
 
+def _inside(index: int, count: int, first: str, last: str) -> tuple[float, str]:
+    """Return position and alignment of a text that stays inside the heat map, near a cell of one axis."""
+    if count == 1:
+        return index, "center"
+    if index == 1:
+        return 0.5 + 0.02 * count, first
+    return count + 0.5 - 0.02 * count, last
+
+
 def plot_rank(
     updates: Mapping[str, ArrayLike],
     two_ranks: tuple[ArrayLike, ArrayLike],
@@ -209,17 +215,17 @@ def plot_rank(
     rng: np.random.Generator,
     names: tuple[str, str, str, str] = ("smaller rank", "larger rank", "seed 0", "seed 1"),
 ) -> Figure:
-    """Draw the one figure: spectra of ΔW, and φ between two ranks, between two seeds and by chance.
+    """Draw spectra of ΔW, and φ between two ranks, between two seeds and by chance.
 
     Parameters
     ----------
     updates
-        Label -> ΔW, see `plot_spectra`.
+        Label → ΔW, see `plot_spectra`.
     two_ranks, two_seeds
         The A, (r, in), of two runs that differ in rank, and of two that differ in seed. The random control
         has the shapes of the latter.
     names
-        How to call those four runs on the axes.
+        What to call those four runs on the axes.
     """
     figure = new_figure(width=11.0, height=7.0)
     grid = figure.add_gridspec(2, 3, height_ratios=(1.25, 1))
@@ -242,15 +248,14 @@ def plot_rank(
 
 
 def learned(folder: str | Path, module: str) -> tuple[Matrix, Matrix | None]:
-    """Return what a run learnt for one module: ΔW, (out, in), and the adapter's A, (r, in/g), or None without
-    an adapter.
+    """Return what a run learned for one module: ΔW, (out, in), and the adapter's A, (r, in/g), or None.
 
     Parameters
     ----------
     folder
-        The folder of any run, as ``runs/<key>`` in a sweep's folder.
+        The folder of one run, such as `runs/<key>` in the folder of a sweep.
     module
-        A module's name or the end of it, such as ``layers.3.self_attn.q_proj``.
+        A module's name or the end of it, such as `layers.3.self_attn.q_proj`.
 
     Raises
     ------
@@ -282,10 +287,10 @@ def plot_rank_of_runs(
     module: str = "layers.3.self_attn.q_proj",
     seed: int = 0,
 ) -> Figure:
-    """Draw `plot_rank` from a sweep's rows and the runs that it kept in ``out``.
+    """Draw `plot_rank` from the rows of a sweep and the runs that it kept in `out`.
 
-    Spectra: full fine-tuning and LoRA at up to four ranks. Similarity: of the middle and the greatest rank,
-    and of the greatest rank under two seeds.
+    The spectra are those of full fine-tuning and of LoRA at up to four ranks. The similarities are those
+    between the middle and the greatest rank, and between two seeds of the greatest rank.
 
     Raises
     ------
@@ -303,18 +308,15 @@ def plot_rank_of_runs(
     others = sorted(s for r, s in runs if ranks and r == ranks[-1] and s != seed)
     if len(ranks) < 2 or not others:
         raise ResultsError(
-            f"task {task!r} takes LoRA at two ranks and with two seeds, and the files that those runs kept"
+            f"task {task!r} needs LoRA at two ranks and with two seeds, and the files that those runs kept"
         )
-    middle = (
-        ranks[len(ranks) // 2] if len(ranks) > 2 else ranks[0]
-    )  # of 1, 2, 8, 64 the LoRA paper's pair: 8 and 64
+    # of 1, 2, 8, 64 the pair of the LoRA paper: 8 and 64
+    middle = ranks[len(ranks) // 2] if len(ranks) > 2 else ranks[0]
     shown = sorted({ranks[round(k * (len(ranks) - 1) / 3)] for k in range(4)})
     updates = {"full fine-tuning": learned(runs[None, seed], module)[0]} if (None, seed) in runs else {}
     updates |= {f"LoRA r={r}": learned(runs[r, seed], module)[0] for r in shown}
     places = ((middle, seed), (ranks[-1], seed), (ranks[-1], others[0]))
-    low, high, again = (
-        cast(Matrix, learned(runs[place], module)[1]) for place in places
-    )  # LoRA's always have an A
+    low, high, again = (cast(Matrix, learned(runs[place], module)[1]) for place in places)
     names = (f"r = {middle}", f"r = {ranks[-1]}", f"seed {seed}", f"seed {others[0]}")
     figure = plot_rank(updates, (low, high), (high, again), np.random.default_rng(0), names)
     figure.suptitle(f"{task}, {module}", fontsize=10)

@@ -1,5 +1,4 @@
-"""What the rows show, as sentences: paired differences between settings, and whether they exceed the noise
-between seeds."""
+"""What the rows show, as sentences: paired differences, and whether they exceed the noise between seeds."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def findings(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Metric], list[str]]:
-    """Return, by task and metric, sentences about the base, rank, bits, deployment and memory; only what the
-    rows can support.
+    """Return sentences about the base, rank, bits, deployment and memory, by task and metric.
 
     A difference is called clear when its 95 % t-interval over at least three paired seeds leaves out zero.
     Settings that occur in several variants (two learning rates, two group sizes …) are left to the table.
@@ -44,14 +42,15 @@ def findings(rows: Iterable[Mapping[str, Any]]) -> dict[tuple[str, Metric], list
 
 
 def compare(a: Rows, b: Rows, metric: Metric, column: str | None = None) -> str:
-    """Return ``a`` against ``b`` in words: the difference, its interval, and whether it is clear."""
+    """Return in words how `a` differs from `b`: the difference, its interval, and whether it is clear."""
     column = column or metric.column
     difference = paired_difference(a, b, column)
     text = metric.text(difference.mean, signed=True).replace(" %", " points")
     if all(float(metric.text(x, signed=True).split()[0]) == 0 for x in difference[:3] if x == x):
         return "no difference in the digits shown"
     if len(difference.seeds) < 3:
-        return f"{text} ({len(difference.seeds)} seed{'s' * (len(difference.seeds) > 1)}, no interval)"
+        seeds = "1 seed" if len(difference.seeds) == 1 else f"{len(difference.seeds)} seeds"
+        return f"{text} ({seeds}, no interval)"
     low, high = (metric.text(end, signed=True).replace(" %", "") for end in (difference.low, difference.high))
     clear = difference.low > 0 or difference.high < 0
     return f"{text} [{low}, {high}], {'clear' if clear else 'not told apart from the noise between seeds'}"
@@ -80,23 +79,15 @@ def _against_full(rows: Rows, metric: Metric) -> list[str]:
         mine = _pick(rows, metric, method=method)
         if not (mine and full):
             continue
-        bits = (
-            32
-            if method == "lora"
-            else 4
-            if any(row["bits"] == 4 for row in mine)
-            else max(row["bits"] for row in mine)
-        )
-        r = (
-            8
-            if any((row["r"], row["bits"]) == (8, bits) for row in mine)
-            else min(row["r"] for row in mine if row["bits"] == bits)
-        )
+        widths = {row["bits"] for row in mine}
+        bits = 4 if 4 in widths else max(widths)  # LoRA has 32 only
+        ranks = {row["r"] for row in mine if row["bits"] == bits}
+        r = 8 if 8 in ranks else min(ranks)
         chosen = _pick(mine, metric, r=r, bits=bits)
         share = 100 * chosen[0]["trainable_params"] / full[0]["trainable_params"]
         sentences.append(
-            f"{setting_name(chosen[0], rank=True)} against full fine-tuning, with {share:.1f} % of its trainable parameters: "
-            f"{compare(chosen, full, metric)}."
+            f"{setting_name(chosen[0], rank=True)} against full fine-tuning, with {share:.1f} % of its "
+            f"trainable parameters: {compare(chosen, full, metric)}."
         )
     return sentences
 
@@ -109,9 +100,8 @@ def _rank(rows: Rows, metric: Metric) -> list[str]:
             ranks = sorted({row["r"] for row in mine if row["bits"] == bits})
             if len(ranks) > 1:
                 low, high = (_pick(mine, metric, bits=bits, r=r) for r in (ranks[0], ranks[-1]))
-                sentences.append(
-                    f"{setting_name(low[0])}, from r = {ranks[0]} to r = {ranks[-1]}: {compare(high, low, metric)}."
-                )
+                change = f"from r = {ranks[0]} to r = {ranks[-1]}"
+                sentences.append(f"{setting_name(low[0])}, {change}: {compare(high, low, metric)}.")
     return sentences
 
 
@@ -135,15 +125,13 @@ def _deployed(rows: Rows, metric: Metric, task: str) -> list[str]:
             continue
         mine = _pick(rows, metric, method=pair["method"], bits=pair["bits"], r=pair["r"])
         after = [row | {metric.column: row[f"deployed_{metric.column}"]} for row in mine]
-        sentences.append(
-            f"{setting_name(mine[0], rank=True)}, deployed against with its adapter: {compare(after, mine, metric)}."
-        )
+        name = setting_name(mine[0], rank=True)
+        sentences.append(f"{name}, deployed against with its adapter: {compare(after, mine, metric)}.")
     return sentences
 
 
 def _memory(rows: Rows) -> list[str]:
-    """Return the memory of training: what the frozen base, and what training itself, take less than full
-    fine-tuning."""
+    """Compare memory with full fine-tuning: that of the frozen base, and that of training itself."""
     kept = ("bytes_weights", "bytes_scales_offsets", "bytes_code_maps")
     added = ("bytes_adapters", "bytes_gradients", "bytes_optimizer", "bytes_activations")
 
@@ -158,7 +146,8 @@ def _memory(rows: Rows) -> list[str]:
             continue
         row = min(mine, key=lambda row: (abs(row["r"] - 8), abs(row["bits"] - 4)))
         sentences.append(
-            f"{setting_name(row, rank=True)} holds {total(row, kept):.1f} MiB of frozen weights and {total(row, added):.1f} MiB "
-            f"for training; full fine-tuning {total(full[0], kept):.1f} and {total(full[0], added):.1f} MiB."
+            f"{setting_name(row, rank=True)} holds {total(row, kept):.1f} MiB of frozen weights and "
+            f"{total(row, added):.1f} MiB for training; full fine-tuning {total(full[0], kept):.1f} and "
+            f"{total(full[0], added):.1f} MiB."
         )
     return sentences

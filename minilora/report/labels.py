@@ -1,5 +1,4 @@
-"""How the study calls and colours things, and which rows are one setting: shared by figures, tables and
-reports."""
+"""Names and colours of methods, metrics and settings, and which columns make two rows different settings."""
 
 from __future__ import annotations
 
@@ -35,7 +34,7 @@ BIT_MARKERS = {32: "o", 8: "s", 4: "D", 3: "^", 2: "v"}
 
 
 class Metric(NamedTuple):
-    """A column that measures quality: how to call it, its unit, and which direction is good."""
+    """A column that measures quality: its name, its unit, and which direction is good."""
 
     column: str
     name: str
@@ -48,7 +47,7 @@ class Metric(NamedTuple):
         return f"{self.name} ({self.unit})" if self.unit else self.name
 
     def text(self, value: float | None, signed: bool = False) -> str:
-        """Return a value as it is printed: per cent for shares, three decimals otherwise, a dash for null."""
+        """Return a value as it is printed: per cent for shares, else three decimals; a dash for None."""
         if value is None or value != value:
             return "–"
         sign = "+" if signed else ""
@@ -69,7 +68,7 @@ METRICS = {
 
 
 def metric_of(column: str) -> Metric:
-    """Return how to call a column, known or not."""
+    """Return the metric of a column; an unknown column is its own name."""
     return METRICS.get(column) or Metric(column, column, "")
 
 
@@ -97,7 +96,7 @@ VARIANTS = {  # columns that make two rows different settings, with the way they
 
 
 def task_of(rows: Iterable[Mapping[str, Any]], task: str | None) -> str:
-    """Return the task to look at: the one asked for, or the only one there is."""
+    """Return the task asked for, or the only one in the rows."""
     tasks = sorted({str(row.get("task")) for row in rows})
     if task is None and len(tasks) == 1:
         return tasks[0]
@@ -108,29 +107,26 @@ def task_of(rows: Iterable[Mapping[str, Any]], task: str | None) -> str:
 
 
 def main_metrics(rows: Iterable[Mapping[str, Any]], task: str) -> list[Metric]:
-    """Return what to report of a task: loss and recall where it generates, else bits per byte (or the
-    loss)."""
+    """Return what to report of a task: loss and recall if it has both, else bits per byte or the loss."""
     have = {name for row in rows if row.get("task") == task for name in METRICS if row.get(name) is not None}
-    wanted = ("loss", "recall") if "recall" in have else ("bpb",) if "bpb" in have else ("loss",)
-    return [METRICS[name] for name in wanted]
+    if "recall" in have:
+        return [METRICS["loss"], METRICS["recall"]]
+    return [METRICS["bpb" if "bpb" in have else "loss"]]
 
 
 def deployed_metric(rows: Iterable[Mapping[str, Any]], task: str) -> Metric:
-    """Return the last of the main metrics that was measured of the deployed weights too; short runs have
-    their loss only."""
+    """Return the last main metric that the deployed weights have too; short runs have only their loss."""
     rows = list(rows)
     metrics = main_metrics(rows, task)
-    have = {
-        m
-        for m in metrics
-        if any(row.get(f"deployed_{m.column}") is not None for row in rows if row.get("task") == task)
-    }
-    return next((metric for metric in reversed(metrics) if metric in have), metrics[-1])
+    for metric in reversed(metrics):
+        column = f"deployed_{metric.column}"
+        if any(row.get(column) is not None for row in rows if row.get("task") == task):
+            return metric
+    return metrics[-1]
 
 
 def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
-    """Return the columns, beyond method, weights, r and seed, in which rows differ that are otherwise one
-    setting.
+    """Return the columns in which rows of one method, bits, quant_type and r differ.
 
     They must join the grouping: a mean over two learning rates or two group sizes would mean nothing.
 
@@ -150,8 +146,7 @@ def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
 
 
 def weights_name(row: Mapping[str, Any]) -> str:
-    """Return how the frozen weights are stored: ``nf4``, ``int2`` …, ``float32``, or ``as stored`` in a file
-    of few bits."""
+    """Return how the frozen weights are stored: a type such as `nf4`, `float32`, or `as stored` in a file."""
     bits = row.get("bits")
     if row.get("method") == "base" and (row.get("effective_bits") or 32) < 32:
         return "as stored"
@@ -159,7 +154,7 @@ def weights_name(row: Mapping[str, Any]) -> str:
 
 
 def setting_name(row: Mapping[str, Any], variants: Sequence[str] = (), rank: bool = False) -> str:
-    """Return a setting in a few words: ``QLoRA nf4 r=8``.
+    """Return a setting in a few words, such as `QLoRA nf4 r=8`.
 
     >>> setting_name({"method": "qlora", "bits": 4, "quant_type": "nf4", "r": 8}, rank=True)
     'QLoRA nf4 r=8'

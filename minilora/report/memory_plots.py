@@ -1,5 +1,4 @@
-"""Figures of planned memory: by method, against rank, bits, context and batch, and in the course of a
-step."""
+"""Figures of planned memory: by method, against rank, bits, context and batch, and through one step."""
 
 from __future__ import annotations
 
@@ -24,9 +23,8 @@ from minilora.memory.planner import model_shape, plan, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch
-from minilora.report.drawing import new_figure
+from minilora.report.drawing import new_figure, save_figure
 from minilora.report.labels import METHOD_NAMES
-from minilora.report.plots import save_figure
 
 CLASS_COLOURS = {
     "weights": "#0072B2",
@@ -46,21 +44,23 @@ CLASS_COLOURS = {
     "temporaries": "#555555",
     "objects": "#000000",
 }
-"""Okabe and Ito's where classes are large; scales in greens, what passes in greys."""
+"""Okabe and Ito's colours for large classes, greens for scales, greys for what one step frees again."""
 COMPARED = ("full", *ADAPTERS)
 POINTS = 1500
-"""Moments of a step that are drawn; of those between two the fullest."""
+"""Largest number of moments drawn; each stands for the fullest of its neighbours."""
 
 
 @dataclass(frozen=True)
 class Course:
-    """Live bytes through a step: ``kinds`` maps each class to bytes at ``moments``; ``phases``: (moment, what
-    begins)."""
+    """Live bytes through one step."""
 
     title: str
     moments: Array
+    """Counted in allocations and frees."""
     kinds: dict[str, Array]
+    """Class → bytes at each moment."""
     phases: list[tuple[int, str]]
+    """(moment, what begins)."""
     end: int
 
     @property
@@ -70,10 +70,10 @@ class Course:
 
 
 def course(config: PlanConfig) -> Course:
-    """Both passes of one worker, allocation by allocation, at the model's full depth; what outlasts a step is
-    there throughout.
+    """Return the live bytes of one worker through both passes, at the model's full depth.
 
-    The optimizer's update, which follows, is not part of it.
+    Every allocation and every free is one moment. Weights, adapters and optimizer states are there
+    throughout. The optimizer's update, which follows, is not part of it.
     """
     ledger = plan(config)
     shape, stored = model_shape(config.model)
@@ -106,15 +106,17 @@ def course(config: PlanConfig) -> Course:
 def _phases(meter: Meter) -> list[tuple[int, str]]:
     found: list[tuple[int, str]] = []
     for moment, mark in meter.marks:
-        name = "head" if mark.startswith("head") else "backward" if mark.startswith("backward") else "forward"
+        name = next((name for name in ("head", "backward") if mark.startswith(name)), "forward")
         if not found or found[-1][1] != name:
             found.append((moment, name))
     return found
 
 
 def against(config: PlanConfig) -> dict[str, dict[str, PlanConfig]]:
-    """Axis → label → the configuration with only that changed, as far as the model goes; powers of two, and
-    all bit-widths."""
+    """Return axis → label → the configuration with only that setting changed, as far as the model goes.
+
+    The axes are rank, kind of weights, context and batch. They take powers of two, and all bit-widths.
+    """
     adapter = config if config.method in ADAPTERS else replace(config, method="lora", subset_modules=None)
     settings = {
         name: getattr(adapter, name)
@@ -156,7 +158,7 @@ def _powers(low: int, high: int) -> list[int]:
 
 
 def unit(n: float) -> tuple[float, str]:
-    """(bytes, name) of the largest decimal unit that is no larger than a number.
+    """Return (bytes, name) of the largest decimal unit that is no larger than a number.
 
     >>> unit(35_065_317_376)
     (1000000000.0, 'GB')
@@ -169,8 +171,7 @@ def unit(n: float) -> tuple[float, str]:
 
 
 def plot_ledgers(ledgers: Mapping[str, Ledger], ax: Axes | None = None) -> Axes:
-    """Draw the peak of each ledger as a bar of its classes; a dash above it bounds a step of several
-    workers."""
+    """Draw the peak of each ledger as a stacked bar; a dash above it bounds a step of several workers."""
     ax = ax or new_figure().add_subplot()
     most = max(max(x.peak, x.bound(x.shards)) for x in ledgers.values())
     size, name = unit(min(x.peak for x in ledgers.values()))
@@ -194,9 +195,9 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], ax: Axes | None = None) -> Axes:
         bound = ledger.bound(ledger.shards) / size
         if ledger.shards > 1:
             ax.plot([x - 0.4, x + 0.4], [bound, bound], color="black", linewidth=1.2, zorder=3)
-        above = (
-            bound if ledger.shards > 1 and bound - top < 0.05 * most / size else top
-        )  # not through the dash
+        above = float(top)
+        if ledger.shards > 1 and bound - top < 0.05 * most / size:
+            above = bound  # the dash would cross the number
         ax.text(
             x,
             above + 0.008 * most / size,
@@ -215,7 +216,7 @@ def plot_ledgers(ledgers: Mapping[str, Ledger], ax: Axes | None = None) -> Axes:
 
 
 def plot_course(found: Course, ax: Axes | None = None) -> Axes:
-    """Draw live bytes by class through a step, its passes named, its peak marked."""
+    """Draw live bytes by class through a step, with the passes named and the peak marked."""
     ax = ax or new_figure(width=9.0).add_subplot()
     total = found.total
     size, name = unit(float(total.max()))
@@ -229,6 +230,11 @@ def plot_course(found: Course, ax: Axes | None = None) -> Axes:
     )
     top = int(total.argmax())
     x, y = found.moments[top], total[top] / size
+    side = "center"
+    if x > 0.8 * found.end:
+        side = "right"
+    elif x < 0.2 * found.end:
+        side = "left"
     ax.plot([x], [y], "o", color="black", markersize=5, clip_on=False)
     ax.annotate(
         f"peak {_digits(y)} {name}",
@@ -238,7 +244,7 @@ def plot_course(found: Course, ax: Axes | None = None) -> Axes:
         fontsize=9,
         va="bottom",
         zorder=5,
-        ha="right" if x > 0.8 * found.end else "left" if x < 0.2 * found.end else "center",
+        ha=side,
         bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )
     ends = [start for start, _ in found.phases[1:]] + [found.end]
@@ -271,11 +277,17 @@ def save_memory_figures(
     progress: bool = False,
     **settings: Any,
 ) -> list[Path]:
-    """Write ``methods``, ``against`` and ``step`` (PNG and SVG) for a configuration; the same one gives the
-    same bytes.
+    """Write `methods`, `against` and `step` (PNG and SVG) for one configuration.
 
-    ``methods``: those that the first shows side by side; default: full, lora, qlora and qalora. With a choice
-    of methods the others show the last of them.
+    The same configuration gives the same bytes.
+
+    Parameters
+    ----------
+    methods
+        What the first figure shows side by side; by default full, lora, qlora and qalora. The other two
+        figures show the last of them, or `method` if none is chosen.
+    settings
+        Fields of `PlanConfig`.
     """
     folder = Path(folder)
     writable_folder(folder)
@@ -339,8 +351,7 @@ def _methods(ledgers: Mapping[str, Ledger], folder: Path) -> list[Path]:
 
 
 def _legend(ledgers: Iterable[Ledger]) -> list[Patch | Line2D]:
-    """Each class that can be seen in one of the bars (1/500 of it or more), from their top down, and the
-    dash."""
+    """Return a handle for each class that is at least 1/500 of some bar, top first, and one for the dash."""
     ledgers = list(ledgers)
     kinds = {kind for ledger in ledgers for kind, n in ledger.by_kind().items() if n >= ledger.peak / 500}
     handles: list[Patch | Line2D] = [
@@ -352,7 +363,7 @@ def _legend(ledgers: Iterable[Ledger]) -> list[Patch | Line2D]:
 
 
 def _wrapped(title: str, width: int) -> str:
-    """Lines that end between two parts of a title."""
+    """Break a title between two of its parts."""
     lines = [""]
     for part in title.split(" · "):
         if lines[-1] and len(lines[-1]) + len(part) > width:
@@ -362,5 +373,5 @@ def _wrapped(title: str, width: int) -> str:
 
 
 def _digits(n: float) -> str:
-    """Three digits that count: 9.37, 11.0, 1,053."""
+    """Return a number with three significant digits: 9.37, 11.0, 1,053."""
     return f"{n:,.0f}" if n >= 100 else f"{n:#.3g}"

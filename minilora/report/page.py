@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from minilora.config import ADAPTERS
 from minilora.formats.files import write_file
 from minilora.report.analysis import plot_rank_of_runs
+from minilora.report.drawing import save_figure
 from minilora.report.findings import findings
 from minilora.report.labels import (
     METHOD_NAMES,
@@ -20,46 +21,53 @@ from minilora.report.labels import (
     variant_columns,
     weights_name,
 )
-from minilora.report.plots import save_figure, save_figures
+from minilora.report.plots import save_figures
 from minilora.report.series import MIB
 from minilora.report.statistics import summarize
 from minilora.sweep.presets import LEARNING_RATES, choose_learning_rates
 from minilora.sweep.results import MEMORY_CLASSES, Row, check_one_corpus, successful, write_csv
+from minilora.tables import markdown_table, text_table
 
-TERMINAL = 100  # columns
+TERMINAL = 100
+"""Characters of a line, up to which a table is printed with all its columns."""
+
 FIGURES = {
     "rank": (
         "Quality against rank",
-        "Large markers are means over seeds, dots beside them single runs, bars 95 % t-intervals (from three seeds on). Dashed "
-        "lines have no rank: full fine-tuning, subset, and the base without training. Lower loss and bits per byte are better, "
-        "and higher recall.",
+        "Large markers are means over seeds. Dots beside them are single runs, bars 95 % t-intervals (from "
+        "three seeds on). Dashed lines have no rank: full fine-tuning, subset, and the base without "
+        "training. Lower loss and bits per byte are better, and higher recall.",
     ),
     "memory": (
         "Memory while training",
-        "Bytes by class: frozen weights with their scales, offsets and code maps; adapters; and what training adds, which are "
-        "gradients and optimizer state for trainable parameters only, and the activations saved for the backward pass.",
+        "Bytes by class: frozen weights with their scales, offsets and code maps; adapters; and what "
+        "training adds. That is gradients and optimizer state, for trainable parameters only, and the "
+        "activations saved for the backward pass.",
     ),
     "accuracy_memory": (
         "Accuracy against memory",
-        "Each point is one setting, a mean over seeds. No trained setting beats a point on the grey line, the Pareto front, in "
-        "both directions at once.",
+        "Each point is one setting, a mean over seeds. The grey line is the Pareto front: no trained "
+        "setting is better in both directions than a point on it.",
     ),
     "deployed": (
         "With the adapter, and deployed",
-        "Filled: the frozen base with its adapter beside it. Hollow: one set of weights, as one would ship it. LoRA merges into "
-        "float32; QLoRA merges and rounds to the same bits again, which costs accuracy; QA-LoRA merges into the offsets exactly.",
+        "Filled: the frozen base with its adapter beside it. Hollow: one set of weights, as one would ship "
+        "it. LoRA merges into float32. QLoRA merges and rounds to the same bits again, which costs "
+        "accuracy. QA-LoRA merges exactly, into the offsets.",
     ),
     "learning_rate": (
         "The learning-rate search",
-        "One run for each learning rate of the grid, method and task, on the validation split and with a seed that the study "
-        "does not use.",
+        "One run for each learning rate of the grid, method and task. It uses the validation split, and a "
+        "seed that the study does not use.",
     ),
 }
+"""For each figure its heading and its caption."""
 
 RANK_VISIBLE = (
-    "Above: singular values of the update ΔW of one weight; the effective rank is the exponential of their entropy. Below: how "
-    "much of the first i directions of one adapter's A lies in the first j of another's (φ of the LoRA paper, §7.2): between two "
-    "ranks, between two seeds, and between random matrices, which is what chance alone gives."
+    "Above: singular values of the update ΔW of one weight. The effective rank is the exponential of their "
+    "entropy. Below: how much of the first i directions of one adapter's A lies in the first j of another's "
+    "(φ of the LoRA paper, §7.2). The panels compare two ranks, two seeds, and random matrices, which show "
+    "what chance alone gives."
 )
 
 
@@ -69,15 +77,11 @@ class Column(NamedTuple):
     title: str
     cells: list[str]
 
-    @property
-    def width(self) -> int:
-        """Characters that the column takes."""
-        return max(len(text) for text in (self.title, *self.cells))
-
 
 def result_columns(rows: Iterable[Mapping[str, Any]], task: str) -> list[Column]:
-    """Return the result table of one task: a line a setting, means over seeds, ± half the 95 % t-interval
-    from three seeds on.
+    """Return the result table of one task: a line for each setting, means over seeds.
+
+    ± is half the 95 % t-interval, from three seeds on.
 
     Raises
     ------
@@ -100,16 +104,14 @@ def result_columns(rows: Iterable[Mapping[str, Any]], task: str) -> list[Column]
         found = {tuple(group[name] for name in by): group for group in summarize(rows, by, value)}
         return [_cell(found.get(place), metric, form) for place in order]
 
+    seeds = [sum(tuple(row.get(name) for name in by) == place for row in rows) for place in order]
     columns = [
         Column(
             "method", [setting_name(row | {"bits": 32}, variants) for row in lines]
-        ),  # the next column has the weights
+        ),  # without the weights
         Column("weights", [weights_name(row) for row in lines]),
         Column("r", [str(row["r"]) if row["method"] in ADAPTERS else "" for row in lines]),
-        Column(
-            "seeds",
-            [str(sum(tuple(row.get(name) for name in by) == place for row in rows)) for place in order],
-        ),
+        Column("seeds", [str(count) for count in seeds]),
     ]
     for metric in main_metrics(rows, task):
         columns.append(Column(metric.column, cells(metric.column, metric)))
@@ -119,10 +121,7 @@ def result_columns(rows: Iterable[Mapping[str, Any]], task: str) -> list[Column]
     columns += [
         Column(f"deployed {metric.column}", cells(f"deployed_{metric.column}", metric)),
         Column("bits/w", cells("effective_bits", form=".2f")),
-        Column(
-            "trainable",
-            [f"{row['trainable_params']:,}" if row.get("trainable_params") else "0" for row in lines],
-        ),
+        Column("trainable", [f"{row.get('trainable_params') or 0:,}" for row in lines]),
         Column("MiB", cells("mib")),
         Column("s/run", cells("seconds", form=".0f")),
     ]
@@ -147,8 +146,9 @@ def _cell(group: Row | None, metric: Metric | None, form: str) -> str:
 
 
 def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return the result tables of all tasks as aligned text, at most about 100 columns, with what failed
-    below.
+    """Return the result tables of all tasks as aligned text, followed by the failed runs.
+
+    Less important columns are left out until a table fits 100 characters.
 
     Raises
     ------
@@ -159,52 +159,22 @@ def format_table(rows: Iterable[Mapping[str, Any]]) -> str:
     parts = []
     for task in _tasks(rows):
         columns = result_columns(rows, task)
-        for title in (
-            "s/run",
-            "seeds",
-            "trainable",
-            "unseen",
-        ):  # the page has all; a terminal the more important ones
-            if _width(columns) > TERMINAL:
+        table = text_table(*_transposed(columns))
+        for title in ("s/run", "seeds", "trainable", "unseen"):  # the page has all columns
+            if max(map(len, table.splitlines())) > TERMINAL:
                 columns = [column for column in columns if column.title != title]
-        widths = [column.width for column in columns]
-        left = [index < 2 for index in range(len(columns))]
-        lines = [
-            [column.title for column in columns],
-            *zip(*(column.cells for column in columns), strict=True),
-        ]
-        text = [
-            "  ".join(
-                f"{cell:<{width}}" if flush else f"{cell:>{width}}"
-                for cell, width, flush in zip(line, widths, left, strict=True)
-            )
-            for line in lines
-        ]
-        parts.append(
-            "\n".join(
-                [f"task {task} ({_split(rows, task)} split)", text[0].rstrip(), "-" * len(text[0]), *text[1:]]
-            )
-        )
+                table = text_table(*_transposed(columns))
+        parts.append(f"task {task} ({_split(rows, task)} split)\n{table}")
     failed = [row for row in rows if row.get("status") == "failed"]
     if failed:
-        parts.append(
-            "\n".join(
-                [f"{len(failed)} failed:", *(f"  {_run_name(row)}: {row.get('error')}" for row in failed)]
-            )
-        )
+        lines = [f"  {_run_name(row)}: {row.get('error')}" for row in failed]
+        parts.append("\n".join([f"{len(failed)} failed:", *lines]))
     return "\n\n".join(parts) or "no finished runs"
 
 
-def _width(columns: Sequence[Column]) -> int:
-    return sum(column.width for column in columns) + 2 * (len(columns) - 1)
-
-
-def markdown_table(columns: Sequence[Column]) -> str:
-    """Return columns as a Markdown table, numbers flush right."""
-    head = " | ".join(column.title for column in columns)
-    rule = " | ".join("---" if index < 2 else "--:" for index in range(len(columns)))
-    body = [" | ".join(cells) for cells in zip(*(column.cells for column in columns), strict=True)]
-    return "\n".join(f"| {line} |" for line in (head, rule, *body))
+def _transposed(columns: Sequence[Column]) -> tuple[list[str], list[tuple[str, ...]]]:
+    """Return (heads, rows)."""
+    return [title for title, _ in columns], list(zip(*(cells for _, cells in columns), strict=True))
 
 
 def write_report(
@@ -214,8 +184,9 @@ def write_report(
     intro: str = "",
     command: str | None = None,
 ) -> Path:
-    """Write ``README.md`` in the folder, with the figures and ``results.csv``: findings, tables, how to read
-    them, provenance.
+    """Write `README.md`, `results.csv` and the figures into a folder, and return the path of the page.
+
+    The page has findings, tables, how to read them, and provenance.
 
     Raises
     ------
@@ -232,8 +203,8 @@ def write_report(
     if said:
         parts.append("## What the rows show")
         parts.append(
-            "Means over seeds. Differences are paired by seed, with their 95 % t-interval in brackets from three seeds on; "
-            "*clear* says that it leaves out zero."
+            "Means over seeds. Differences are paired by seed. Their 95 % t-interval stands in brackets, "
+            "from three seeds on; *clear* says that it leaves out zero."
         )
     for (task, metric), sentences in said.items():
         better = "more" if metric.maximize else "less"
@@ -242,7 +213,7 @@ def write_report(
         )
         parts.append("\n".join(f"- {sentence}" for sentence in sentences))
     for task in _tasks(rows):
-        parts += [f"## Results: {task}", markdown_table(result_columns(rows, task))]
+        parts += [f"## Results: {task}", markdown_table(*_transposed(result_columns(rows, task)))]
     parts += ["How to read the columns:", _how_to_read(rows)]
     for name, (heading, text) in FIGURES.items():
         if any(path.stem == name for path in figures.paths):
@@ -261,8 +232,7 @@ def write_report(
 
 
 def _rank_visible(rows: Sequence[Mapping[str, Any]], folder: Path) -> tuple[list[str], dict[str, str]]:
-    """Draw `plot_rank_of_runs` for each task whose runs are kept; a figure from before stays when they are
-    gone."""
+    """Draw `plot_rank_of_runs` for each task whose runs are kept; else an older figure stays."""
     parts: list[str] = []
     skipped: dict[str, str] = {}
     for task in _tasks(rows):
@@ -294,30 +264,30 @@ def _counts(rows: Sequence[Mapping[str, Any]]) -> str:
     searched = sum(row.get("stage") == "search" for row in rows)
     failed = sum(row.get("status") == "failed" for row in rows)
     text = f"{len(rows)} rows"
-    text += f", of which {searched} of the learning-rate search" if searched else ""
-    text += f"; {failed} failed" if failed else ""
-    seeds = max(
-        (len({row["seed"] for row in successful(rows, method=method)}) for method in METHOD_NAMES), default=0
-    )
-    text += ". " + (
-        "One or two seeds: differences may be noise, and there are no intervals."
-        if seeds < 3
-        else f"{seeds} seeds; ± is half the 95 % t-interval of the mean over seeds."
-    )
-    return text + " All rows are in [results.csv](results.csv) and [results.jsonl](results.jsonl)."
+    if searched:
+        text += f", of which {searched} of the learning-rate search"
+    if failed:
+        text += f"; {failed} failed"
+    seeds = max(len({row["seed"] for row in successful(rows, method=method)}) for method in METHOD_NAMES)
+    if seeds < 3:
+        noise = "One or two seeds: differences may be noise, and there are no intervals."
+    else:
+        noise = f"{seeds} seeds; ± is half the 95 % t-interval of the mean over seeds."
+    files = "All rows are in [results.csv](results.csv) and [results.jsonl](results.jsonl)."
+    return f"{text}. {noise} {files}"
 
 
 def _how_to_read(rows: Sequence[Mapping[str, Any]]) -> str:
     have = {name for row in successful(rows) for name in row if row.get(name) is not None}
     lines = {
-        "loss": "**loss**: cross-entropy on held-out data, nats a token",
+        "loss": "**loss**: cross-entropy on held-out data, in nats per token",
         "bpb": "**bpb**: bits per byte of held-out text",
-        "recall": "**recall**: share of the attributes that the generated description states rightly, on unseen combinations",
+        "recall": "**recall**: share of attributes that generated texts state rightly, on unseen combinations",
         "recall_values": "**unseen**: the same for attribute values that never occur in training",
-        "deployed_loss": "**deployed …**: the same measure after merging into one set of weights (see below)",
-        "effective_bits": "**bits/w**: bits a weight of the frozen base takes, scales and offsets included",
+        "deployed_loss": "**deployed …**: the same measure after merging into one set of weights",
+        "effective_bits": "**bits/w**: bits per weight of the frozen base, scales and offsets included",
         "trainable_params": "**trainable**: parameters that training changes",
-        "bytes_weights": "**MiB**: weights, adapters, gradients, optimizer state and saved activations of one training step",
+        "bytes_weights": "**MiB**: weights, adapters, gradients, optimizer state, saved activations of a step",
         "seconds": "**s/run**: training and evaluation together",
     }
     return "\n".join(f"- {text}" for name, text in lines.items() if name in have)
@@ -338,13 +308,13 @@ def _search(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             text = "failed" if loss is None and rate in dict(choice.tried) else METRICS["loss"].text(loss)
             cells.append(f"**{text}**" if rate == choice.learning_rate else text)
         columns.append(Column(f"lr {rate:g}", cells))
-    parts = [markdown_table(columns), "Validation loss; the choice is bold."]
+    parts = [markdown_table(*_transposed(columns)), "Validation loss; the choice is bold."]
     for choice in choices:
         if choice.on_edge:
             end = "greatest" if choice.learning_rate == choice.tried[-1][0] else "least"
+            chosen = f"{METHOD_NAMES[choice.method]} on {choice.task} chose {choice.learning_rate:g}"
             parts.append(
-                f"**On the edge of the grid:** {METHOD_NAMES[choice.method]} on {choice.task} chose {choice.learning_rate:g}, "
-                f"the {end} value tried; a better one may lie outside."
+                f"**On the edge of the grid:** {chosen}, the {end} value tried; a better one may lie outside."
             )
     return parts
 

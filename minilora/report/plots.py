@@ -1,22 +1,17 @@
-"""Figures of the study, each a function of rows that returns its axes; nothing here touches pyplot's
-state."""
+"""Figures of a sweep: each function draws rows on axes and returns them."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from minilora.config import ADAPTERS, CONTROLS
-from minilora.formats.files import write_file
 from minilora.report.drawing import (
     Label,
     draw_runs,
@@ -26,6 +21,7 @@ from minilora.report.drawing import (
     limits,
     method_line,
     new_figure,
+    save_figure,
 )
 from minilora.report.labels import (
     BIT_MARKERS,
@@ -54,15 +50,14 @@ MEMORY_COLOURS = dict(
         ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#CCCCCC"),
         strict=True,
     )
-)  # Okabe and Ito's, and light grey for the activations, which are not kept
-TITLE_PADS = {
-    "memory": 20.0,
-    "learning_rate": 8.0,
-}  # points; elsewhere a legend stands between title and axes
+)
+"""Okabe and Ito's colours, and light grey for the activations, which are freed again."""
+TITLE_PADS = {"memory": 20.0, "learning_rate": 8.0}
+"""Points between title and axes; the other figures have a legend there."""
 
 
 class Figures(NamedTuple):
-    """The files written, and for each figure or panel that could not be drawn the reason."""
+    """The files written, and the reason for each figure or panel that could not be drawn."""
 
     paths: list[Path]
     skipped: dict[str, str]
@@ -78,8 +73,8 @@ def plot_against_rank(
     """Draw a metric against rank, a line for each method and bit-width.
 
     Large markers are means over seeds, small dots single runs, bars 95 % t-intervals (from three seeds on).
-    Horizontal lines are full fine-tuning, subset and the base; one that lies far outside is named at the edge
-    with its value.
+    Horizontal lines are full fine-tuning, subset and the base. A line far outside is named at the edge with
+    its value.
 
     Raises
     ------
@@ -110,16 +105,12 @@ def plot_against_rank(
     around = [value for curve in curves for point in curve["points"] for value in extent(point)]
     low, high = limits(around, [line["mean"] for line in references(rows, metric, task)])
     for line in references(rows, metric, task):
-        inside = low <= line["mean"] <= high
-        colour = METHOD_COLOURS[line["method"]]
-        if inside:
-            ax.axhline(line["mean"], color=colour, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
-        text = (
-            line["name"]
-            if inside
-            else f"{line['name']}: {about.text(line['mean'])} {'↑' if line['mean'] > high else '↓'}"
-        )
-        labels.append(Label(line["mean"], text, colour))
+        mean, text, colour = line["mean"], line["name"], METHOD_COLOURS[line["method"]]
+        if low <= mean <= high:
+            ax.axhline(mean, color=colour, linewidth=1.2, linestyle=(0, (5, 3)), zorder=1)
+        else:
+            text += f": {about.text(mean)} {'↑' if mean > high else '↓'}"
+        labels.append(Label(mean, text, colour))
     ranks = sorted({point["r"] for curve in curves for point in curve["points"]})
     ax.set_xscale("log", base=2)
     ax.set_xticks(ranks, [str(r) for r in ranks])
@@ -136,8 +127,9 @@ def plot_against_rank(
 def plot_memory(
     rows: Iterable[Mapping[str, Any]], ax: Axes | None = None, *, against: str = "r", task: str | None = None
 ) -> Axes:
-    """Draw what training holds in memory as stacked bars (MiB by class), against rank or bits; a line is the
-    measured peak.
+    """Draw what training holds in memory as stacked bars (MiB by class), against rank or bits.
+
+    A line above each bar is the measured peak.
 
     Raises
     ------
@@ -166,7 +158,7 @@ def plot_memory(
                 linewidth=0.4,
             )
         bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
-    # by tracemalloc: the classes, and what lives for a moment only (logits, temporaries)
+    # measured by tracemalloc: the classes, and what lives only for a moment (logits, temporaries)
     tops = [bar["peak"] or total for bar, total in zip(bars, bottoms, strict=True)]
     if any(bar["peak"] for bar in bars):
         ax.hlines(
@@ -191,13 +183,10 @@ def plot_memory(
     )
     for group in dict.fromkeys(bar["group"] for bar in bars):
         places = [place for place, bar in zip(x, bars, strict=True) if bar["group"] == group]
-        name = (
-            ("float32" if group == 32 else f"{group} bits")
-            if against == "bits"
-            else f"r = {group}"
-            if group
-            else "no adapter"
-        )
+        if against == "bits":
+            name = "float32" if group == 32 else f"{group} bits"
+        else:
+            name = f"r = {group}" if group else "no adapter"
         ax.text(
             (places[0] + places[-1]) / 2,
             1.0,
@@ -227,9 +216,13 @@ def plot_accuracy_against_memory(
 ) -> Axes:
     """Draw a metric against memory, with the Pareto front; the points on it are numbered and named.
 
-    ``cost`` is ``effective_bits`` (of the frozen base), ``deployed_effective_bits`` (of the merged weights,
-    with their own metric) or ``training_mib``. The controls compete with nobody; far outside the rest they
-    are named, not drawn.
+    The controls compete with nobody. Where they lie far outside the rest they are named, not drawn.
+
+    Parameters
+    ----------
+    cost
+        `effective_bits` (of the frozen base), `deployed_effective_bits` (of the merged weights, with their
+        own metric) or `training_mib`.
 
     Raises
     ------
@@ -280,9 +273,7 @@ def plot_accuracy_against_memory(
     ax.set_xlabel(f"{COSTS[cost]}{', log scale' if cost.endswith('bits') else ''}")
     finish(ax, about)
     lines = ["On the Pareto front:", *(f"{point['front']}  {point['name']}" for point in front)]
-    for (
-        method
-    ) in CONTROLS:  # training moves the result far from them: named here rather than squashing the rest
+    for method in CONTROLS:  # training moves results far from them: drawing them would squash the rest
         outside = [
             point["mean"]
             for point in points
@@ -306,8 +297,7 @@ def plot_deployed(
     task: str | None = None,
     r: int | None = None,
 ) -> Axes:
-    """Draw a metric with the adapter (filled) and after merging into weights of the same bits (hollow),
-    against bits.
+    """Draw a metric against bits: with the adapter (filled), and merged into weights of these bits (hollow).
 
     Raises
     ------
@@ -322,11 +312,9 @@ def plot_deployed(
     taken: dict[tuple[int, str], int] = {}
     for pair in pairs:
         again = taken[pair["bits"], pair["method"]] = taken.get((pair["bits"], pair["method"]), -1) + 1
-        centre = (
-            bits.index(pair["bits"])
-            + 0.25 * (ADAPTERS.index(pair["method"]) - 1) * (pair["bits"] != 32)
-            + 0.08 * again
-        )
+        centre = bits.index(pair["bits"]) + 0.08 * again
+        if pair["bits"] != 32:  # methods side by side
+            centre += 0.25 * (ADAPTERS.index(pair["method"]) - 1)
         x, colour = (centre - 0.05, centre + 0.05), METHOD_COLOURS[pair["method"]]
         ax.plot(x, [pair["adapter"]["mean"], pair["deployed"]["mean"]], color=colour, linewidth=1.4, zorder=2)
         style = {"color": colour, "marker": BIT_MARKERS[pair["bits"]]}
@@ -401,9 +389,9 @@ def plot_learning_rates(
 
 
 def save_figures(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> Figures:
-    """Draw what the rows allow and write PNG (150 dpi) and SVG files; the same rows give the same bytes.
+    """Draw what the rows allow and write PNG and SVG files; the same rows give the same bytes.
 
-    ``rank`` · ``memory`` · ``accuracy_memory`` · ``deployed`` · ``learning_rate``, each with a panel for
+    The figures are `rank`, `memory`, `accuracy_memory`, `deployed` and `learning_rate`, each with a panel for
     every task and metric.
     """
     folder = Path(folder)
@@ -429,21 +417,8 @@ def save_figures(rows: Iterable[Mapping[str, Any]], folder: str | Path) -> Figur
     return Figures(paths, skipped)
 
 
-def save_figure(figure: Figure, path: str | Path) -> list[Path]:
-    """Write ``path.png`` (150 dpi) and ``path.svg``, each whole or not at all, without dates or random
-    identifiers."""
-    written = []
-    for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-        data = io.BytesIO()
-        with matplotlib.rc_context({"svg.hashsalt": "minilora"}):
-            figure.savefig(data, format=suffix[1:], dpi=150, metadata=metadata)
-        figure.set_layout_engine("none")  # what was laid out once stays
-        written.append(write_file(Path(path).with_suffix(suffix), data.getvalue()))
-    return written
-
-
 def _panels(rows: list[dict[str, Any]]) -> dict[str, dict[str, Callable[[Axes], Axes]]]:
-    """Return the figures and, in each, the panels: title -> function that draws it on given axes."""
+    """Return the figures and the panels of each: title → function that draws it on given axes."""
     good = successful(rows)
     tasks = sorted({row["task"] for row in good})
     cases = [(task, metric) for task in tasks for metric in main_metrics(good, task)]

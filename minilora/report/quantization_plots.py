@@ -1,9 +1,7 @@
-"""Figures of the quantization study: ``plot_…`` draw rows or arrays on axes and return them, ``draw_…`` fill
-a figure."""
+"""Figures of quantized weights and models: `plot_…` draws on axes, `draw_…` fills a figure."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from minilora.config import QuantConfig
-from minilora.formats.files import write_file
 from minilora.layers import Array
-from minilora.report.drawing import new_figure
+from minilora.report.drawing import light_frame, new_figure, save_figure
 from minilora.report.labels import BIT_MARKERS, GREY, PALETTE
 from minilora.sweep.results import ResultsError
 from minilora.sweep.weight_errors import block_errors, crossover, level_data, size_rows
@@ -28,7 +25,7 @@ SPARE_COLOURS = ("#8B5A2B", "#6B8E23", "#B03060", "#4B5D67")
 
 
 class Series(NamedTuple):
-    """How one way of quantizing is drawn; ``affine`` with ``quantizer`` and ``fit`` say which rows it has."""
+    """How one way of quantizing is drawn; `affine`, `quantizer`, `fit` and `kind` say which rows it has."""
 
     name: str
     affine: bool
@@ -36,9 +33,10 @@ class Series(NamedTuple):
     fit: str | None
     colour: str
     kind: str = ""
+    """How its types begin; empty: any."""
 
     def has(self, row: Mapping[str, Any]) -> bool:
-        """Whether a row belongs to it."""
+        """Whether a row belongs to the series."""
         quant_type = row["quant_type"] or ""
         if quant_type.startswith("int") != self.affine or not quant_type.startswith(self.kind):
             return False
@@ -46,16 +44,15 @@ class Series(NamedTuple):
 
 
 def series_of(rows: Sequence[Mapping[str, Any]], known: Sequence[Series]) -> list[Series]:
-    """The known series that have rows, then new ones, in colours of their own, for rows that belong to none
-    of ``SERIES``."""
+    """Return the known series that have rows, then a new series for each way that is not in `SERIES`."""
     found = [series for series in known if any(series.has(row) for row in rows)]
     for row in rows:
         if not any(series.has(row) for series in (*SERIES, *found)):
             affine = row["fit"] is not None
             kind = "int" if affine else row["quant_type"].rstrip("2348")
-            name = f"{kind}, {row['quantizer']}" + (
-                f" {row['fit']}" if row["fit"] not in (None, "minmax") else ""
-            )
+            name = f"{kind}, {row['quantizer']}"
+            if row["fit"] not in (None, "minmax"):
+                name += f" {row['fit']}"
             colour = SPARE_COLOURS[len(found) % len(SPARE_COLOURS)]
             found.append(Series(name, affine, row["quantizer"], row["fit"], colour, kind))
     return found
@@ -81,8 +78,7 @@ SERIES = (*WEIGHT_SERIES, SYMMETRIC, MSE, GPTQ_MSE)
 
 
 def plot_levels(data: Mapping[str, Any], ax: Axes | None = None) -> Axes:
-    """Draw where weights lie and the levels that codes stand for, as ``weight_errors.level_data`` returns
-    them."""
+    """Draw a histogram of weights, and the levels that codes stand for, from `weight_errors.level_data`."""
     ax = ax or new_figure().add_subplot()
     values, levels = data["values"], data["levels"]
     low, high = min(values.min(), levels[0]), max(values.max(), levels[-1])
@@ -102,7 +98,7 @@ def plot_levels(data: Mapping[str, Any], ax: Axes | None = None) -> Axes:
 
 
 def draw_levels(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel each of ``plot_levels``, three in a row."""
+    """Draw one panel of `plot_levels` for each item, three in a row."""
     rows = -(-len(panels) // 3)
     figure = new_figure(width=9.0, height=2.4 * rows + 0.3)
     axes = figure.subplots(rows, 3, squeeze=False).reshape(-1)
@@ -122,9 +118,9 @@ def draw_levels(panels: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = BLUE) -> Axes:
-    """Draw each block's rms error against its largest weight, as ``weight_errors.block_errors`` returns them.
+    """Draw the rms error of each block against its largest weight, from `weight_errors.block_errors`.
 
-    The line is proportionality: rms = c·absmax with the median c.
+    The line is proportionality: rms = c · absmax with the median c.
     """
     ax = ax or new_figure().add_subplot()
     some = (data["absmax"] > 0) & (data["rms"] > 0)
@@ -137,13 +133,12 @@ def plot_blocks(data: Mapping[str, Any], ax: Axes | None = None, colour: str = B
         ax.set_title(f"{data['name']}: median {slope:.3f} of absmax", fontsize=9.5, loc="left")
     ax.set_xlabel("largest |w| of the block")
     ax.set_ylabel("rms error")
-    ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax, "both")
     return ax
 
 
 def draw_blocks(panels: Sequence[Mapping[str, Any]]) -> Figure:
-    """One panel each of ``plot_blocks``, two in a row."""
+    """Draw one panel of `plot_blocks` for each item, two in a row."""
     rows = -(-len(panels) // 2)
     figure = new_figure(width=9.0, height=2.9 * rows + 0.3)
     axes = figure.subplots(rows, 2, squeeze=False, sharex=True).reshape(-1)
@@ -168,8 +163,7 @@ def plot_errors(
     error: str = "relative",
     known: Sequence[Series] = SERIES,
 ) -> Axes:
-    """Draw ``relative`` or ``output_error`` against effective bits per weight, a line for each series and
-    number of bits.
+    """Draw `relative` or `output_error` against bits per weight, a line for each series and number of bits.
 
     Raises
     ------
@@ -206,19 +200,21 @@ def plot_errors(
     )
     ax.yaxis.set_minor_locator(NullLocator())
     ax.set_xlabel("effective bits per weight")
-    ax.grid(True, color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax, "both")
     ax.set_ylabel("‖W − Ŵ‖ / ‖W‖" if error == "relative" else "‖X(W − Ŵ)ᵀ‖ / ‖XWᵀ‖")
     return ax
 
 
 def draw_errors(rows: Iterable[Mapping[str, Any]], known: Sequence[Series] = SERIES) -> Figure:
-    """Error of the weights beside that of the outputs; ``known`` leaves out the other ones of ``SERIES``."""
+    """Draw the error of the weights beside that of the outputs.
+
+    `known` restricts the figure to some of `SERIES`.
+    """
     rows = list(rows)
     figure = new_figure(width=9.5, height=4.8)
-    panels = [("relative", "the weights")] + [("output_error", "the outputs")] * any(
-        row.get("output_error") for row in rows
-    )
+    panels = [("relative", "the weights")]
+    if any(row.get("output_error") for row in rows):
+        panels.append(("output_error", "the outputs"))
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, (error, title) in zip(axes, panels, strict=True):
         plot_errors(rows, ax, error=error, known=known)
@@ -240,8 +236,10 @@ def draw_errors(rows: Iterable[Mapping[str, Any]], known: Sequence[Series] = SER
 
 
 def plot_memory_bits(rows: Iterable[Mapping[str, Any]], ax: Axes | None = None) -> Axes:
-    """Draw NF4's bits per weight in memory against block size, with and without double quantization
-    (``size_rows``)."""
+    """Draw NF4's bits per weight in memory against block size, with and without double quantization.
+
+    The rows are those of `weight_errors.size_rows`.
+    """
     ax = ax or new_figure().add_subplot()
     rows = [row for row in rows if row.get("bits_per_weight") is not None]
     for double_quant, colour, name in (
@@ -261,8 +259,10 @@ def plot_memory_bits(rows: Iterable[Mapping[str, Any]], ax: Axes | None = None) 
 
 
 def plot_file_bits(rows: Iterable[Mapping[str, Any]], crossing: int, ax: Axes | None = None) -> Axes:
-    """Draw NF4's bits per weight in bitsandbytes' file against the tensor's size; ``crossing`` is where the
-    lines meet."""
+    """Draw NF4's bits per weight in bitsandbytes' file against the size of the tensor.
+
+    `crossing` is the size at which the lines meet.
+    """
     ax = ax or new_figure().add_subplot()
     rows = [row for row in rows if row.get("file_bits_per_weight") is not None]
     for double_quant, colour, name in (
@@ -290,13 +290,12 @@ def plot_file_bits(rows: Iterable[Mapping[str, Any]], crossing: int, ax: Axes | 
 
 def _sizes(ax: Axes) -> Axes:
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax)
     return ax
 
 
 def draw_bytes(rows: Iterable[Mapping[str, Any]], crossing: int) -> Figure:
-    """Bits per weight in memory beside those of a file."""
+    """Draw the bits per weight in memory beside those in a file."""
     rows = list(rows)
     figure = new_figure(width=9.5, height=3.9)
     left, right = figure.subplots(1, 2)
@@ -320,10 +319,10 @@ def draw_bytes(rows: Iterable[Mapping[str, Any]], crossing: int) -> Figure:
 def plot_losses(
     rows: Iterable[Mapping[str, Any]], ax: Axes | None = None, *, series: Sequence[Series] = QUANTIZERS
 ) -> Axes:
-    """Draw the loss above full precision (symmetric log scale) against bits, from ``model_table``'s rows of
-    one task.
+    """Draw the loss above full precision against bits, from the rows of `model_table` of one task.
 
-    Bars are intervals paired over batches, small dots GPTQ's single seeds; the line at 0 is full precision.
+    The scale is symmetric logarithmic, and the line at 0 is full precision. Bars are intervals paired over
+    batches, small dots GPTQ's single seeds.
 
     Raises
     ------
@@ -382,13 +381,12 @@ def plot_losses(
     ax.set_xticks(range(len(bits)), [f"{bit} bits" for bit in bits])
     ax.set_xlim(-0.5, len(bits) - 0.5)
     ax.set_ylabel("held-out loss above full precision\n(nats per token)", fontsize=9)
-    ax.grid(True, axis="y", color=GREY, alpha=0.25, linewidth=0.6)
-    ax.spines[["top", "right"]].set_visible(False)
+    light_frame(ax)
     return ax
 
 
 def draw_losses(rows: Iterable[Mapping[str, Any]]) -> Figure:
-    """A row of panels for each task: quantizers, and fits of the integers."""
+    """Draw two panels for each task: quantizers, and fits of the integers."""
     rows = list(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     figure = new_figure(width=9.5, height=3.7 * len(tasks) + 0.6)
@@ -411,11 +409,16 @@ def draw_losses(rows: Iterable[Mapping[str, Any]]) -> Figure:
 def write_weight_figures(
     w: Array, rows: Sequence[Mapping[str, Any]], folder: str | Path, grid: Sequence[Mapping[str, Any]] = ()
 ) -> list[Path]:
-    """Write ``levels``, ``blocks``, ``errors`` and ``bytes`` as PNG, of a weight (out, in) and its
-    ``weight_errors`` rows.
+    """Write `levels`, `blocks`, `errors` and `bytes` as PNG, of a weight (out, in) and its error rows.
 
-    ``grid``, rows of many block and group sizes, makes lines of the errors. Levels and blocks have a panel
-    for each type and fit, as plain rounding to these levels leaves the weight.
+    Levels and blocks have one panel for each type and fit. They show plain rounding to these levels.
+
+    Parameters
+    ----------
+    rows
+        Rows of `weight_errors`.
+    grid
+        Rows of many block and group sizes, which make lines of the errors.
     """
     configs: dict[tuple[Any, ...], QuantConfig] = {}
     for row in rows:
@@ -427,24 +430,12 @@ def write_weight_figures(
         }
         configs.setdefault(key, QuantConfig(row["quant_type"], **given))
     shown = list(configs.values())
-    return save(
-        folder,
-        {
-            "levels": draw_levels([level_data(w, config) for config in shown]),
-            "blocks": draw_blocks([block_errors(w, config) for config in shown]),
-            "errors": draw_errors(grid or rows),
-            "bytes": draw_bytes(size_rows(), crossover()),
-        },
-    )
-
-
-def save(folder: str | Path, figures: Mapping[str, Figure]) -> list[Path]:
-    """Write each figure as ``name.png`` (110 dpi), whole or not at all; the same rows give the same bytes."""
-    written = []
-    for name, figure in figures.items():
-        data = io.BytesIO()
-        figure.savefig(
-            data, format="png", dpi=110, metadata={"Software": None}, pil_kwargs={"optimize": True}
-        )
-        written.append(write_file(Path(folder) / f"{name}.png", data.getvalue()))
-    return written
+    figures = {
+        "levels": draw_levels([level_data(w, config) for config in shown]),
+        "blocks": draw_blocks([block_errors(w, config) for config in shown]),
+        "errors": draw_errors(grid or rows),
+        "bytes": draw_bytes(size_rows(), crossover()),
+    }
+    return [
+        path for name, figure in figures.items() for path in save_figure(figure, Path(folder) / name, ["png"])
+    ]

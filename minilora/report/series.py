@@ -1,5 +1,4 @@
-"""The data behind the figures and tables: rows grouped into settings and summarised over seeds, without any
-drawing."""
+"""The data behind the figures: rows grouped into settings and summarised over seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +17,7 @@ MIB = 2**20
 def rank_curves(
     rows: Iterable[Mapping[str, Any]], metric: str = "loss", task: str | None = None
 ) -> list[Row]:
-    """Return one curve a method and kind of weights: its name, method, bits and the summary of the seeds at
-    each rank.
-
-    This is the data behind `plot_against_rank`.
-    """
+    """Return a curve for each method and kind of weights: name, method, bits, and a summary at each rank."""
     rows = successful(rows)
     task = task_of(rows, task)
     rows = [row for row in rows if row["task"] == task and row["method"] in ADAPTERS]
@@ -43,7 +38,7 @@ def rank_curves(
 
 
 def references(rows: Iterable[Mapping[str, Any]], metric: str = "loss", task: str | None = None) -> list[Row]:
-    """Return the summaries of what has no rank: full fine-tuning, subset, the base without training."""
+    """Return summaries of what has no rank: full fine-tuning, subset, and the base without training."""
     rows = successful(rows)
     task = task_of(rows, task)
     rows = [row for row in rows if row["task"] == task and row["method"] in ("full", "subset", "base")]
@@ -53,11 +48,10 @@ def references(rows: Iterable[Mapping[str, Any]], metric: str = "loss", task: st
 
 
 def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str | None = None) -> list[Row]:
-    """Return one bar a setting: group (rank, or bits), name, MiB by class and measured peak; the data behind
-    `plot_memory`.
+    """Return one bar for each setting: group (rank or bits), name, MiB by class, and the measured peak.
 
-    ``against="r"`` takes each method at the bits that it has most ranks of; ``"bits"`` takes the rank with
-    most bit-widths.
+    `against="r"` shows each method at the bits that it has most ranks of. `against="bits"` shows the rank
+    that has most bit-widths.
     """
     if against not in ("r", "bits"):
         raise ValueError(f"against={against!r}: choose one of r, bits")
@@ -78,7 +72,8 @@ def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str
         adapted = [row for row in adapted if row["r"] == common_rank]
     bars: dict[tuple[Any, ...], Row] = {}
     for row in [row for row in rows if row["method"] not in ADAPTERS] + adapted:
-        group = (row["r"] if row["method"] in ADAPTERS else 0) if against == "r" else -row["bits"]
+        rank = row["r"] if row["method"] in ADAPTERS else 0
+        group = rank if against == "r" else -row["bits"]
         place = (group, list(METHOD_NAMES).index(row["method"]), row.get("quant_type") or "")
         bar = bars.setdefault(
             place, {"group": abs(group), "name": setting_name(row), "method": row["method"], "all": []}
@@ -100,8 +95,7 @@ def memory_bars(rows: Iterable[Mapping[str, Any]], against: str = "r", task: str
 
 
 def _most_common(rows: Iterable[Mapping[str, Any]], method: str | None, column: str, counted: str) -> Any:
-    """Return the value of ``column`` with most different values of ``counted``; of equals r = 8, 4 bits, or
-    the greatest."""
+    """Return the value of `column` with most values of `counted`; ties: r = 8, 4 bits, or the greatest."""
     seen: dict[Any, set[Any]] = {}
     for row in rows:
         if method in (None, row["method"]):
@@ -111,8 +105,8 @@ def _most_common(rows: Iterable[Mapping[str, Any]], method: str | None, column: 
 
 
 COSTS = {
-    "effective_bits": "effective bits a weight of the frozen base",
-    "deployed_effective_bits": "effective bits a weight, deployed",
+    "effective_bits": "bits per weight of the frozen base",
+    "deployed_effective_bits": "bits per weight, deployed",
     "training_mib": "memory while training (MiB)",
 }
 
@@ -123,11 +117,15 @@ def accuracy_points(
     task: str | None = None,
     cost: str = "effective_bits",
 ) -> list[Row]:
-    """Return one point a setting: its name, cost, mean of the metric, and ``front`` (1, 2 …) if on the Pareto
-    front.
+    """Return one point for each setting: name, cost, mean, and `front` (1, 2 …) on the Pareto front.
 
-    ``cost`` is one of `COSTS`; with ``deployed_effective_bits`` the metric is the deployed one too (what has
-    no adapter is deployed as it is). The front is that of trained settings: the controls compete with nobody.
+    The front is that of trained settings: the controls compete with nobody.
+
+    Parameters
+    ----------
+    cost
+        One of `COSTS`. With `deployed_effective_bits` the metric is that of the deployed weights too; a run
+        without an adapter is deployed as it is.
     """
     if cost not in COSTS:
         raise ValueError(f"cost={cost!r}: choose one of {', '.join(COSTS)}")
@@ -157,9 +155,9 @@ def accuracy_points(
 def deployed_pairs(
     rows: Iterable[Mapping[str, Any]], metric: str = "loss", task: str | None = None, r: int | None = None
 ) -> list[Row]:
-    """Return, for each adapter method and bit-width at one rank, the summaries with the adapter and deployed.
+    """Return the summaries with the adapter and deployed, for each adapter method and bit-width at one rank.
 
-    ``r=None`` takes the rank with most bit-widths.
+    `r=None` takes the rank that has most bit-widths.
     """
     rows = successful(rows)
     task = task_of(rows, task)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from minilora.sweep.results import Row, check_one_corpus, group_rows
 
 
 class Interval(NamedTuple):
-    """A mean and the two ends of its confidence interval (NaN where there are too few values)."""
+    """A mean and the two ends of its confidence interval; the ends are NaN where there are too few values."""
 
     mean: float
     low: float
@@ -18,7 +19,7 @@ class Interval(NamedTuple):
 
 
 class PairedDifference(NamedTuple):
-    """Mean of ``a - b`` over the seeds that both have, with its interval."""
+    """Mean of `a - b` over the seeds that both have, with its interval."""
 
     mean: float
     low: float
@@ -29,7 +30,8 @@ class PairedDifference(NamedTuple):
 def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:
     """Return the mean and its two-sided t-interval, mean ± t · s / √n with n - 1 degrees of freedom.
 
-    With one value the ends are NaN: one seed says nothing of the noise between seeds.
+    With one value the ends are NaN: one seed says nothing about the noise between seeds. Equal values have an
+    interval of width 0, where `scipy.stats.t.interval` returns NaN.
 
     >>> [round(x, 3) for x in mean_interval([1.0, 2.0, 3.0])]
     [2.0, -0.484, 4.484]
@@ -46,25 +48,21 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:
         raise ValueError(f"values={data!r}: all must be finite; leave failed runs out")
     if not 0 < level < 1:
         raise ValueError(f"level={level!r}: must lie between 0 and 1, for example 0.95")
-    from scipy.special import (
-        stdtrit,
-    )  # Student's t quantile; imported here because only tables and figures need it
-
-    n = len(data)
-    mean = math.fsum(data) / n
+    n, mean = len(data), fmean(data)
     if n == 1:
         return Interval(mean, math.nan, math.nan)
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in data) / (n - 1))
-    half = float(stdtrit(n - 1, (1 + level) / 2)) * deviation / math.sqrt(n)
+    from scipy.special import stdtrit  # Student's t quantile; a quarter of a second that only tables need
+
+    half = float(stdtrit(n - 1, (1 + level) / 2)) * stdev(data) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 
 def summarize(
     rows: Iterable[Mapping[str, Any]], by: Sequence[str], value: str, level: float = 0.95
 ) -> list[Row]:
-    """Return one dict a group of rows equal in ``by``: those columns, n, mean, low, high, values, seeds.
+    """Return one dict for each group of rows equal in `by`: those columns, n, mean, low, high, values, seeds.
 
-    Rows without the value (null) are left out, and so are groups without any.
+    Rows without the value (None) are left out, and so are groups without any.
 
     >>> rows = [{"r": 1, "seed": s, "loss": 1.0 + s} for s in range(2)]
     >>> [(g["r"], g["n"], g["mean"]) for g in summarize(rows, by=("r",), value="loss")]
@@ -73,7 +71,7 @@ def summarize(
     Raises
     ------
     ValueError
-        Rows with different corpus or base hashes within a task.
+        Rows of one task have different hashes of corpus or base.
     """
     present = [row for row in rows if row.get(value) is not None]
     summaries = []
@@ -98,10 +96,10 @@ def _order(value: Any) -> tuple[int, float, str]:
 def paired_difference(
     a: Iterable[Mapping[str, Any]], b: Iterable[Mapping[str, Any]], value: str, level: float = 0.95
 ) -> PairedDifference:
-    """Return the mean over seeds of ``a[value] - b[value]`` and its t-interval.
+    """Return the mean over seeds of `a[value] - b[value]` and its t-interval.
 
-    Runs of one seed share data order and initialisation, so pairing takes the noise that both have out of the
-    difference. An interval that leaves out 0 is an effect larger than the noise between seeds.
+    Runs of one seed share data order and initialisation. Pairing takes their common noise out of the
+    difference. An interval without 0 is an effect larger than the noise between seeds.
 
     >>> low = [{"seed": s, "loss": 1.0 + s} for s in range(3)]
     >>> high = [{"seed": s, "loss": 1.5 + s} for s in range(3)]
@@ -111,7 +109,7 @@ def paired_difference(
     Raises
     ------
     ValueError
-        A seed occurs twice on one side (the rows are not one setting), or no seed is on both.
+        A seed occurs twice on one side (the rows are not one setting), or no seed is on both sides.
     """
     sides = [_by_seed(rows, value, name) for rows, name in ((list(a), "a"), (list(b), "b"))]
     check_one_corpus([row for side in sides for row in side.values()])
@@ -133,7 +131,8 @@ def _by_seed(rows: list[Mapping[str, Any]], value: str, side: str) -> dict[Any, 
             continue
         if row["seed"] in found:
             raise ValueError(
-                f"seed={row['seed']!r}: occurs twice in {side}; choose rows that differ in nothing but the seed"
+                f"seed={row['seed']!r}: occurs twice in {side}; choose rows that differ in nothing but the "
+                "seed"
             )
         found[row["seed"]] = row
     return found
@@ -142,9 +141,9 @@ def _by_seed(rows: list[Mapping[str, Any]], value: str, side: str) -> dict[Any, 
 def pareto_front(points: Sequence[tuple[float, float]], maximize: bool = False) -> list[int]:
     """Return the indices of the points (cost, value) that no other point beats, in order of cost.
 
-    A point is beaten when another costs no more, is no worse, and is better in one of the two. Less cost is
-    better; less value is better too (a loss) unless ``maximize`` (an accuracy). Points with a NaN are never
-    on the front.
+    A point is beaten by another one that costs no more, is no worse, and is better in one of the two. Less
+    cost is better. Less value is better too (a loss), unless `maximize` (an accuracy). Points with a NaN are
+    never on the front.
 
     >>> pareto_front([(4.0, 0.5), (2.0, 0.9), (8.0, 0.5), (3.0, 1.0)])
     [1, 0]

@@ -10,7 +10,7 @@ from minilora.data.examples import read_jsonl, split_examples
 from minilora.data.sft import SFTTask, products_chat
 from minilora.data.tasks import Task, make_task
 from minilora.formats.bases import Pretrained, load_pretrained, shape_of, stored_bytes
-from minilora.quant.blocks import BLOCK
+from minilora.quant.blocks import GGUF_BLOCK
 from minilora.sweep.settings import TINY, RunConfig
 
 
@@ -73,7 +73,7 @@ def planned(config: RunConfig) -> memory.Ledger:
             target_modules=config.target_modules or "all-linear",
             subset_modules=config.subset_modules if config.method == "subset" else None,
             quant_type=config.quant_type,
-            group_size=config.group_size or BLOCK,
+            group_size=config.group_size or GGUF_BLOCK,
             block_size=config.block_size or 64,
             double_quant=config.double_quant is not False,
             use_dora=config.use_dora,
@@ -98,7 +98,7 @@ def _shares_base(config: RunConfig, ledger: memory.Ledger) -> bool:
         return any(e.what == "Q4_1" and e.layer.startswith("layers.") for e in ledger.entries)
     _, stored = memory.model_shape(config.model)
     return config.method == "lora" and (
-        stored is None or stored("model.layers.0.self_attn.q_proj.weight", (1, BLOCK)) is None
+        stored is None or stored("model.layers.0.self_attn.q_proj.weight", (1, GGUF_BLOCK)) is None
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.config import TINY, ConfigError, require
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.bases import Pretrained, save_tokenizer
@@ -19,10 +20,9 @@ from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import WRITABLE_TYPES, load_gguf, save_gguf
 from minilora.formats.peft import load_adapter
 from minilora.generation import generate, stream
-from minilora.lora import LoraLinear, offset_groups
 from minilora.memory import format_bytes
 from minilora.merging import MergeError, merge, merge_errors
-from minilora.quant.blocks import BLOCK
+from minilora.quant.blocks import GGUF_BLOCK
 from minilora.quant.model import dequantize_model
 from minilora.sweep.inputs import base_of
 from minilora.sweep.run import ADAPTER, load_run, read_run, under_adapter
@@ -110,7 +110,7 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
     our own file (QA-LoRA's offsets stay float32), anything else a Hugging Face folder with dense weights.
     """
     out, model = Path(out), opened.model
-    adapted = [linear for _, linear in model.linears() if isinstance(linear, LoraLinear)]
+    adapted = [linear for _, linear in model.linears() if isinstance(linear, Adapter)]
     method = "" if opened.run is None else f" (method {opened.run.method!r})"
     require(
         bool(adapted),
@@ -141,10 +141,10 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
     return [_worst(errors), f"written to {out}, dense in float32"]
 
 
-def as_q4_1(linear: LoraLinear) -> bool:
+def as_q4_1(linear: Adapter) -> bool:
     """Whether an adapter merges into GGUF's Q4_1: it pools over groups of 32 of 4-bit codes."""
     weight = linear.base.weight
-    return linear.pool == BLOCK and offset_groups(weight) == BLOCK and weight.bits == 4
+    return linear.pool == GGUF_BLOCK and weight.offset_group == GGUF_BLOCK and weight.bits == 4
 
 
 def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool) -> list[str]:

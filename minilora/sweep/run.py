@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 import minilora
 from minilora import memory
+from minilora.adapter import Adapter
 from minilora.config import ADAPTERS, LoraConfig, QuantConfig, expand_modules, require
 from minilora.data.sft import SFTTask
 from minilora.data.tasks import Batch, Task
@@ -25,9 +26,9 @@ from minilora.formats.checkpoint import load_model, save_model
 from minilora.formats.files import FileError, read_json, write_file
 from minilora.formats.peft import fill_adapter, load_adapter, save_adapter
 from minilora.generation import generate
-from minilora.lora import LoraLinear, full, inject_lora, offset_groups, subset
+from minilora.injection import full, inject_lora, subset
 from minilora.merging import merge
-from minilora.quant.blocks import BLOCK, BlockWeight
+from minilora.quant.blocks import GGUF_BLOCK, BlockWeight
 from minilora.quant.model import dequantize_model, quantize_model
 from minilora.sweep.inputs import base_of, check_memory, make_run_task
 from minilora.sweep.settings import DEFAULT_RATES, NAMES, TINY, RunConfig
@@ -71,8 +72,8 @@ def frozen_base(config: RunConfig, base: Transformer) -> Transformer:
     if not config.quantized:
         return dequantize_model(base, table=False)
     quant = config.base_quant()
-    as_stored = quant == QuantConfig("int4", group_size=BLOCK) and all(
-        isinstance(linear.weight, BlockWeight) and offset_groups(linear.weight)
+    as_stored = quant == QuantConfig("int4", group_size=GGUF_BLOCK) and all(
+        isinstance(linear.weight, BlockWeight) and linear.weight.offset_group
         for block in base.blocks
         for _, _, linear in block.linears()
     )
@@ -177,7 +178,7 @@ def deploy(config: RunConfig, model: Transformer) -> Transformer:
 def requantize(model: Transformer, quant: QuantConfig, data: Sequence[Any] = ()) -> Transformer:
     """Merge, and quantize again what was adapted (an adapted head stays dense, as a head always does); GPTQ
     needs token ids."""
-    adapted = {name for name, linear in model.linears() if isinstance(linear, LoraLinear)}
+    adapted = {name for name, linear in model.linears() if isinstance(linear, Adapter)}
     return quantize_model(merge(model, "dense")[0], quant, data, only=adapted)
 
 

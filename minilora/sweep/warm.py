@@ -12,17 +12,18 @@ from typing import Any
 import numpy as np
 
 from minilora import kernels as fused
+from minilora.building import init_model
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.generation import generate
+from minilora.injection import full, inject_lora
 from minilora.kernels.rows import swiglu_forward
-from minilora.lora import full, inject_lora
+from minilora.quant.compilation import compile_kernels
 from minilora.quant.model import quantize_model
-from minilora.quant.weights import warm_up
 from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.loss import evaluate, loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
-from minilora.transformer import Transformer, init_model
+from minilora.transformer import Transformer
 
 
 def warm_kernels() -> float:
@@ -63,8 +64,8 @@ def _start_helper() -> subprocess.Popen[bytes]:
 def warm_beside() -> None:
     """What the second process compiles: an adapter's narrow product, which the first needs last, and what
     quantizes."""
-    fused.product(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
-    warm_up()
+    fused.linear_forward(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
+    compile_kernels()
 
 
 def _nothing_compiled() -> bool:

@@ -1,12 +1,11 @@
-"""What one weight loses when it is quantized: its errors, its bytes in memory and in a file, and the data of
-the figures.
+"""What one weight loses when it is quantized: its errors, its bytes in memory and in a file.
 
-Ŵ is made by ``quantized``, E = W − Ŵ. Whole models are in ``quantization``.
+Ŵ is the quantized weight, E = W − Ŵ. `claims.quantization_study` measures whole models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,16 @@ from minilora.formats.bitsandbytes import BLOCK_SIZES, QUANT_TYPES, to_arrays
 from minilora.layers import Array
 from minilora.quant import codebooks
 from minilora.quant.affine import AffineWeight
+from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE
 from minilora.quant.gptq import gptq
 from minilora.quant.packed import checked
-from minilora.quant.weights import NESTED_BLOCK_SIZE, CodebookWeight, quantize_weight
+from minilora.quant.weights import CodebookWeight, quantize_weight
 from minilora.sweep.results import Row
 from minilora.threads import single_blas
 
 
 def settings(config: QuantConfig) -> Row:
-    """The columns that say how a weight was quantized; None where a setting does not apply.
+    """Return the columns that say how a weight was quantized; None where a setting does not apply.
 
     >>> settings(QuantConfig("nf4"))["block_size"], settings(QuantConfig("int4"))["block_size"]
     (64, None)
@@ -43,8 +43,7 @@ def settings(config: QuantConfig) -> Row:
 
 
 def quantized(w: Array, config: QuantConfig, hessian: Array | None = None) -> CodebookWeight | AffineWeight:
-    """Quantize w (out, in) as the configuration says; ``gptq`` needs the Hessian (in, in) of the layer's
-    inputs."""
+    """Quantize w (out, in); `gptq` needs the Hessian (in, in) of the layer's inputs."""
     if config.quantizer != "gptq":
         return quantize_weight(w, config)
     require(
@@ -60,18 +59,34 @@ def quantized(w: Array, config: QuantConfig, hessian: Array | None = None) -> Co
 def weight_errors(
     w: Array, configs: Sequence[QuantConfig], calibration_hessian: Array | None = None
 ) -> list[Row]:
-    """Errors E = W − Ŵ of one matrix (out, in), a row for each configuration.
+    """Return the errors E = W − Ŵ of one matrix (out, in), a row for each configuration.
 
-    mean_abs = mean|E| · rms = √mean E² · max_abs = max|E| · relative = ‖E‖/‖W‖ · snr_db = −20·log₁₀(relative)
-    · with the inputs' Hessian H = 2·XᵀX/n (in, in), output_error = ‖X·Eᵀ‖/‖X·Wᵀ‖ = √(tr E·H·Eᵀ / tr W·H·Wᵀ),
-    else None. ‖·‖ is Frobenius'.
+    Parameters
+    ----------
+    calibration_hessian
+        H = 2·XᵀX/n (in, in) of the inputs X (n, in), for `gptq` and for `output_error`.
 
-    ``bits_per_weight`` counts codes, scales and offsets in memory; ``file_bits_per_weight`` all arrays that
-    bitsandbytes' file has of this tensor, among them its code maps, without the JSON text (None for what
-    bitsandbytes cannot store). Raises ``ValueError`` for weights that are not finite or settings that do not
-    fit their shape.
+    Returns
+    -------
+    rows
+        Columns of `settings`, and with Frobenius' norm ‖·‖:
 
-    >>> row = weight_errors(np.array([[0.0, 0.4, 1.0, 3.0]], np.float32), [QuantConfig("int2", group_size=4)])[0]
+        - `mean_abs` = mean |E|, `rms` = √mean E², `max_abs` = max |E|
+        - `relative` = ‖E‖/‖W‖, `snr_db` = −20·log₁₀(relative)
+        - `output_error` = ‖X·Eᵀ‖/‖X·Wᵀ‖ = √(tr E·H·Eᵀ / tr W·H·Wᵀ); None without H
+        - `bits_per_weight` counts codes, scales and offsets in memory
+        - `file_bits_per_weight` counts all arrays of this tensor in bitsandbytes' file, code maps included,
+          without the JSON text; None for what bitsandbytes cannot store
+
+    Raises
+    ------
+    ValueError
+        Weights are not finite, or settings do not fit their shape.
+
+    Examples
+    --------
+    >>> w = np.array([[0.0, 0.4, 1.0, 3.0]], np.float32)
+    >>> row = weight_errors(w, [QuantConfig("int2", group_size=4)])[0]
     >>> round(row["max_abs"], 3), round(row["relative"], 3), row["bits_per_weight"]
     (0.4, 0.125, 10.0)
     """
@@ -107,7 +122,7 @@ def weight_errors(
 
 
 def _output_norm(w: Array, h: Array) -> float:
-    """‖X·Wᵀ‖·√(2/n) = √(tr W·H·Wᵀ); rounding may leave a tiny negative sum."""
+    """Return ‖X·Wᵀ‖·√(2/n) = √(tr W·H·Wᵀ); rounding may leave a tiny negative sum."""
     return float(np.sqrt(max(0.0, float(((w @ h) * w).sum()))))
 
 
@@ -127,23 +142,23 @@ def _file_bits(weight: CodebookWeight | AffineWeight) -> float | None:
 
 
 def file_bytes(weights: int, block_size: int = 64, double_quant: bool = True) -> int:
-    """Bytes of one 4-bit tensor in bitsandbytes' file, without its JSON text.
+    """Return the bytes of one 4-bit tensor in bitsandbytes' file, without its JSON text.
 
-    With B = ⌈n/b⌉ blocks: ⌈n/2⌉ of codes + 64 of the code map + 4·B of scales, or, double-quantized, B +
-    4·⌈B/256⌉ + 1024 of the 8-bit map.
+    With B = ⌈n/b⌉ blocks these are ⌈n/2⌉ of codes, 64 of the code map, and 4·B of scales. Double-quantized
+    scales take B + 4·⌈B/256⌉, and 1024 for the 8-bit map: in a small tensor the map costs more than it saves.
 
-    >>> file_bytes(16384, double_quant=False), file_bytes(16384)  # in a small tensor the map costs more than it saves
+    >>> file_bytes(16384, double_quant=False), file_bytes(16384)
     (9280, 9540)
     """
     blocks = -(-weights // block_size)
-    scales = blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 * 256 if double_quant else 4 * blocks
+    scales = blocks + 4 * -(-blocks // DYNAMIC_BLOCK_SIZE) + 4 * 256 if double_quant else 4 * blocks
     return (weights + 1) // 2 + 4 * 16 + scales
 
 
 def crossover(block_size: int = 64) -> int:
-    """Weights of a tensor from which on double quantization makes its part of the file smaller.
+    """Return how many weights a tensor needs for double quantization to make its part of the file smaller.
 
-    The map's 1024 bytes must be saved: 3 bytes a block, less 4 bytes every 256 blocks.
+    It must save the 1024 bytes of the map: 3 bytes for each block, less 4 bytes for every 256 blocks.
 
     >>> crossover(64)
     22017
@@ -155,11 +170,10 @@ def crossover(block_size: int = 64) -> int:
 
 
 def size_rows(block_size: int = 64) -> list[Row]:
-    """Bits per weight of real NF4 arrays: in memory against block size, and in a file (this block size)
-    against tensor size.
+    """Return bits per weight of real NF4 arrays: in memory against block size, in a file against tensor size.
 
-    Each row has ``double_quant`` and ``weights``, and either ``block_size`` and ``bits_per_weight`` or
-    ``file_bits_per_weight``.
+    Each row has `double_quant` and `weights`, and either `block_size` and `bits_per_weight`, or
+    `file_bits_per_weight`.
     """
     rows: list[Row] = []
     for double_quant in (False, True):
@@ -183,11 +197,14 @@ def size_rows(block_size: int = 64) -> list[Row]:
 
 
 def level_data(w: Array, config: QuantConfig) -> dict[str, Any]:
-    """Where the weights (out, in) lie between a type's levels: ``values`` (out·in,), ``levels`` (≤ 2^k,),
-    ``name``, ``relative``.
+    """Return where the weights (out, in) lie between the levels of a type.
 
-    Codebook: values w/absmax of their block, levels the code map. Affine: values (w − offset)/(scale·(2^k −
-    1)) of their group, levels q/(2^k − 1).
+    Returns
+    -------
+    data
+        `values` (out·in,), `levels` (≤ 2^k,), `name`, `relative`, `affine`. Codebook: values are w/absmax of
+        their block, levels the code map. Affine: values are (w − offset)/(scale·(2^k − 1)) of their group,
+        levels q/(2^k − 1).
     """
     w = checked(w)
     weight = quantize_weight(w, config)
@@ -211,11 +228,17 @@ def level_data(w: Array, config: QuantConfig) -> dict[str, Any]:
 
 
 def _kind(config: QuantConfig) -> str:
-    return config.quant_type + ("" if config.fit == "minmax" else f" {config.fit}")
+    return config.quant_type if config.fit == "minmax" else f"{config.quant_type} {config.fit}"
 
 
 def block_errors(w: Array, config: QuantConfig, hessian: Array | None = None) -> dict[str, Any]:
-    """Of each block or group: ``absmax`` max|w| and ``rms`` √mean (w − ŵ)², both (blocks,); ``name``."""
+    """Return the error of each block or group beside its largest weight.
+
+    Returns
+    -------
+    data
+        `absmax` = max |w| and `rms` = √mean (w − ŵ)², both (blocks,), `name` and `affine`.
+    """
     w = checked(w)
     flat = w.reshape(-1).astype(np.float64)
     size = config.group_size if config.affine else config.block_size
@@ -227,62 +250,3 @@ def block_errors(w: Array, config: QuantConfig, hessian: Array | None = None) ->
         "name": f"{_kind(config)}, {'groups' if config.affine else 'blocks'} of {size}",
         "affine": config.affine,
     }
-
-
-def print_weight_table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Return ``weight_errors``' rows as a markdown table whose columns line up in a terminal too; a dash for
-    None."""
-    forms = {
-        "bits/w": ("bits_per_weight", ".3f"),
-        "file bits/w": ("file_bits_per_weight", ".3f"),
-        "mean abs": ("mean_abs", ".3g"),
-        "rms": ("rms", ".3g"),
-        "max abs": ("max_abs", ".3g"),
-        "relative": ("relative", ".4f"),
-        "SNR dB": ("snr_db", ".1f"),
-        "output": ("output_error", ".4f"),
-    }
-    cells = [
-        [
-            name_of(row),
-            str(row["group_size"] or row["block_size"]),
-            *(number(row[key], form) for key, form in forms.values()),
-        ]
-        for row in rows
-    ]
-    return aligned(["weights", "block", *forms], cells)
-
-
-def name_of(row: Mapping[str, Any]) -> str:
-    """Say how a weight was quantized, in a few words.
-
-    >>> name_of(settings(QuantConfig("nf4"))), name_of(settings(QuantConfig("int4", fit="mse", offset_dtype="zero")))
-    ('nf4 double-quantized, rtn', 'int4, rtn mse, zero offsets')
-    """
-    if row["quant_type"] is None:
-        return "float32"
-    words = row["quant_type"] + (" double-quantized" if row["double_quant"] else "") + f", {row['quantizer']}"
-    words += f" {row['fit']}" if row["fit"] not in (None, "minmax", row["quantizer"]) else ""
-    return words + (
-        f", {row['offset_dtype']} offsets" if row["offset_dtype"] not in (None, "float16") else ""
-    )
-
-
-def number(value: float | None, form: str) -> str:
-    """Return a number as text; a dash for None, NaN and infinity."""
-    return "–" if value is None or not np.isfinite(value) else format(value, form)
-
-
-def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a markdown table, all columns but the first to the right, every cell as wide as its column."""
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = (
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        )
-        return f"| {' | '.join([first, *others])} |"
-
-    rule = [("-" * width if i == 0 else "-" * (width - 1) + ":") for i, width in enumerate(widths)]
-    return "\n".join(line(row) for row in [head, rule, *rows])

@@ -1,8 +1,7 @@
-"""Start a model with an induction circuit, so that a tiny base learns to copy within minutes instead of
-hours.
+"""Start a tiny base with an induction circuit, so that it learns to copy within minutes.
 
 An induction head (arXiv 2209.11895) completes "… a b … a" with b. From random weights it forms late and
-suddenly: the tiny model had learnt nothing of it after 4 million tokens. But its two layers can be written
+suddenly: the tiny model had learned nothing of it after 4 million tokens. But its two layers can be written
 down:
 
 * block 0, heads 0, 1, 2 attend one, two and three places back and write what stands there into subspaces of
@@ -24,19 +23,27 @@ from minilora.transformer import Transformer
 
 
 def orthonormal(rng: np.random.Generator, rows: int, columns: int, avoid: Array) -> Array:
-    """Random orthonormal columns (rows, columns), orthogonal to the columns of ``avoid``."""
+    """Return random orthonormal columns (rows, columns), orthogonal to the columns of `avoid`."""
     z = rng.standard_normal((rows, columns))
     return np.linalg.qr(z - avoid @ (avoid.T @ z))[0]
 
 
 @single_blas()
 def start_with_induction(model: Transformer, rng: np.random.Generator, std: float = 0.02) -> None:
-    """Write the circuit into a trainable model's embedding and the attention of its first two blocks, in
-    place.
+    """Write the circuit into the embedding and the attention of the first two blocks, in place.
 
     Rotary positions turn pair i of a query and a key by (t_q − t_k)·θᵢ. Fast pairs (large θ) tell places one
     step apart: a query turned by −d·θᵢ against the key makes the score Σ cos((t_q − t_k − d)·θᵢ), largest d
     places back. Slow pairs hardly turn over a context, so they can compare contents at any distance.
+
+    Parameters
+    ----------
+    model : Transformer
+        Trainable, with at least two blocks and three heads of keys and values.
+    rng : np.random.Generator
+        Draws the subspaces.
+    std : float
+        Standard deviation of a freshly initialised embedding.
     """
     c, head = model.config, model.config.head_dim
     require(
@@ -63,8 +70,7 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
         "too small: no pair turns slowly enough to compare contents",
     )
 
-    # every embedding = a part common to all tokens, which positions are read from, + a content of its own, of
-    # equal length
+    # each embedding is a common part, from which positions are read, plus a content of its own, equally long
     table = model.embedding.weight.param.data
     common = orthonormal(rng, c.hidden_size, 1, np.zeros((c.hidden_size, 1)))  # (C, 1)
     content = table - (table @ common) @ common.T
@@ -73,9 +79,8 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
     table[...] = size * (content + common.T)
 
     read = orthonormal(rng, c.hidden_size, head, common)  # (C, D): what a head sees of a content
-    places = orthonormal(rng, c.hidden_size, 3 * head, common).reshape(
-        c.hidden_size, 3, head
-    )  # where t−1, t−2, t−3 are written
+    # where t−1, t−2, t−3 are written
+    places = orthonormal(rng, c.hidden_size, 3 * head, common).reshape(c.hidden_size, 3, head)
     q, k, v, o = (
         getattr(model.blocks[0].attention, n).weight.param.data
         for n in ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -87,9 +92,8 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
         )
         k[rows] = 1.2 * np.outer(np.concatenate([fast, 0 * theta]), common)
         v[rows] = read.T
-        o[:, rows] = (
-            size / (c.hidden_size / 8) ** 0.5 * places[:, back - 1]
-        )  # as long as an embedding's content
+        # as long as an embedding's content
+        o[:, rows] = size / (c.hidden_size / 8) ** 0.5 * places[:, back - 1]
 
     slow_dims = np.concatenate([slow, slow + head // 2])
     copied = orthonormal(rng, c.hidden_size, 2 * head, common)
@@ -97,20 +101,16 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
         getattr(model.blocks[1].attention, n).weight.param.data
         for n in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
-    readers = (
-        (read, places[:, 0]),
-        (places[:, 0], places[:, 1]),
-        (places[:, 1], places[:, 2]),
-    )  # (query's, key's)
+    # (query's, key's)
+    readers = (read, places[:, 0]), (places[:, 0], places[:, 1]), (places[:, 1], places[:, 2])
     for h in (0, 1):
         rows = slice(h * head, (h + 1) * head)
         q[rows], k[rows] = 0, 0
         for third, (query, key) in enumerate(readers):
             dims = slow_dims[third::3]
             mix = orthonormal(rng, head, len(dims), np.zeros((head, 1)))
-            q[h * head + dims] = (
-                1.8 * (query @ mix).T
-            )  # sharp enough to be useful, and so to be kept, from the first step
+            # sharp enough to be useful, and so to be kept, from the first step
+            q[h * head + dims] = 1.8 * (query @ mix).T
             k[h * head + dims] = 1.8 * (key @ mix).T
         v[rows] = copied[:, rows].T
         o[:, rows] = 0.5 * size * copied[:, rows]

@@ -7,25 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm.auto import tqdm
 
-from minilora import kernels as F
 from minilora.data.tasks import Batch
-from minilora.layers import Array, Gradients, Key, Parameter
+from minilora.kernels import cross_entropy_backward, cross_entropy_forward
+from minilora.layers import Array, Key
+from minilora.parameters import Gradients
 from minilora.threads import Workers, single_blas
+from minilora.training.shards import add_gradients, split_batch
 from minilora.transformer import Transformer
 
-LOGITS_BYTES = 64 * 2**20
-"""Evaluation takes so many bytes of logits at a time: the tiny base's are never cut, SmolLM2's for 32 × 128
-would be 800 MB."""
-
-
-def split(batch: Batch, shards: int) -> list[Batch]:
-    """Cut a batch by sequences into at most ``shards`` pieces, uneven where needed."""
-    pieces = np.array_split(np.arange(len(batch.ids)), min(shards, len(batch.ids)))
-    segments = batch.segments
-    return [
-        Batch(batch.ids[i], batch.targets[i], batch.mask[i], None if segments is None else segments[i])
-        for i in pieces
-    ]
+EVALUATION_LOGITS_BYTES = 64 * 2**20
+"""Most bytes of logits at a time in an evaluation; SmolLM2's for 32 × 128 tokens would be 800 MB."""
 
 
 def shard_loss(
@@ -37,23 +28,19 @@ def shard_loss(
     checkpoint: bool = False,
     logits_chunk: int = 0,
 ) -> float:
-    """Masked cross-entropy of one shard, Σ over its counted targets / normalizer; with ``grads`` also the
-    backward pass.
+    """Return the masked cross-entropy of one shard, Σ over its counted targets / normalizer, in nats.
 
-    Targets outside the mask cost no head computation: only the masked rows of the hidden states reach the
-    head.
+    With `grads` the backward pass follows, which adds to them. Only hidden states whose target counts reach
+    the head. The other arguments are those of `loss_and_grads`.
     """
-    hidden, cache = model.forward(
-        batch.ids, key, checkpoint, batch.segments, keep=grads is not None
-    )  # (B, T, C)
+    wanted = grads is not None
+    hidden, cache = model.forward(batch.ids, key, checkpoint, batch.segments, with_cache=wanted)  # (B, T, C)
     rows = np.flatnonzero(batch.mask)
+    targets = batch.targets.reshape(-1)[rows]
     flat = hidden.reshape(-1, hidden.shape[-1])
-    dflat = None if grads is None else np.zeros_like(flat)
-    loss = head_loss(
-        model, flat, rows, batch.targets.reshape(-1)[rows], normalizer, dflat, grads, key, logits_chunk
-    )
+    loss, dflat = head_loss(model, flat, rows, targets, normalizer, grads, key, logits_chunk)
     if grads is not None and dflat is not None:
-        del hidden, flat
+        del hidden, flat, targets
         model.backward(dflat.reshape(*batch.ids.shape, -1), cache, grads)
     return loss
 
@@ -64,34 +51,32 @@ def head_loss(
     rows: Array,
     targets: Array,
     normalizer: float,
-    dhidden: Array | None,
     grads: Gradients | None,
     key: Key = None,
     chunk: int = 0,
-) -> float:
-    """The head and its loss on ``rows`` of hidden (N, C), at most ``chunk`` of them at a time (0: all).
+) -> tuple[float, Array | None]:
+    """Run the head and its loss on `rows` of hidden (N, C); return the loss and, with `grads`, dhidden.
 
-    Logits, and their gradient, are the largest arrays of a step where the vocabulary is large: in chunks,
-    forward and backward one after the other, they never exist as a whole. With ``grads`` the gradient is
-    written into those rows of ``dhidden``; the others are not touched.
+    At most `chunk` rows run at a time, forward and then backward (0: all), so that the logits, the largest
+    array of a step, never exist as a whole.
     """
+    dhidden = None if grads is None else np.zeros_like(hidden)
     loss = 0.0
     for index, start in enumerate(range(0, len(rows), chunk or max(1, len(rows)))):
         part = slice(start, start + chunk if chunk else None)
         if key is not None and index > 0:
-            key = (*key[:3], index)  # an adapted head's dropout draws anew for each chunk
+            key = (*key[:3], index)  # an adapted head draws its dropout anew for each chunk
         logits, cache_head = model.head.forward(hidden[rows[part]], key)  # (n, V)
-        part_loss, cache_loss = F.cross_entropy_forward(logits, targets[part], normalizer, out=logits)
+        # logits, probabilities and gradient take the same array in turn
+        part_loss, cache_loss = cross_entropy_forward(logits, targets[part], normalizer, out=logits)
         loss += part_loss
         if grads is not None and dhidden is not None:
-            dlogits = F.cross_entropy_backward(
-                cache_loss, out=logits
-            )  # logits, probabilities and gradient: one array in turn
-            # x = hidden[rows]: the gradient goes back to the places it came from, the others get none
+            dlogits = cross_entropy_backward(cache_loss, out=logits)
+            # x = hidden[rows]: the gradient goes back to the rows it came from, the others get none
             dhidden[rows[part]] = model.head.backward(dlogits, cache_head, grads)
             del dlogits
         del logits, cache_head, cache_loss  # before the next chunk's are made
-    return loss
+    return loss, dhidden
 
 
 def loss_and_grads(
@@ -104,89 +89,67 @@ def loss_and_grads(
     checkpoint: bool = False,
     logits_chunk: int = 0,
 ) -> tuple[float, Gradients]:
-    """Mean loss over the counted targets of a batch, in nats, and its gradients.
+    """Return the mean loss over the counted targets of a batch, in nats, and its gradients.
 
-    Several batches count as one (gradient accumulation): they run one after another, so that memory is that
-    of the largest, and all are divided by the targets of all. Each shard starts from zero and the shards are
-    added in order, so the bytes do not depend on the number of threads. ``stream`` = (seed, step) turns
-    dropout on.
+    Each shard's gradients start from zero and are added in order, so any number of threads gives the same
+    bytes.
+
+    Parameters
+    ----------
+    batches : Batch or sequence of Batch
+        Several run one after another and count as one (gradient accumulation).
+    shards : int
+        Pieces that each batch is cut into; a worker runs one at a time.
+    stream : (seed, step), optional
+        What dropout draws from; without it there is none.
+    checkpoint, logits_chunk
+        As in `Transformer.forward` and `head_loss`: less memory, more time.
     """
     batches = [batches] if isinstance(batches, Batch) else batches
     count = sum(int(batch.mask.sum()) for batch in batches)
     if count == 0:
-        raise ValueError(
-            "batch: no target counts (the mask is empty); is the prompt longer than the context?"
-        )
+        raise ValueError("batch: no target counts (empty mask); is the prompt longer than the context?")
     parameters = model.trainable()
 
     def one(job: tuple[int, Batch]) -> tuple[float, Gradients]:
         index, piece = job
         grads = Gradients(parameters)
         key = None if stream is None else (*stream, index)
-        with np.errstate(
-            over="ignore", invalid="ignore"
-        ):  # a thread has its own; the trainer looks at the result
+        with np.errstate(over="ignore", invalid="ignore"):  # the trainer looks at the result
             return shard_loss(model, piece, count, grads, key, checkpoint, logits_chunk), grads
 
-    loss, total = 0.0, Gradients(())  # the first shard's become the total
+    loss, total = 0.0, Gradients(())  # the first shard's gradients become the total
     for i, batch in enumerate(batches):
-        for shard_loss_, grads in workers.map(one, list(enumerate(split(batch, shards), start=i * shards))):
-            loss += shard_loss_
+        for part_loss, grads in workers.map(
+            one, list(enumerate(split_batch(batch, shards), start=i * shards))
+        ):
+            loss += part_loss
             if total:
-                _add_all(total, grads, workers)
+                add_gradients(total, grads, workers)
             else:
                 total = grads
         del grads  # the next batch begins without the last shard's
     return loss, total
 
 
-def _add_all(total: Gradients, grads: Gradients, workers: Workers) -> None:
-    def add(p: Parameter) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            total.add(p, grads[p])
-
-    workers.map_arrays(add, list(grads), [p.data.size for p in grads])
-
-
 @single_blas()
 def evaluate(
     model: Transformer, batches: Sequence[Batch], workers: Workers | None = None, progress: bool = False
 ) -> dict[str, float]:
-    """Mean loss in nats over all counted targets, and the same in bits (bits per byte for a byte-level
-    model)."""
+    """Return the mean loss over all counted targets, in nats (`loss`) and in bits (`bpb`, for bytes)."""
     count = sum(int(batch.mask.sum()) for batch in batches)
     if count == 0:
         raise ValueError("batches: no target counts; evaluation needs at least one")
-    own = workers or Workers(1)
-    chunk = max(1, LOGITS_BYTES // (model.config.vocab_size * model.embedding.weight.dtype.itemsize))
-
-    bar = tqdm(total=len(batches), desc="evaluate", unit="batch", disable=not progress, leave=False)
+    chunk = max(
+        1, EVALUATION_LOGITS_BYTES // (model.config.vocab_size * model.embedding.weight.dtype.itemsize)
+    )
+    bar = tqdm(None, "evaluate", len(batches), disable=not progress, leave=False, unit="batch")
 
     def total(batch: Batch) -> float:
         loss = shard_loss(model, batch, 1.0, logits_chunk=chunk)
         bar.update()
         return loss
 
-    try:
-        with bar:
-            loss = sum(own.map(total, batches)) / count
-    finally:
-        if workers is None:
-            own.close()
+    with bar, Workers(1) as alone:
+        loss = sum((workers or alone).map(total, batches)) / count
     return {"loss": loss, "bpb": loss / float(np.log(2))}
-
-
-def find_nonfinite(model: Transformer, batches: Sequence[Batch]) -> str:
-    """Name the first place where a forward pass of the batches meets NaN or infinity, for the error
-    message."""
-    for parameter in model.parameters():
-        if not np.isfinite(parameter.data).all():
-            return f"parameter {parameter.name}"
-    for batch in batches:
-        x, _ = model.embedding.forward(batch.ids)
-        rope = model.rope(np.arange(batch.ids.shape[1]))
-        for i, block in enumerate(model.blocks):
-            x, _ = block.forward(x, rope, segments=batch.segments)
-            if not np.isfinite(x).all():
-                return f"output of model.layers.{i}"
-    return "output of model.norm or the head"

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 import minilora
+from minilora.building import init_model
 from minilora.config import ModelConfig, PretrainConfig, require
 from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
@@ -17,13 +18,20 @@ from minilora.formats.checkpoint import save_model
 from minilora.threads import Workers, available_threads
 from minilora.training.induction import start_with_induction
 from minilora.training.loss import evaluate
-from minilora.training.trainer import CHECKPOINT, Trainer
-from minilora.transformer import init_model
+from minilora.training.resume import CHECKPOINT
+from minilora.training.trainer import Trainer
 
 
 class RowsTask:
-    """Rows of tokens of one length, in their order of creation; every target counts. The last 2 % are held
-    out."""
+    """Rows of tokens of one length; every target counts, and the last 2 % of the rows are held out.
+
+    Parameters
+    ----------
+    tokens : ndarray
+        Token ids (n,), cut into rows in this order; the rest is dropped.
+    window : int
+        Tokens of a row, one more than its targets.
+    """
 
     name, splits, max_new_tokens = "pretrain", ("validation",), 0
 
@@ -44,28 +52,30 @@ class RowsTask:
         return Batch(rows[:, :-1], rows[:, 1:], np.ones((len(rows), rows.shape[1] - 1), bool))
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> Batch:
-        """Rows of the training part."""
+        """Return rows of the training part."""
         return self._batch(self.rows[np.asarray(indices)])
 
     def eval_batches(self, split: str, batch_size: int = 32) -> list[Batch]:
-        """At most 512 rows of the held-out part."""
+        """Return at most 512 rows of the held-out part."""
         return [
             self._batch(self.held_out[i : i + batch_size])
             for i in range(0, min(len(self.held_out), 512), batch_size)
         ]
 
     def prompts(self, split: str) -> list[list[int]]:
-        """None: it is judged by its loss."""
+        """Return nothing: the base is judged by its loss."""
         return []
 
     def score(self, split: str, completions: list[str]) -> dict[str, float]:
-        """Nothing to score."""
+        """Return no score."""
         return {}
 
 
 def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
-    """Train a fresh base and write ``base.safetensors`` (float16) with its history in the metadata; returns
-    its path."""
+    """Train a fresh base and write `base.safetensors` (float16); return its path.
+
+    The metadata say how it was made. An interrupted run is continued from its checkpoint in `config.out`.
+    """
     out = Path(config.out)
     window = config.tokens + 1
     n_tokens = int(config.steps * config.batch_size / 0.98 + 1) * window  # each row is seen once

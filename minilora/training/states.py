@@ -1,40 +1,40 @@
-"""How an optimizer keeps its running means: in the parameter's own type or in 8 bits, in memory or in a
-mapped file.
+"""What an optimizer keeps: the states' shapes and bytes, and Adam's moments in 32 or in 8 bits.
 
-A moment is one running mean (Adam's m or v) of one parameter. ``read`` gives a piece of it as numbers,
-``write`` takes them back; AdamW updates a piece in between and knows nothing of what is below. A piece has at
-most ``CHUNK`` elements, so that working space does not grow with the parameter.
+A moment is one running mean (Adam's m or v) of one parameter. `read` returns a piece of it as numbers, and
+`write` takes them back; AdamW updates the piece in between. A piece has at most `CHUNK` elements, so the
+working space does not grow with the parameter.
 """
 
 from __future__ import annotations
 
-import mmap
-import os
-import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from minilora.formats.files import FileError
+from minilora.config import OPTIMIZERS, require
 from minilora.layers import Array
+from minilora.parameters import Parameter
+from minilora.quant.codebooks import dynamic_map
 from minilora.quant.weights import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
+from minilora.training.paging import Layout, hand_back, mapped_file_of, zeros_in_file, zeros_in_memory
 
 CHUNK = 65536
-"""Elements that are updated at a time: whole blocks of 256, and in float32 256 KiB an array."""
+"""Elements that are updated at a time: whole blocks of 256, and 256 KiB an array in float32."""
 
 MIN_8BIT_SIZE = 4096
-"""bitsandbytes' ``min_8bit_size``: a parameter with fewer elements keeps its moments unquantized, for there
-is little to save."""
+"""Fewest elements of a parameter whose moments are quantized (bitsandbytes' `min_8bit_size`)."""
 
-Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
+MOMENTS = ("m", "v")
+"""Adam's running means of g and of g²."""
 
 
 # ---- pieces
 
 
 def pieces(size: int) -> list[slice]:
-    """Cut ``size`` elements into slices of at most CHUNK.
+    """Cut `size` elements into slices of at most `CHUNK`.
 
     >>> [(where.start, where.stop) for where in pieces(CHUNK + 1)]
     [(0, 65536), (65536, 65537)]
@@ -43,20 +43,24 @@ def pieces(size: int) -> list[slice]:
 
 
 def piece(array: Array, where: slice) -> Array:
-    """Return a piece of the flattened row-major array: a view, or a copy where the elements do not lie in a
-    row."""
+    """Return a piece of the flattened array: a view if the array is contiguous, else a copy."""
     return array.reshape(-1)[where] if array.flags.c_contiguous else array.flat[where]
+
+
+def put_piece(array: Array, where: slice, values: Array) -> None:
+    """Write an updated `piece` back, if it was a copy."""
+    if not array.flags.c_contiguous:
+        array.flat[where] = values
 
 
 # ---- moments
 
 
 class FloatMoment:
-    """A moment in the parameter's own type: ``read`` gives the live numbers, so what is done to them is
-    already written."""
+    """A moment in the parameter's own dtype; `read` returns a view, so updates are written at once."""
 
     def __init__(self, values: Array):
-        self.flat, self.mapped = values.reshape(-1), _file_of(values) is not None
+        self.flat, self.mapped = values.reshape(-1), mapped_file_of(values) is not None
 
     def read(self, where: slice) -> Array:
         """Return the piece itself."""
@@ -69,23 +73,33 @@ class FloatMoment:
 
 
 class BlockwiseMoment:
-    """A moment in 8 bits (arXiv 2110.02861): each block of 256 elements divided by its max|x|, in the codes
-    of the dynamic map.
+    """A moment in 8 bits: codes of the dynamic map, times max|x| of each block of 256 elements.
 
-    ``codes`` has the parameter's shape, uint8 · ``absmax`` (⌈size/256⌉,) float32 · ``signed``: True for m,
-    False for v, which is never negative and spends the sign's bit on precision. ``read`` decodes a piece,
-    ``write`` rounds it again.
+    A v above 0 keeps a code above 0. Rounded to 0, its next step would be m/eps, hundreds of times too long;
+    that would happen to each v below 1.6e-7 of its block's largest. (bitsandbytes' CPU code gives such a v
+    code 7.)
 
-    A v above 0 keeps a code above 0. Rounded to 0, as a v below 1.6e-7 of its block's largest would be, its
-    next step would be m/eps, hundreds of times too long. (The table in which bitsandbytes' CPU code looks
-    codes up gives such a v code 7.)
+    Parameters
+    ----------
+    codes : Array
+        uint8, of the parameter's shape.
+    absmax : Array
+        float32, (⌈size/256⌉,).
+    signed : bool
+        True for m. False for v, which is never negative and spends the sign's bit on precision.
+    dtype : dtype
+        What `read` returns.
+
+    References
+    ----------
+    Dettmers et al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861.
     """
 
     def __init__(self, codes: Array, absmax: Array, signed: bool, dtype: Any):
         self.codes, self.absmax, self.signed, self.dtype = codes.reshape(-1), absmax, signed, dtype
 
     def read(self, where: slice) -> Array:
-        """Return the piece's numbers, in the parameter's type."""
+        """Decode a piece."""
         values = dynamic_decode(self.codes[where], self.absmax[_blocks(where)], self.signed)
         return values.astype(self.dtype, copy=False)
 
@@ -100,84 +114,114 @@ class BlockwiseMoment:
 Moment = FloatMoment | BlockwiseMoment
 
 
-def blocks_of(size: int) -> int:
-    """Return how many blocks ``size`` elements make; the last may be short."""
+def make_moments(
+    parameters: Sequence[Parameter], optimizer: str, folder: Path | None = None
+) -> tuple[dict[str, Array], list[tuple[Moment, Moment]]]:
+    """Return AdamW's state arrays by name, all zero, and (m, v) of each parameter over them."""
+    layout = state_layout(parameters, optimizer)
+    arrays = zeros_in_file(layout, folder) if optimizer.startswith("paged") else zeros_in_memory(layout)
+
+    def moment(kind: str, p: Parameter) -> Moment:
+        values, absmax = arrays[f"{kind}.{p.name}"], arrays.get(f"{kind}_absmax.{p.name}")
+        if absmax is None:
+            return FloatMoment(values)
+        return BlockwiseMoment(values, absmax, kind == "m", p.data.dtype)
+
+    return arrays, [(moment("m", p), moment("v", p)) for p in parameters]
+
+
+def _blocks_of(size: int) -> int:
+    """Return how many blocks `size` elements make; the last may be short."""
     return -(-size // DYNAMIC_BLOCK_SIZE)
 
 
 def _blocks(where: slice) -> slice:
-    return slice(where.start // DYNAMIC_BLOCK_SIZE, blocks_of(where.stop))
+    return slice(where.start // DYNAMIC_BLOCK_SIZE, _blocks_of(where.stop))
 
 
-# ---- arrays in memory, or in a file that is mapped into it
+# ---- shapes and bytes
 
 
-def zeros_in_memory(layout: Layout) -> dict[str, Array]:
-    """Return an array of zeros for each name: (shape, dtype)."""
-    return {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
-
-
-def zeros_in_file(layout: Layout, folder: Path | None) -> dict[str, Array]:
-    """Return the same arrays as one mapped temporary file without gaps, in ``folder`` or the system's folder
-    for such files.
-
-    The file has no name (where the system allows that), so nothing is left behind whatever happens. Its space
-    is taken at once: raises FileError if the disk has not got it, since a mapped page that finds no room
-    later would kill the process. Where the folder for temporary files lies in memory (tmpfs), nothing is
-    saved.
-    """
-    nbytes = {
-        name: int(np.prod(shape, dtype=np.int64)) * dtype.itemsize for name, (shape, dtype) in layout.items()
-    }
-    file = _mapped_file(sum(nbytes.values()), folder)
-    arrays, offset = {}, 0
-    for name in sorted(
-        layout, key=lambda name: -layout[name][1].itemsize
-    ):  # wide types first: each lies on its own multiple
-        shape, dtype = layout[name]
-        arrays[name] = np.ndarray(shape, dtype, buffer=file, offset=offset)
-        offset += nbytes[name]
-    return {name: arrays[name] for name in layout}
-
-
-def _mapped_file(size: int, folder: Path | None) -> mmap.mmap:
-    place = folder
-    try:
-        place = place or Path(tempfile.gettempdir())
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place) as file:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fileno(), 0, max(1, size))
+def state_layout(parameters: Sequence[Parameter], optimizer: str, momentum: bool = False) -> Layout:
+    """Return name → (shape, dtype) of each state array; a frozen parameter has none."""
+    kinds = MOMENTS
+    if optimizer == "sgd":
+        kinds = ("u",) if momentum else ()
+    layout: Layout = {}
+    for kind in kinds:
+        for p in parameters:
+            if not p.trainable:
+                continue
+            if _in_8bit(optimizer, p.data.size):
+                layout[f"{kind}.{p.name}"] = p.data.shape, np.dtype(np.uint8)
+                layout[f"{kind}_absmax.{p.name}"] = (_blocks_of(p.data.size),), np.dtype(np.float32)
             else:
-                for start in range(0, max(1, size), CHUNK):
-                    file.write(bytes(min(CHUNK, max(1, size) - start)))
-                file.flush()
-            return mmap.mmap(file.fileno(), max(1, size))  # keeps the file open
-    except OSError as error:
-        raise FileError(
-            f"{place}: cannot hold {size:,} bytes of optimizer states ({error.strerror or error}). A paged optimizer "
-            "keeps them on disk: make room, choose another folder (without one, TMPDIR says where), or take "
-            "optimizer='adamw_8bit', which keeps about a quarter of adamw's in memory"
-        ) from None
+                layout[f"{kind}.{p.name}"] = p.data.shape, p.data.dtype
+    return layout
 
 
-def hand_back(array: Array) -> None:
-    """Let go of the memory behind an array in a mapped file; its numbers stay in the file. Does nothing to
-    other arrays.
+def state_maps(state: Mapping[str, Any]) -> list[Array]:
+    """Return the code maps that 8-bit states are decoded with, shared by all; none for other states."""
+    if any(array.dtype == np.uint8 for array in state.values()):
+        return [dynamic_map(signed) for signed in (True, False)]
+    return []
 
-    The system writes pages that were changed to the disk when it wants the room; until then they lie in its
-    cache, which is not this process's memory. Systems without ``madvise`` decide by themselves.
+
+def state_bytes(
+    optimizer: str, sizes: Iterable[int], itemsize: int = 4, momentum: bool = False
+) -> dict[str, int]:
+    """Return what an optimizer holds, in bytes, without making it.
+
+    AdamW keeps m and v for every element: 2·itemsize bytes. In 8 bits they take 2 bytes, and 2·4 for each
+    block of 256: 2.03 bytes instead of 8.
+
+    Parameters
+    ----------
+    optimizer : str
+        One of `OPTIMIZERS`.
+    sizes : iterable of int
+        Number of elements of each parameter.
+    itemsize : int
+        Bytes of a parameter's element.
+    momentum : bool
+        Whether SGD has momentum, which takes one array for each parameter.
+
+    Returns
+    -------
+    dict
+        `states` and `absmax`, in memory or else `on_disk` · `maps`, two code maps of 256 float32 · `scratch`,
+        the most that an update needs besides, for the piece it works on.
+
+    Examples
+    --------
+    >>> state_bytes("adamw", [4096])
+    {'states': 32768, 'absmax': 0, 'maps': 0, 'scratch': 0, 'on_disk': 0}
+    >>> state_bytes("adamw_8bit", [4096])
+    {'states': 8192, 'absmax': 128, 'maps': 2048, 'scratch': 32768, 'on_disk': 0}
+    >>> state_bytes("adamw_8bit", [4095]) == state_bytes("adamw", [4095])  # too small to be quantized
+    True
     """
-    file = _file_of(array)
-    if file is not None and hasattr(mmap, "MADV_DONTNEED") and array.size:
-        first = array.ctypes.data - np.frombuffer(file, np.uint8).ctypes.data
-        start = first // mmap.PAGESIZE * mmap.PAGESIZE
-        file.madvise(mmap.MADV_DONTNEED, start, first + array.nbytes - start)
+    require(optimizer in OPTIMIZERS, "optimizer", optimizer, "choose one of " + ", ".join(OPTIMIZERS))
+    found = dict.fromkeys(("states", "absmax", "maps", "scratch", "on_disk"), 0)
+    for size in sizes:
+        chunk, scratch = min(size, CHUNK), 0
+        if optimizer == "sgd":
+            found["states"] += size * itemsize if momentum else 0
+            scratch = chunk * itemsize
+        elif _in_8bit(optimizer, size):
+            found["states"] += 2 * size
+            found["absmax"] += 2 * _blocks_of(size) * 4
+            found["maps"] = 2 * 256 * 4
+            scratch = 2 * chunk * itemsize  # m and v decoded
+            if itemsize != 4:
+                scratch += chunk * 4  # the codes are made from float32
+        else:
+            found["states"] += 2 * size * itemsize
+        found["scratch"] = max(found["scratch"], scratch)
+    if optimizer.startswith("paged"):
+        found |= {"on_disk": found["states"] + found["absmax"], "states": 0, "absmax": 0}
+    return found
 
 
-def _file_of(array: Array) -> mmap.mmap | None:
-    """Return the mapped file whose bytes an array is a view of, if it is one."""
-    owner: Any = array
-    while isinstance(owner, np.ndarray):
-        owner = owner.base
-    return owner if isinstance(owner, mmap.mmap) else None
+def _in_8bit(optimizer: str, size: int) -> bool:
+    return optimizer.endswith("8bit") and size >= MIN_8BIT_SIZE

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from minilora.building import parameter_shapes
 from minilora.config import ModelConfig
-from minilora.transformer import parameter_shapes
 
 HERE = Path(__file__).parent
 CONFIGS = {

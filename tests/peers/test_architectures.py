@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 from conftest import peer
 
+from minilora.building import parameter_shapes
 from minilora.config import ModelConfig
 from minilora.memory import ARCHITECTURES, plan
-from minilora.transformer import parameter_shapes
 
 pytestmark = pytest.mark.peers
 LLAMAS = [name for name in ARCHITECTURES if name != "gpt3-175b"]

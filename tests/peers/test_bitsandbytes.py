@@ -27,9 +27,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_quant_golden import edge_blocks, stored
 
-from minilora.kernels import codes as kernels
 from minilora.quant import CodebookWeight, DoubleQuant, codebooks
-from minilora.quant.weights import thresholds
+from minilora.quant.dynamic import dynamic_encode
 
 pytestmark = pytest.mark.peers
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -354,9 +353,7 @@ def test_double_quantization_is_the_definition(torch, bnb, quant_type, block_siz
     assert (np.abs(x[wrong, None] - midpoints).min(axis=1) <= BIN / 2 + 2 * EPS).all()
     # and our kernel around their mean
     ranks, again = np.empty(absmax.size, np.uint8), np.empty_like(absmax2)
-    kernels.quantize_codebook(
-        (absmax - offset).astype(np.float32), thresholds("dynamic")[0], 256, again, ranks
-    )
+    dynamic_encode((absmax - offset).astype(np.float32), ranks, again)
     assert np.array_equal(ranks, expected) and np.array_equal(again, absmax2)
 
     # decoding their state
@@ -380,7 +377,7 @@ def test_their_8_bit_table_misses_the_values_near_zero(torch, bnb, record):
     block[0] = -1  # else absmax is 1 anyway
     codes, _ = bnb.quantize_blockwise(torch.from_numpy(block[np.newaxis]), blocksize=256)
     ranks, absmax = np.empty(256, np.uint8), np.empty(1, np.float32)
-    kernels.quantize_codebook(block, thresholds("dynamic")[0], 256, absmax, ranks)
+    dynamic_encode(block, ranks, absmax)
     assert np.array_equal(ranks, np.arange(256))
     wrong = codes.numpy().reshape(-1) != ranks
     assert (np.abs(values[wrong]) < 1e-4).all()

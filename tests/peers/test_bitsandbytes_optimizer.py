@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from minilora.config import TrainConfig
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
 from minilora.training.optimizers import make_optimizer
 

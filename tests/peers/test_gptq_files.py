@@ -11,6 +11,7 @@ import pytest
 
 from minilora.formats.gptq_words import from_arrays, to_arrays
 from minilora.quant import AffineWeight
+from minilora.quant.zero_points import ZeroPointWeight
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("default")]
 torch = pytest.importorskip("torch")
@@ -57,7 +58,7 @@ def test_our_file_decodes_there_to_the_same_bits(tmp_path, bits, version, shape,
     weight = AffineWeight.quantize(matrix(*shape), bits, group_size, store="zero")
     if version == 1:  # it has no zero of 0
         zeros = np.maximum(weight.zeros, 1)
-        weight = AffineWeight.from_zeros(weight.codes, weight.scale, zeros, shape, bits, group_size)
+        weight = ZeroPointWeight(weight.codes, weight.scale, zeros, shape, bits, group_size)
     path = tmp_path / "model.safetensors"
     safetensors_torch.save_file(
         {k: torch.from_numpy(v) for k, v in to_arrays("m", weight, version).items()}, path

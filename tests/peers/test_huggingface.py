@@ -16,11 +16,12 @@ from helpers import assert_close
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_golden import random_arrays, random_batch, torch_model
 
+from minilora.building import build_model
 from minilora.config import ModelConfig
 from minilora.formats.huggingface import load_huggingface, save_huggingface
-from minilora.layers import DenseWeight, Linear
+from minilora.layers import Linear
+from minilora.parameters import DenseWeight
 from minilora.quant.weights import CodebookWeight, DoubleQuant
-from minilora.transformer import build_model
 
 pytestmark = pytest.mark.peers
 CONFIGS = {

@@ -15,15 +15,15 @@ from helpers import adapters, assert_close
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_golden import random_arrays, random_batch, torch_model
 
+from minilora.building import build_model
 from minilora.config import LoraConfig, ModelConfig
 from minilora.data.tasks import Batch
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.layers import Gradients
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.memory import trainable_line
 from minilora.merging import merge
+from minilora.parameters import Gradients
 from minilora.training.loss import shard_loss
-from minilora.transformer import build_model
 
 pytestmark = pytest.mark.peers
 CONFIG = ModelConfig(

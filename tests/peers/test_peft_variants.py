@@ -22,19 +22,19 @@ import pytest
 from helpers import adapters, assert_close
 from test_peft import ARRAYS, CONFIG, IDS, MASK, RTOL, TARGETS, logits_of, peft_name, torch_model
 
+from minilora.building import build_model, parameter_shapes
 from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError, read_json, read_tensors
 from minilora.formats.peft import load_adapter, save_adapter
-from minilora.initial import loftq
-from minilora.layers import Gradients
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.merging import merge
+from minilora.parameters import Gradients
 from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import AdamW
-from minilora.transformer import build_model, parameter_shapes
+from minilora.variants import loftq
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)

@@ -22,9 +22,9 @@ from minilora.formats.gguf import GGUFFile
 from minilora.formats.gguf_writer import write_gguf
 from minilora.formats.huggingface import load_huggingface, save_huggingface
 from minilora.formats.llama_gguf import find_model, gguf_name, load_gguf, save_gguf
-from minilora.layers import Gradients
-from minilora.lora import inject_lora
+from minilora.injection import inject_lora
 from minilora.merging import merge
+from minilora.parameters import Gradients
 from minilora.training.loss import shard_loss
 
 pytestmark = pytest.mark.peers

@@ -13,13 +13,13 @@ from helpers import assert_close, close_rtol
 sys.path.insert(0, str(Path(__file__).parents[1] / "golden"))
 from make_golden import random_arrays, random_batch, reference, torch_model
 
+from minilora.building import build_model
 from minilora.config import ModelConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.generation import generate
-from minilora.layers import Gradients, Parameter
+from minilora.parameters import Gradients, Parameter
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import clip_, make_optimizer
-from minilora.transformer import build_model
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)
