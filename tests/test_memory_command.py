@@ -125,7 +125,7 @@ def test_where_bytes_in_full_would_be_too_wide_they_are_for_a_human(monkeypatch)
     )
     width = max(map(len, str(found).splitlines()[5:]))
     assert "MiB" not in str(found)
-    monkeypatch.setattr(sys.modules["minilora.memory.compare"], "WIDTH", width - 1)
+    monkeypatch.setattr(sys.modules["minilora.memory.compare"], "LINE_WIDTH", width - 1)
     lines = str(found).splitlines()[5:]
     assert max(map(len, lines)) < width and sum("MiB" in line for line in lines) > 4
     labels = [row[0] for row in found.table()[1]]
