@@ -113,6 +113,11 @@ def has_vectors() -> bool:
     return bool(load("microkernel").AVAILABLE)
 
 
+def cache_folder() -> str:
+    """Return the folder in which Numba keeps compiled kernels."""
+    return load("rows").swiglu_forward.stats.cache_path or "not on disk"
+
+
 def compiled(*arrays: Any) -> bool:
     """Return whether compiled code takes these arrays: contiguous float32, vectors, and not `plain()`."""
     return (
