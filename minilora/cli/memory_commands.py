@@ -76,7 +76,7 @@ def info(command: Info, named: Collection[str]) -> int:
 
     from threadpoolctl import threadpool_info
 
-    from minilora.kernels import cache_folder
+    from minilora.kernels import describe
     from minilora.sweep.environment import environment
     from minilora.threads import available_threads
 
@@ -88,5 +88,6 @@ def info(command: Info, named: Collection[str]) -> int:
         details = " ".join(str(library.get(name, "")) for name in ("internal_api", "version", "architecture"))
         print(f"{library['user_api']:<16} {details}")
     print(f"{'threads':<16} {available_threads()} (shards of a batch, one BLAS thread each)")
-    print(f"{'numba cache':<16} {cache_folder()}")
+    for name, value in describe().items():
+        print(f"{name:<16} {value}")
     return 0

@@ -113,9 +113,11 @@ def has_vectors() -> bool:
     return bool(load("microkernel").AVAILABLE)
 
 
-def cache_folder() -> str:
-    """Return the folder in which Numba keeps compiled kernels."""
-    return load("rows").swiglu_forward.stats.cache_path or "not on disk"
+def describe() -> dict[str, str]:
+    """Return Numba's threading layer, which our kernels do not use, and the folder of compiled kernels."""
+    layer = load("jit").settings.THREADING_LAYER
+    cache = load("rows").swiglu_forward.stats.cache_path or "not on disk"
+    return {"numba layer": f"{layer} (kernels themselves are single-threaded)", "numba cache": cache}
 
 
 def compiled(*arrays: Any) -> bool:
