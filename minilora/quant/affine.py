@@ -109,7 +109,7 @@ class AffineWeight(CodedWeight):
         """Inputs that share one scale and one offset."""
         return self.block_size
 
-    offset_group = group_size  # type: ignore[assignment]  # QA-LoRA pools as many inputs
+    offset_group = group_size  # QA-LoRA pools as many inputs
 
     @property
     def offset(self) -> Array:
