@@ -43,7 +43,7 @@ ALLOWED = {
     "variants": LAYERS | {"lora"},
     "injection": LAYERS | {"lora", "variants"},
     "merging": LAYERS,  # any adapter
-    "decoding": LAYERS | {"lora", "transformer"},
+    "decoding": LAYERS | {"lora", "transformer"},  # what generation needs besides the model
     "generation": {"functional", "kernels", "layers", "threads", "transformer", "decoding"},
     "data": {"config"},
     "formats": MODELS | {"data"},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from minilora.cli.options import said
 from minilora.config import TINY, ConfigError, require
@@ -74,10 +74,9 @@ def info(command: Info, named: Collection[str]) -> int:
     """Print versions, libraries and threads."""
     import importlib.metadata as md
 
-    import numba
     from threadpoolctl import threadpool_info
 
-    from minilora.kernels import codes
+    from minilora.kernels import describe
     from minilora.sweep.environment import environment
     from minilora.threads import available_threads
 
@@ -88,9 +87,7 @@ def info(command: Info, named: Collection[str]) -> int:
     for library in threadpool_info():
         details = " ".join(str(library.get(name, "")) for name in ("internal_api", "version", "architecture"))
         print(f"{library['user_api']:<16} {details}")
-    layer = cast(Any, numba.config).THREADING_LAYER
-    cache = cast(Any, codes.dequantize).stats.cache_path or "not on disk"
     print(f"{'threads':<16} {available_threads()} (shards of a batch, one BLAS thread each)")
-    print(f"{'numba layer':<16} {layer} (kernels themselves are single-threaded)")
-    print(f"{'numba cache':<16} {cache}")
+    for name, value in describe().items():
+        print(f"{name:<16} {value}")
     return 0

@@ -136,7 +136,7 @@ def name_gradients(log: Sequence[Buffer], model: Transformer) -> list[Buffer]:
     They are made in the order of the trainable parameters, for one shard after another.
     """
     trainable, own = model.trainable(), adapter_parameters(model)
-    made = [b for b in log if b.site.startswith("layers.Gradients.__init__")]
+    made = [b for b in log if b.site.startswith("parameters.Gradients.__init__")]
     for i, buffer in enumerate(made):
         p = trainable[i % len(trainable)]
         layer = own.get(p, p.name.removesuffix(".weight"))

@@ -68,7 +68,6 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     159907840
     """
     c, shape, stored = _resolved(config, changes)
-    assert c.context is not None  # filled in
     deep = shape.num_hidden_layers if _blocks_are_alike(c, shape, stored) else None
     paged = c.optimizer.startswith("paged")
     with metered(Meter()):

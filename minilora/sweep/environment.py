@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import platform
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
-import numba
 import numpy as np
 
 import minilora
@@ -18,7 +18,7 @@ def environment() -> dict[str, str]:
     return {
         "python_version": platform.python_version(),
         "numpy_version": np.__version__,
-        "numba_version": numba.__version__,
+        "numba_version": version("numba"),
         "minilora_version": minilora.__version__,
         "machine": f"{platform.machine()}, {available_threads()} cores, {cpu_name()}",
     }
