@@ -130,6 +130,16 @@ def parameters_of(kind: type) -> dict[str, str]:
     return {name: " ".join(text) for name, text in found.items()}
 
 
+def summaries_in(kind: type) -> dict[str, str]:
+    """Return part → first line of its class's docstring; the configuration's own under the empty name.
+
+    >>> summaries_in(PretrainConfig)["train"]
+    'One training run: optimizer, schedule, batch, evaluation.'
+    """
+    kinds = {"": kind} | {name: part for name, hint in _hints(kind).items() if (part := _part(hint))}
+    return {name: (each.__doc__ or "").split("\n")[0] for name, each in kinds.items()}
+
+
 def flat(value: Any) -> Any:
     """Return a field's value as one cell of a row holds it.
 
