@@ -23,7 +23,7 @@ from minilora.injection import inject_lora
 from minilora.memory import effective_bits
 from minilora.quant import AffineWeight
 from minilora.quant.model import quantize_model
-from minilora.sweep.run import requantize
+from minilora.sweep.deploying import requantize
 
 INT4 = QuantConfig("int4", group_size=4)
 NF4 = QuantConfig("nf4", 32)

@@ -1,8 +1,9 @@
 """GGUF's blocks, compiled: decode and multiply as `minilora.quant.reference` does.
 
 The public functions choose the vectors of `block_vectors`, where the processor has them, or the loops here.
-Formats: see `minilora.quant.blocks`. Kernels take the bytes of all blocks in a row, and the bytes of one of them,
-which tell the type. `tests/test_blocks.py` compares loops and vectors with the reference and with struct.unpack.
+Formats: see `minilora.quant.blocks`. Kernels take the bytes of all blocks in a row, and the bytes of one of
+them, which tell the type. `tests/test_blocks.py` compares loops and vectors with the reference and with
+struct.unpack.
 """
 
 from __future__ import annotations

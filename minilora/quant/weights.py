@@ -4,9 +4,9 @@ Both kinds store packed codes and, for each block of the flattened row-major ten
 
     w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
 
-A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine weight's
-levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the flattened tensor.
-The arithmetic is in `quant.reference`.
+A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine
+weight's levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the
+flattened tensor. The arithmetic is in `quant.reference`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from minilora.quant.switch import implementation
 
 @dataclass(frozen=True)
 class DoubleQuant:
-    """Block scales that are quantized themselves: scale = dynamic_map[code]·absmax[block // 256] + offset.
+    """Block scales that are quantized themselves (QLoRA, arXiv 2305.14314, section 3).
+
+    scale = dynamic_map[code]·absmax[block // 256] + offset
 
     Parameters
     ----------
@@ -35,10 +37,6 @@ class DoubleQuant:
         (⌈blocks/256⌉,) float32.
     offset : Array
         (1,) float32, the mean of the scales.
-
-    References
-    ----------
-    QLoRA, arXiv 2305.14314, section 3.
     """
 
     codes: Array
@@ -70,8 +68,8 @@ class DoubleQuant:
 class CodebookWeight(CodedWeight):
     """W (out, in) as codes of a NormalFloat or FP4 codebook: w = code_map[code]·scale[block].
 
-    The scale is max|w| of a block of the flattened tensor; the last block may be short. Codes, packing and decoding
-    of NF4 and FP4 are bitsandbytes', bit by bit.
+    The scale is max|w| of a block of the flattened tensor; the last block may be short. Codes, packing and
+    decoding of NF4 and FP4 are bitsandbytes', bit by bit.
 
     Parameters
     ----------
@@ -85,10 +83,6 @@ class CodebookWeight(CodedWeight):
         `nf2`, `nf3`, `nf4`, `nf8` or `fp4`.
     block_size : int
         Weights that share a scale.
-
-    References
-    ----------
-    QLoRA, arXiv 2305.14314, section 3.
 
     Examples
     --------

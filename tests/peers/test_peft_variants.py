@@ -34,7 +34,7 @@ from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import AdamW
-from minilora.variants import loftq
+from minilora.variants import DoraLinear, loftq
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)
@@ -316,7 +316,7 @@ def test_our_pissa_folder_is_ordinary_lora_for_peft(torch, peft, config, tmp_pat
     model = injected(config)
     for linear in adapters(model):
         linear.lora_A.data, linear.lora_B.data = moved(linear.lora_A.data, linear.lora_B.data)
-        if linear.magnitude is not None:
+        if isinstance(linear, DoraLinear):
             linear.magnitude.data *= 1.1
     save_adapter(model, config, tmp_path)
     peer = opened(peft, tmp_path)
@@ -377,7 +377,7 @@ def loftq_init(peft):
     """PEFT's own function, which asks for a GPU, with the one line that names the device changed to the
     CPU."""
     pytest.importorskip("bitsandbytes")
-    from peft.utils import loftq_utils
+    from peft.utils import DoraLinear, loftq_utils
 
     source = textwrap.dedent(inspect.getsource(loftq_utils.loftq_init))
     asked = 'compute_device = "xpu" if is_xpu_available() else "cuda"'
