@@ -7,7 +7,7 @@ from study_rows import one_row, search_rows, study_rows
 
 from minilora.report.findings import compare, findings
 from minilora.report.labels import METRICS, variant_columns
-from minilora.report.page import format_table, markdown_table, result_columns, write_report
+from minilora.report.page import format_table, result_columns, write_report
 from minilora.report.statistics import mean_interval
 from minilora.tables import markdown_table
 
