@@ -1,4 +1,4 @@
-"""Two adapters of one's own: LoRA-FA and VeRA. `docs/adapters.md` explains them, and a test trains them."""
+"""Two adapters of one's own: LoRA-FA and VeRA. `docs/adapter.md` explains them, and a test trains them."""
 
 from __future__ import annotations
 

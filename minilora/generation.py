@@ -8,11 +8,11 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from minilora import decoding_plan as plan
-from minilora.generation_input import check_request
-from minilora.kv_cache import KVCache, cached_attention
+from minilora.decoding import plan
+from minilora.decoding.kv_cache import KVCache, cached_attention
+from minilora.decoding.requests import check_request
+from minilora.decoding.sampling import Sampling, sample
 from minilora.layers import Array, Block
-from minilora.sampling import Sampling, sample
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 

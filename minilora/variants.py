@@ -128,7 +128,7 @@ def lora_of(linear: Any) -> LoraLinear | None:
 def warn_if_it_cannot_train(adapter: Any) -> None:
     """Warn of an adapter whose A and B can never change: dA is a product with B, and dB with A."""
     lora = lora_of(adapter)
-    if lora is None:
+    if lora is None or not isinstance(lora.lora_A.data, np.ndarray):  # shapes without data (minilora.memory)
         return
     a, b = lora.lora_A, lora.lora_B
     moves = (a.trainable and b.data.any()) or (b.trainable and a.data.any())

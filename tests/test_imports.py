@@ -22,9 +22,10 @@ FILES = {
 
 # module (or package) → what of minilora it may import; itself is always allowed
 LAYERS = {"config", "functional", "kernels", "threads", "parameters", "layers", "adapter", "quant"}
-MODELS = LAYERS | {"transformer", "building", "lora", "variants", "injection", "merging"}
+MODELS = LAYERS | {"composed", "transformer", "building", "lora", "variants", "injection", "merging"}
 ALLOWED = {
     "config": set(),
+    "composed": {"config"},  # configurations made of others
     "functional": set(),  # knows nobody
     "kernels": {"functional"},  # everything compiled
     "threads": set(),
@@ -42,7 +43,7 @@ ALLOWED = {
     "variants": LAYERS | {"lora"},
     "injection": LAYERS | {"lora", "variants"},
     "merging": LAYERS,  # any adapter
-    "decoding": LAYERS | {"lora", "transformer"},
+    "decoding": LAYERS | {"lora", "transformer"},  # what generation needs besides the model
     "generation": {"functional", "kernels", "layers", "threads", "transformer", "decoding"},
     "data": {"config"},
     "formats": MODELS | {"data"},

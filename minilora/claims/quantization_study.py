@@ -35,8 +35,9 @@ from minilora.report.quantization_tables import (
     quantizer_name,
 )
 from minilora.report.statistics import Interval, mean_interval
+from minilora.sweep.environment import environment
 from minilora.sweep.results import Row
-from minilora.sweep.run import environment, unpadded
+from minilora.sweep.run_models import unpadded
 from minilora.sweep.weight_errors import (
     block_errors,
     crossover,

@@ -28,8 +28,8 @@ def prompt_ids(tokenizer: Tokenizer, example: Example) -> list[int]:
 def encode_example(tokenizer: Tokenizer, example: Example) -> tuple[list[int], list[bool]]:
     """Return the ids of an example up to the last learnt one, and which of them are learnt.
 
-    Prompt and completion are tokenized apart. So generation gets the same prompt tokens as training. (TRL
-    tokenizes one text, and warns when a token spans the border.)
+    Prompt and completion are tokenized separately. So generation gets the same prompt tokens as training.
+    (TRL tokenizes one text, and warns when a token spans the border.)
 
     Raises
     ------

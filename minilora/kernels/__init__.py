@@ -113,6 +113,13 @@ def has_vectors() -> bool:
     return bool(load("microkernel").AVAILABLE)
 
 
+def describe() -> dict[str, str]:
+    """Return Numba's threading layer, which our kernels do not use, and the folder of compiled kernels."""
+    layer = load("jit").settings.THREADING_LAYER
+    cache = load("rows").swiglu_forward.stats.cache_path or "not on disk"
+    return {"numba layer": f"{layer} (kernels themselves are single-threaded)", "numba cache": cache}
+
+
 def compiled(*arrays: Any) -> bool:
     """Return whether compiled code takes these arrays: contiguous float32, vectors, and not `plain()`."""
     return (

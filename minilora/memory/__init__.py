@@ -1,6 +1,6 @@
 """Where the bytes are: counted, measured (`measure`) and predicted (`plan`)."""
 
-from minilora.config import PlanConfig
+from minilora.composed import PlanConfig
 from minilora.memory.architectures import ARCHITECTURES
 from minilora.memory.budget import Fit, fit, parse_size
 from minilora.memory.compare import Comparison, compare

@@ -12,7 +12,8 @@ from typing import Any
 from tqdm import tqdm
 
 from minilora.building import parameter_shapes
-from minilora.config import ADAPTERS, PlanConfig, expand_modules, matches, require
+from minilora.composed import PlanConfig
+from minilora.config import ADAPTERS, expand_modules, matches, require
 from minilora.memory.compare import check_methods, check_taken, settings_of
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import Ledger

@@ -1,4 +1,4 @@
-"""Ledgers of several methods side by side; and which settings belong to which method."""
+"""Ledgers of several methods side by side, from one configuration."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from minilora.config import (
-    ADAPTERS,
-    AFFINE_TYPES,
-    CODEBOOK_TYPES,
-    TRAINED,
-    ConfigError,
-    PlanConfig,
-    require,
-    require_in,
-)
+from minilora.composed import PlanConfig
+from minilora.config import ADAPTERS, AFFINE_TYPES, CODEBOOK_TYPES, TRAINED, ConfigError, require, require_in
 from minilora.memory.counting import format_bytes
 from minilora.memory.ledger import HELD, PASSING, Ledger
 from minilora.memory.planner import plan
@@ -34,20 +26,19 @@ TAKEN_BY = {
     "group_size": ("qalora",),
     "subset_modules": ("subset",),
 }
-"""Setting → methods that take it; other settings are every method's."""
-
-FULL_BYTES_WIDTH = 110
-"""Characters of a line up to which a table shows bytes in full."""
+"""Setting → the methods that take it, for settings that some methods lack."""
+LINE_WIDTH = 110
+"""A wider table shows bytes as kB, MB or GB, in characters per line."""
 
 
 @dataclass(frozen=True, repr=False)
 class Comparison:
-    """Method → ledger; prints as one table, a column for each method."""
+    """Ledgers by method, which print as one table with a column for each."""
 
     ledgers: Mapping[str, Ledger]
 
     def table(self, full: bool = True) -> tuple[list[str], list[list[str]]]:
-        """Return (heads, rows): classes, the peak, what belongs beside it; `full` writes all bytes."""
+        """Return (heads, rows): bytes by kind, peaks and counts; `full` shows every digit of bytes."""
         ledgers = list(self.ledgers.values())
         show = "{:,}".format if full else format_bytes
         kinds = [x.by_kind() for x in ledgers]
@@ -70,16 +61,16 @@ class Comparison:
         return self.ledgers[method]
 
     def notes(self) -> list[str]:
-        """Return what each column is."""
+        """Return a line for each column that says what it is."""
         return [x.title for x in self.ledgers.values()]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return method → its ledger, for JSON."""
+        """Return the ledgers as JSON values, by method."""
         return {method: ledger.to_dict() for method, ledger in self.ledgers.items()}
 
     def __str__(self) -> str:
         text = text_table(*self.table())
-        if max(map(len, text.splitlines())) > FULL_BYTES_WIDTH:
+        if max(map(len, text.splitlines())) > LINE_WIDTH:
             text = text_table(*self.table(full=False))
         return "\n".join([*self.notes(), "", text])
 
@@ -91,21 +82,21 @@ class Comparison:
 
 
 def compare(model: str = "tiny", methods: Sequence[str] = ("full", *ADAPTERS), **settings: Any) -> Comparison:
-    """Plan each method with the same settings.
+    """Plan several methods with the same settings.
 
     Parameters
     ----------
     model : str
-        As in PlanConfig.
+        As in `plan`.
     methods : sequence of str
-        What to compare.
+        The methods to compare.
     **settings
-        Fields of PlanConfig. A method leaves out those that it does not take.
+        Fields of PlanConfig. A method that does not take one is planned without it.
 
     Raises
     ------
     ConfigError
-        For a setting that none of the methods takes.
+        None of the methods takes a setting, or a method is unknown or named twice.
 
     Examples
     --------
@@ -118,14 +109,14 @@ def compare(model: str = "tiny", methods: Sequence[str] = ("full", *ADAPTERS), *
         "method" not in settings,
         "method",
         settings.get("method"),
-        "the methods to compare say it; leave it out",
+        "leave it out: `methods` names what is compared",
     )
     check_taken(settings, methods)
     return Comparison({m: plan(PlanConfig(model, m, **settings_of(m, settings))) for m in methods})
 
 
 def check_methods(methods: Sequence[str], field: str) -> None:
-    """Raise ConfigError unless each is a method, and named once."""
+    """Raise ConfigError unless each is a known method, and named once."""
     require(len(methods) > 0, field, methods, "name at least one of " + ", ".join(TRAINED))
     for method in methods:
         require_in(method, TRAINED, field)
@@ -135,7 +126,14 @@ def check_methods(methods: Sequence[str], field: str) -> None:
 
 
 def check_taken(settings: Iterable[str], methods: Collection[str]) -> None:
-    """Raise ConfigError for a setting that none of the methods takes."""
+    """Raise ConfigError for a setting that none of the methods takes.
+
+    Examples
+    --------
+    >>> check_taken(["bits"], ["full", "lora"])  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    minilora.config.ConfigError: bits: is for method qlora or qalora, not for full, lora; leave it out, ...
+    """
     for name in settings:
         takers = TAKEN_BY.get(name, TRAINED)
         if not set(takers) & set(methods):
@@ -146,10 +144,17 @@ def check_taken(settings: Iterable[str], methods: Collection[str]) -> None:
 
 
 def asked(c: PlanConfig, named: Collection[str]) -> dict[str, Any]:
-    """Return the settings among the `named` options of a command line, without model and method.
+    """Return the settings that a command line names, without model and method.
 
-    A switch that is off has `no_` before its name.
+    Parameters
+    ----------
+    c : PlanConfig
+        The parsed command line.
+    named : collection of str
+        Names of its options; a switch that is off has `no_` before its name.
 
+    Examples
+    --------
     >>> asked(PlanConfig(r=4, double_quant=False), {"r", "no_double_quant", "json", "model"})
     {'r': 4, 'double_quant': False}
     """
@@ -158,8 +163,10 @@ def asked(c: PlanConfig, named: Collection[str]) -> dict[str, Any]:
 
 
 def settings_of(method: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return those settings that a method takes, without a `quant_type` of the other family.
+    """Return the settings that a method takes, without a `quant_type` of the other family.
 
+    Examples
+    --------
     >>> settings_of("qalora", {"r": 4, "quant_type": "nf4", "block_size": 64, "context": 128})
     {'r': 4, 'context': 128}
     """

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from minilora.building import parameter_shapes
-from minilora.config import ModelConfig, PlanConfig, QuantConfig, expand_modules, require
+from minilora.composed import PlanConfig
+from minilora.config import ModelConfig, QuantConfig, expand_modules, require
 from minilora.formats.bases import shape_of
 from minilora.formats.files import read_json
 from minilora.formats.gguf import GGUFFile
@@ -67,7 +68,6 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     159907840
     """
     c, shape, stored = _resolved(config, changes)
-    assert c.context is not None  # filled in
     deep = shape.num_hidden_layers if _blocks_are_alike(c, shape, stored) else None
     paged = c.optimizer.startswith("paged")
     with metered(Meter()):

@@ -17,8 +17,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
     [0.5, 1.0, 1.0, 0.5]
     """
     if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
+        return config.peak_learning_rate * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
-        return config.learning_rate
+        return config.peak_learning_rate
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+    return config.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * done))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,7 @@ class Trainer:
             warn_if_it_cannot_train(linear)
         if task.n_train < 1:
             raise ValueError(f"task={task.name!r}: has no training examples")
+        config = replace(config, learning_rate=config.peak_learning_rate)
         self.model, self.task, self.config = model, task, config
         self.callbacks, self.folder = list(callbacks), None if folder is None else Path(folder)
         self.optimizer = make_optimizer(parameters, config, self.folder)
@@ -157,7 +159,7 @@ class Trainer:
         kept = "no checkpoint was asked for"
         if self.folder and self.config.checkpoint_every:
             kept = "the last checkpoint is kept"
-        rate = self.config.learning_rate
+        rate = self.config.peak_learning_rate
         return f"{kept}. A learning_rate below {rate:g} or more warmup_steps usually helps"
 
     def _check_finite(self) -> None:
