@@ -16,7 +16,8 @@ from minilora.injection import full, inject_lora
 from minilora.memory import arrays_in, peak_bytes
 from minilora.parameters import Gradients
 from minilora.threads import Workers
-from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads, shard_loss
 from minilora.training.resume import CHECKPOINT
 from minilora.training.trainer import Trainer
 

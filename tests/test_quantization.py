@@ -22,7 +22,7 @@ from minilora.report.quantization_tables import format_model_losses, format_weig
 from minilora.report.statistics import mean_interval
 from minilora.sweep import weight_errors
 from minilora.sweep.results import ResultsError
-from minilora.training.loss import evaluate
+from minilora.training.evaluation import evaluate
 
 W = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
 X = np.random.default_rng(1).standard_normal((50, 64)) * np.linspace(0.1, 2, 64)  # inputs that differ in size
