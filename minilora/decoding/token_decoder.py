@@ -19,8 +19,9 @@ import numpy as np
 
 from minilora.kernels import barrier, block_vectors
 from minilora.kernels.decode import decode_token
-from minilora.layers import Array, Linear
+from minilora.layers import Linear
 from minilora.lora import LoraLinear
+from minilora.parameters import Array
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.threads import available_threads
 from minilora.transformer import Transformer

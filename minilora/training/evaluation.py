@@ -1,4 +1,4 @@
-"""The loss of batches, without gradients."""
+"""The loss over a split, without gradients."""
 
 from __future__ import annotations
 

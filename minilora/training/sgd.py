@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minilora.config import TrainConfig
-from minilora.layers import Array
-from minilora.parameters import Gradients, Parameter
+from minilora.parameters import Array, Gradients, Parameter
 from minilora.threads import Workers
 from minilora.training.schedule import parameter_rate
 from minilora.training.states import piece, pieces, put_piece, state_layout
