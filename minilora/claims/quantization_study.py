@@ -25,8 +25,8 @@ from minilora.config import QuantConfig, require
 from minilora.data.tasks import Batch, Task, make_task
 from minilora.formats.checkpoint import load_base, sha256
 from minilora.formats.files import writable_folder, write_file
-from minilora.layers import Array
 from minilora.memory import effective_bits
+from minilora.parameters import Array
 from minilora.quant.model import find_linear, input_hessian, quantize_model
 from minilora.report.quantization_tables import (
     format_model_losses,

@@ -19,8 +19,9 @@ import numpy as np
 
 from minilora.kernels import barrier, block_vectors
 from minilora.kernels.decode import decode_token
-from minilora.layers import Array, Linear
+from minilora.layers import Linear
 from minilora.lora import LoraLinear
+from minilora.parameters import Array
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.threads import available_threads
 from minilora.transformer import Transformer
@@ -81,7 +82,7 @@ class Decoder:
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
         """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
-        base = linear.base if isinstance(linear, LoraLinear) else linear
+        base: Any = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
             return (*found, 0, 1, 0, 0)
