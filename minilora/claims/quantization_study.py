@@ -152,12 +152,9 @@ def model_table(
         counts.tolist(),
         "each needs a target that counts",
     )
-    plain = {
-        config: replace(
-            config, quantizer="rtn", fit="minmax", desc_act=False, static_groups=False, damp_percent=0.01
-        )
-        for config in configs
-    }
+    rounding = {"quantizer": "rtn", "fit": "minmax"}
+    without_gptq = {"desc_act": False, "static_groups": False, "damp_percent": 0.01}
+    plain = {config: replace(config, **rounding, **without_gptq) for config in configs}
     jobs = [
         (config, seed)
         for config in dict.fromkeys([*configs, *plain.values()])
