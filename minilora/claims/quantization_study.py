@@ -154,12 +154,7 @@ def model_table(
         counts.tolist(),
         "each needs a target that counts",
     )
-    plain = {
-        config: replace(
-            config, quantizer="rtn", fit="minmax", desc_act=False, static_groups=False, damp_percent=0.01
-        )
-        for config in configs
-    }
+    plain = {config: _plain_rounding(config) for config in configs}
     jobs = [
         (config, seed)
         for config in dict.fromkeys([*configs, *plain.values()])
@@ -211,6 +206,12 @@ def model_table(
             row["verdict"] = _verdict(row)
         rows.append(row | common | {"seconds": sum(run[2] for run in runs)})
     return rows
+
+
+def _plain_rounding(config: QuantConfig) -> QuantConfig:
+    """Return the configuration of the same storage that rounds to the nearest code."""
+    without_gptq = replace(config, desc_act=False, static_groups=False, damp_percent=0.01)
+    return replace(without_gptq, quantizer="rtn", fit="minmax")
 
 
 def paired_over_batches(differences: Array, counts: Array) -> Interval:
