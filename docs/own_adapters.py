@@ -10,8 +10,8 @@ import numpy as np
 import minilora
 from minilora.adapter import Adapter
 from minilora.functional import flat
-from minilora.layers import Array, Cache, Key, Linear
-from minilora.parameters import Gradients, Parameter
+from minilora.layers import Cache, Key, Linear
+from minilora.parameters import Array, Gradients, Parameter
 
 
 class LoraFALinear(Adapter):

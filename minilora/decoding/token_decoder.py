@@ -82,7 +82,7 @@ class Decoder:
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
         """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
-        base = linear.base if isinstance(linear, LoraLinear) else linear
+        base: Any = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
             return (*found, 0, 1, 0, 0)

@@ -19,8 +19,9 @@ def round_columns(
 ) -> tuple[Array, Array]:
     """Do what `reference.round_columns` does."""
     ranks, errors = np.empty(w.shape, np.uint8), np.empty(w.shape)
-    inputs: Any = map(read_only, map(np.ascontiguousarray, (upper, scale, offset, levels, midpoints)))
-    _round_columns(w, *inputs, ranks, errors)
+    inputs: Any = (read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints))
+    upper, scale, offset, levels, midpoints = inputs
+    _round_columns(w, upper, scale, offset, levels, midpoints, ranks, errors)
     return ranks, errors
 
 

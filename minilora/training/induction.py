@@ -71,7 +71,7 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
     )
 
     # each embedding is a common part, from which positions are read, plus a content of its own, equally long
-    table = model.embedding.weight.dense()
+    table = model.embedding.weight.dense()  # the array itself
     common = orthonormal(rng, c.hidden_size, 1, np.zeros((c.hidden_size, 1)))  # (C, 1)
     content = table - (table @ common) @ common.T
     content /= np.linalg.norm(content, axis=1, keepdims=True)
@@ -82,7 +82,8 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
     # where t−1, t−2, t−3 are written
     places = orthonormal(rng, c.hidden_size, 3 * head, common).reshape(c.hidden_size, 3, head)
     q, k, v, o = (
-        getattr(model.blocks[0].attention, n).weight.dense() for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        getattr(model.blocks[0].attention, n).weight.param.data
+        for n in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
     for back in (1, 2, 3):
         rows = slice((back - 1) * head, back * head)
@@ -97,7 +98,8 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
     slow_dims = np.concatenate([slow, slow + head // 2])
     copied = orthonormal(rng, c.hidden_size, 2 * head, common)
     q, k, v, o = (
-        getattr(model.blocks[1].attention, n).weight.dense() for n in ("q_proj", "k_proj", "v_proj", "o_proj")
+        getattr(model.blocks[1].attention, n).weight.param.data
+        for n in ("q_proj", "k_proj", "v_proj", "o_proj")
     )
     # (query's, key's)
     readers = (read, places[:, 0]), (places[:, 0], places[:, 1]), (places[:, 1], places[:, 2])
