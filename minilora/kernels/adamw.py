@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,18 @@ Array = np.ndarray
 
 def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
     """Do what `functional.adamw` does, for arrays (n,) of one dtype, which all numbers take too."""
-    one = p.dtype.type
+    numbers = _numbers(p.dtype.type, t, lr, c.beta1, c.beta2, c.eps, c.weight_decay)
+    _update(g, *numbers, p, m, v)
+
+
+@lru_cache(maxsize=8)  # the same for all parameters of a step that share dtype and rate
+def _numbers(
+    one: Any, t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+) -> tuple[Any, ...]:
+    """Return what a step multiplies by, in the arrays' dtype: a float64 would make float64 of all."""
     rate = one(lr)
-    means = one(c.beta1), one(1 - c.beta1), one(c.beta2), one(1 - c.beta2)
-    correct_v, step = one(1 - c.beta2**t), rate / one(1 - c.beta1**t)
-    _update(g, *means, correct_v, one(c.eps), step, rate * one(c.weight_decay), p, m, v)
+    means = one(beta1), one(1 - beta1), one(beta2), one(1 - beta2)
+    return *means, one(1 - beta2**t), one(eps), rate / one(1 - beta1**t), rate * one(weight_decay)
 
 
 @kernel
