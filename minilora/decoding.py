@@ -17,8 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels import barrier, block_vectors
-from minilora.kernels.decode import decode_token
+from minilora.kernels import is_plain, load
 from minilora.layers import Array, Linear
 from minilora.lora import LoraLinear
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
@@ -50,7 +49,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
         self.model, self.keys, self.values = model, keys, values
-        self.threads = min(threads or available_threads(), MAX_THREADS) if barrier.available else 1
+        self.threads = min(threads or available_threads(), MAX_THREADS)
         self._adapters: list[Array] = []  # keeps alive what the tables point to
         self._table = np.array(
             [[self._entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64
@@ -71,17 +70,17 @@ class Decoder:
 
         All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have AVX2.
         """
+        if is_plain() or not (load("block_vectors").available() and load("barrier").available):
+            return False
         return (
-            block_vectors.available()
-            and barrier.available
-            and model.embedding.weight.dtype == np.float32
+            model.embedding.weight.dtype == np.float32
             and all(_fits(linear) for _, linear in model.linears())
             and all(block.mlp.gate_proj is not None for block in model.blocks)
         )
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
         """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
-        base = linear.base if isinstance(linear, LoraLinear) else linear
+        base = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
             return (*found, 0, 1, 0, 0)
@@ -115,6 +114,7 @@ class Decoder:
             self._shared,
             logits,
         )
+        decode_token = load("decode").decode_token
         began, together = time.perf_counter(), self._together()
         threads = self.threads if together else 1
         self._sync[:] = 0
@@ -154,6 +154,6 @@ class Decoder:
 
 
 def _fits(linear: Any) -> bool:
-    """Return whether a linear, perhaps adapted but not by DoRA, stores GGUF blocks."""
-    base = linear.base if isinstance(linear, LoraLinear) and linear.magnitude is None else linear
-    return type(base) is Linear and isinstance(base.weight, BlockWeight)
+    """Return whether a linear, perhaps adapted by LoRA or QA-LoRA, stores GGUF blocks."""
+    known = type(linear) in (Linear, LoraLinear) and type(linear.base) is Linear
+    return known and isinstance(linear.base.weight, BlockWeight)

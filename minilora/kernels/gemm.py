@@ -63,12 +63,6 @@ def pack_panel(
     b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int, width: int
 ) -> None:
     """Write panel[panel_at + i·width + j] = b[at + i·b_k + j·b_n] for i < k, j < n, and 0 up to the width."""
-    if width < LANES:  # two steps of k share a line: see `microkernel._tile`
-        for i in range(k):
-            for j in range(width):
-                value = b[at + i * b_k + j * b_n] if j < n else np.float32(0)
-                panel[panel_at + i // 2 * LANES + 2 * j + i % 2] = value
-        return
     whole = n // LANES * LANES
     done = 0  # rows of the panel whose first `whole` columns are written
     if b_n == 1:
@@ -88,6 +82,15 @@ def pack_panel(
                 panel[line + j] = b[at + i * b_k + j * b_n]
             for j in range(n, width):
                 panel[line + j] = 0
+
+
+@kernel
+def pack_pairs(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int) -> None:
+    """Pack n ≤ LANES / 2 columns, two steps of k to a line (see `microkernel._tile`): k is even."""
+    for i in range(k):
+        for j in range(LANES // 2):
+            value = b[at + i * b_k + j * b_n] if j < n else np.float32(0)
+            panel[panel_at + i // 2 * LANES + 2 * j + i % 2] = value
 
 
 @kernel
@@ -250,7 +253,11 @@ def multiply(
         for j in range(0, n, NR):
             columns = min(NR, n - j)
             width = panel_width(columns, left_step == 1 and rank == 0 and deep % 2 == 0)
-            pack_panel(b, first * b_k + j * b_n, b_k, b_n, deep, columns, scratch, panel, width)
+            at = first * b_k + j * b_n
+            if width < LANES:
+                pack_pairs(b, at, b_k, b_n, deep, columns, scratch, panel)
+            else:
+                pack_panel(b, at, b_k, b_n, deep, columns, scratch, panel, width)
             if a2_k:
                 end = panel + deep * width
                 pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, end, width)

@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels.gemm import EDGE, Array, aligned, flat, multiply_panel, pack_panel, panel_width
+from minilora.kernels.gemm import (
+    EDGE,
+    Array,
+    aligned,
+    flat,
+    multiply_panel,
+    pack_pairs,
+    pack_panel,
+    panel_width,
+)
 from minilora.kernels.intrinsics import read_only
 from minilora.kernels.jit import kernel
 from minilora.kernels.microkernel import LANES, NR_NARROW
@@ -75,7 +84,11 @@ def low_rank_gradients(
     panels = ragged + BLOCK * NR_NARROW
     for j in range(0, r, NR_NARROW):
         columns = min(NR_NARROW, r - j)
-        pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, panel_width(columns, n % 2 == 0))
+        width = panel_width(columns, n % 2 == 0)
+        if width < LANES:
+            pack_pairs(b, j, r, 1, n, columns, scratch, panels + j * n)
+        else:
+            pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, width)
     for first in range(0, m, BLOCK):
         rows = min(BLOCK, m - first)
         for j in range(0, r, NR_NARROW):
