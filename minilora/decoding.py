@@ -1,9 +1,9 @@
-"""One token of one sequence through a model of GGUF blocks, in one compiled function that threads run together.
+"""One token of one sequence through a model of GGUF blocks, in one compiled function run by all threads.
 
-From Python a token takes some two thousand small operations, which cost more than the products themselves. Here
-each thread computes its own rows of every product and its own heads of attention. All threads meet at a barrier
-before anybody reads what others wrote. A row is computed in the same way whoever does it, so results are the same
-bytes for any number of threads.
+From Python a token takes some two thousand small operations, which cost more than the products themselves.
+Here each thread computes its own rows of every product and its own heads of attention. All threads meet at a
+barrier before anybody reads what others wrote. A row is computed in the same way whoever does it, so results
+are the same bytes for any number of threads.
 
 The plain path is `generation.decode`, which this must equal up to rounding. It does everything else: several
 sequences, other weights, DoRA, processors without AVX2.
@@ -34,8 +34,8 @@ TRIAL_PERIOD = 100
 class Decoder:
     """The compiled way of a single sequence, for a model that `Decoder.fits`.
 
-    A second thread helps on idle cores and hinders on busy ones. So `step` tries both now and then, and keeps the
-    faster.
+    A second thread helps on idle cores and hinders on busy ones. So `step` tries both now and then, and keeps
+    the faster.
 
     Parameters
     ----------
@@ -68,7 +68,8 @@ class Decoder:
     def fits(model: Transformer) -> bool:
         """Return whether a model can be decoded here.
 
-        All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have AVX2.
+        All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have
+        AVX2.
         """
         if is_plain() or not (load("block_vectors").available() and load("barrier").available):
             return False
@@ -79,7 +80,7 @@ class Decoder:
         )
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
-        """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
+        """Return (address of blocks, bytes per block, rows, r, group, addresses of A and s·B) of a linear."""
         base = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
@@ -137,7 +138,8 @@ class Decoder:
     def _together(self) -> bool:
         """Return whether the threads share this token.
 
-        In each `TRIAL_PERIOD`, three timed tokens of all threads and three of one decide how the rest are run.
+        In each `TRIAL_PERIOD`, three timed tokens of all threads and three of one decide how the rest are
+        run.
         """
         turn = self._steps % TRIAL_PERIOD
         self._steps += 1

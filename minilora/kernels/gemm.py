@@ -2,13 +2,14 @@
 
     linear_forward   x wᵀ + s·h bᵀ      linear_dx   dy w + s·dh a      linear_dw   dyᵀ x
 
-BLAS has no low-rank term inside of a product, which would have to be written to memory and read again. And its
-rows depend on how many stand beside them: here a row has the same bits in any batch, shard or tile.
+BLAS has no low-rank term inside of a product, which would have to be written to memory and read again. And
+its rows depend on how many stand beside them: here a row has the same bits in any batch, shard or tile.
 
-The method is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
-2008), with the names of that literature. The right factor is packed into panels of KC × NR numbers, each of which
-stays in the cache while all rows of the left factor pass it, MR at a time, through the micro-kernel. README.md in
-this folder explains the picture; tests/test_compiled_math.py compares with float64.
+The method is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS
+34(3), 2008), with the names of that literature. The right factor is packed into panels of KC × NR numbers,
+each of which stays in the cache while all rows of the left factor pass it, MR at a time, through the
+micro-kernel. README.md in this folder explains the picture; tests/test_compiled_math.py compares with
+float64.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ EDGE = max(MR * NR, MR_NARROW * NR_NARROW)
 
 @kernel
 def panel_width(n: int, pair: bool) -> int:
-    """Return the columns of the narrowest tile that has room for n; `pair`: whether two steps of k may share a line."""
+    """Return the columns of the narrowest tile for n; with `pair` two steps of k may share a line."""
     if n <= LANES // 2 and pair:
         return LANES // 2
     return LANES if n <= LANES else NR_NARROW if n <= NR_NARROW else NR
@@ -54,7 +55,7 @@ def panel_width(n: int, pair: bool) -> int:
 
 @kernel
 def aligned(x: Array) -> int:
-    """Return the index of the first whole cache line in x: vectors that straddle two lines load half as fast."""
+    """Return the index of the first whole cache line in x: vectors across two lines load half as fast."""
     return -(x.ctypes.data // 4) % LANES
 
 
@@ -115,10 +116,10 @@ def multiply_panel(
     n: int,
     add: bool,
 ) -> None:
-    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] panel[k, j] + Σ_l a2[i, l] panel[k + l, j], i < m, j < n.
+    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] panel[k, j] + Σ_l a2[i, l] panel[k + l, j].
 
-    Arguments as in `microkernel.tile`; `width` (NR, NR_NARROW or LANES) chooses the tile. `edge` begins with EDGE
-    numbers of scratch.
+    i < m and j < n; other arguments as in `microkernel.tile`. `width` chooses the tile. `edge` begins with
+    EDGE numbers of scratch.
     """
     height = MR if width == NR else MR_NARROW
     for i in range(0, m, height):
@@ -234,11 +235,11 @@ def multiply(
     c_at: int,
     c_row: int,
 ) -> None:
-    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] b[k, j] + Σ_l a2[i, l] · scale · b2[l, j]: flat arrays.
+    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] b[k, j] + Σ_l a2[i, l] · scale · b2[l, j].
 
-    a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[k·b_k + j·b_n], likewise b2; a2 is (m, rank); rows of c are
-    c_row apart. Panels are `depth` deep. `scratch` holds an edge, a panel and, where a is read by columns, m rows
-    of a: what the tile reads as a row would lie far apart in memory.
+    Arrays are flat: a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[k·b_k + j·b_n], likewise b2; a2 is
+    (m, rank); rows of c are c_row apart. Panels are `depth` deep. `scratch` holds an edge, a panel and, where
+    a is read by columns, m rows of a: what the tile reads as a row would lie far apart in memory.
     """
     panel = EDGE + aligned(scratch)
     packed_a = panel + (depth + rank) * NR

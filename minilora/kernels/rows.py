@@ -82,7 +82,7 @@ def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array)
 def rms_norm_backward(weight: Array, x: Array, rstd: Array, dx: Array, dweight: Array) -> None:
     """Turn dy, which dx (N, C) holds at first, into dx; add to dweight (C,) unless it is empty.
 
-    dx = rstd (dxhat − xhat · mean(dxhat · xhat)) with dxhat = dy · weight, xhat = x · rstd; dweight = Σ dy · xhat
+    dx = rstd (dxhat − xhat · mean(dxhat · xhat)), dweight = Σ dy · xhat; dxhat = dy · weight, xhat = x · rstd
     """
     C = weight.size
     for n in range(rstd.size):
