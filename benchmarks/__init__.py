@@ -1,2 +1,1 @@
-"""Speed and memory beside torch + PEFT and bitsandbytes: ``python -m benchmarks`` checks every result, then
-times it."""
+"""Speed and memory beside torch + PEFT and bitsandbytes: `python -m benchmarks` checks, then times."""

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: check, then time, minilora beside torch + PEFT and bitsandbytes."""
+"""The command `python -m benchmarks`: check, then time, minilora beside torch + PEFT and bitsandbytes."""
 
 from __future__ import annotations
 
@@ -6,60 +6,48 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import tyro
 
 Part = Literal[
+    "sweep",
+    "startup",
     "training_step",
     "threads",
+    "grid",
     "growth",
     "profile",
-    "grid",
     "kernels",
-    "startup",
     "generation",
     "smollm2",
-    "sweep",
     "memory",
     "ledger",
 ]
+"""In the order in which they are measured."""
 SizeName = Literal["micro", "tiny", "small", "smollm"]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Speed and memory of minilora beside torch + PEFT and bitsandbytes, when the extra ``peers`` is
-    installed."""
+    """Measure minilora beside torch + PEFT and bitsandbytes, if the extra `peers` is installed."""
 
-    only: tuple[Part, ...] = (
-        "sweep",
-        "startup",
-        "training_step",
-        "threads",
-        "grid",
-        "growth",
-        "profile",
-        "kernels",
-        "generation",
-        "smollm2",
-        "memory",
-        "ledger",
-    )
-    sizes: tuple[SizeName, ...] = (
-        "tiny",
-        "small",
-        "smollm",
-    )  # models of the training step, the threads and the profile
-    kernel_sizes: tuple[int, ...] = (1024, 4096)  # square weights, a multiple of 64
-    repeats: int = 15  # turns of each side
+    only: tuple[Part, ...] = get_args(Part)
+    """Parts to measure."""
+    sizes: tuple[SizeName, ...] = ("tiny", "small", "smollm")
+    """Models of the training step, the threads and the profile."""
+    kernel_sizes: tuple[int, ...] = (1024, 4096)
+    """Width of square weights, a multiple of 64."""
+    repeats: int = 15
+    """Turns of each side."""
     threads: int = 2
-    peers: bool = True  # --no-peers: our side alone
+    peers: bool = True
+    """`--no-peers` measures our side alone."""
     out: str = "benchmarks/results"
 
 
 def run(options: Options, command: str, say: Any = print) -> list[Path]:
-    """Measure the parts asked for; each is written as soon as it is done. Returns the files."""
+    """Measure the parts asked for, write each as soon as it is done, and return the files."""
     from benchmarks import (
         generation,
         grid,
@@ -113,10 +101,11 @@ def run(options: Options, command: str, say: Any = print) -> list[Path]:
             "repeats": options.repeats,
             "peers": peers,
         }
-        pages: dict[str, Any] = (
-            {"stem": "memory", "write": memory.page} if part in ("memory", "ledger") else {}
-        )
-        files += page.save({part: about | {"rows": rows}}, Path(options.out), **pages)
+        results = {part: about | {"rows": rows}}
+        if part in ("memory", "ledger"):
+            files += page.save(results, Path(options.out), stem="memory", write=memory.page)
+        else:
+            files += page.save(results, Path(options.out))
     files = list(dict.fromkeys(files))
     say("\n" + "\n".join(map(str, files)))
     return files

@@ -1,4 +1,4 @@
-"""Greedy generation with the shipped tiny base, beside transformers' ``generate`` on the same weights."""
+"""Greedy generation with the shipped tiny base, beside transformers' `generate` on the same weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOKENS = 96
 
 
 def measure(repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """One row for each batch size; none if the package has no base."""
+    """Return one row for each batch size; none if the package has no base."""
     if not base_path().is_file():
         say("the package has no base (minilora/assets/base.safetensors): skipped")
         return []
@@ -41,8 +41,10 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> list[dict[str,
 
 
 def _check(ours: Remote, theirs: Remote) -> dict[str, float]:
-    """Logits must agree to rounding; greedy tokens may part where two logits are that close, so their
-    agreement is reported."""
+    """Require equal logits up to rounding, and return the share of equal tokens.
+
+    Greedy tokens may part where two logits are that close.
+    """
     a, b = ours.call("result", "logits"), theirs.call("result", "logits")
     error = workload.difference(a, b)
     if not error <= 1e-4:
@@ -52,8 +54,9 @@ def _check(ours: Remote, theirs: Remote) -> dict[str, float]:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
     text = f"batch {row['batch']:2d}   ours {row['ours']['tokens_per_second']:8.0f} tokens/s"
     if row["peer"]:
-        text += f"   transformers {row['peer']['tokens_per_second']:8.0f} tokens/s   ratio {row['ratio']['median']:.2f}"
+        text += f"   transformers {row['peer']['tokens_per_second']:8.0f} tokens/s"
+        text += f"   ratio {row['ratio']['median']:.2f}"
     return text

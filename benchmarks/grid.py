@@ -1,7 +1,6 @@
-"""A sweep of 24 short runs by the package's own ``run_sweep``, beside the same runs with torch + PEFT +
-bitsandbytes.
+"""A sweep of 24 short runs by `run_sweep`, beside the same runs with torch + PEFT + bitsandbytes.
 
-Both sides: two processes of one thread each, each taking the next run as soon as it has ended one. A run
+Both sides have two processes of one thread, and each process takes the next run when it has ended one. A run
 makes its model anew from the same weights and initial adapters, takes its steps on the same batches, and ends
 in a loss over the same held-out text.
 """
@@ -32,17 +31,17 @@ from minilora.sweep.workers import SINGLE_THREAD
 
 PROCESSES = 2
 PIECES = 4
-"""The grid is measured in so many pieces, whose sides take turns."""
+"""Pieces of the grid; in each of them the sides take turns."""
 
 
 def grid(**settings: Any) -> list[Run]:
-    """lora and qlora × three ranks × two learning rates × two seeds: 24 runs."""
+    """Return 24 runs: lora and qlora × three ranks × two learning rates × two seeds."""
     combinations = itertools.product((0, 1), (1e-3, 4e-3), (2, 8, 32), ("lora", "qlora"))
     return [Run(method, r, rate, seed, **settings) for seed, rate, r, method in combinations]
 
 
 def axes(runs: list[Run]) -> dict[str, list[Any]]:
-    """What differs between the runs, and its values."""
+    """Return what differs between the runs, and its values."""
     values = {
         field.name: list(dict.fromkeys(getattr(run, field.name) for run in runs)) for field in fields(Run)
     }
@@ -51,18 +50,18 @@ def axes(runs: list[Run]) -> dict[str, list[Any]]:
 
 @lru_cache(maxsize=1)
 def shared(size: str) -> tuple[dict[str, np.ndarray], Text]:
-    """Weights and text, made once in a process, as a sweep loads its base once."""
+    """Return weights and text, made once in a process, as a sweep loads its base once."""
     return workload.weights(workload.SIZES[size]), Text(workload.SIZES[size])
 
 
 def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
-    """One run with minilora: the row of ``run_sweep``."""
-    # imported here, as the peers are in ``peer``: no process loads what the other side needs
+    """Run once with minilora, and return the row of `run_sweep`."""
+    # imported here, as the peers are in `peer`: no process loads what the other side needs
     from minilora.building import build_model
     from minilora.config import LoraConfig, QuantConfig
     from minilora.injection import inject_lora
     from minilora.quant.model import quantize_model
-    from minilora.training.loss import evaluate
+    from minilora.training.evaluation import evaluate
     from minilora.training.trainer import Trainer
 
     weights, task = shared(run.size)
@@ -82,7 +81,7 @@ def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
 
 
 def peer(run: Run, folder: str | None = None) -> dict[str, Any]:
-    """The same run with torch + PEFT (+ bitsandbytes)."""
+    """Run the same with torch + PEFT (+ bitsandbytes)."""
     from benchmarks.grid_peers import run_of_grid
 
     return run_of_grid(run, *shared(run.size))
@@ -90,14 +89,14 @@ def peer(run: Run, folder: str | None = None) -> dict[str, Any]:
 
 SIDES: dict[str, Callable[..., dict[str, Any]]] = {"ours": ours, "peer": peer}
 MODULES = {"ours": "minilora.sweep.run", "peer": "benchmarks.grid_peers"}
-"""All that a process of the side needs."""
+"""What a process of each side imports."""
 LOSSES = ("first_loss", "train_loss", "loss")
 
 
 def measure(
     peers: bool, say: Any, runs: list[Run] | None = None, pieces: int = PIECES
 ) -> list[dict[str, Any]]:
-    """One row: what each side took, piece by piece, and how far apart their losses are."""
+    """Return one row: what each side took, piece by piece, and how far apart their losses are."""
     runs = runs or grid()
     names = ["ours", "peer"] if peers else ["ours"]
     start: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -109,8 +108,8 @@ def measure(
             start[name]["import"] = everywhere(pool[name], import_module, [MODULES[name]])
             start[name]["first_steps"] = everywhere(pool[name], SIDES[name], first)
             say(
-                f"{name}: started and imported in {start[name]['import']:.1f} s, then the first run of each method, one step "
-                f"(kernels compiled or loaded): {start[name]['first_steps']:.1f} s"
+                f"{name}: started and imported in {start[name]['import']:.1f} s, then the first run of each "
+                f"method, one step (kernels compiled or loaded): {start[name]['first_steps']:.1f} s"
             )
         for i in range(pieces):
             for name in names[:: -1 if i % 2 else 1]:
@@ -151,12 +150,10 @@ def measure(
 
 @contextmanager
 def pools(names: list[str]) -> Iterator[dict[str, ProcessPoolExecutor]]:
-    """Processes of one thread each for every side; they sleep while the other side works."""
+    """Start processes of one thread each for every side; they sleep while the other side works."""
     context = get_context("spawn")
-    with (
-        patch.dict(os.environ, SINGLE_THREAD),
-        ExitStack() as stack,
-    ):  # processes start at the first jobs, and inherit it
+    # processes start at the first jobs, and inherit the environment
+    with patch.dict(os.environ, SINGLE_THREAD), ExitStack() as stack:
         yield {
             name: stack.enter_context(
                 ProcessPoolExecutor(PROCESSES, context, _keep, (context.Barrier(PROCESSES),))
@@ -171,7 +168,7 @@ def _keep(barrier: Any) -> None:
 
 
 def everywhere(pool: ProcessPoolExecutor, function: Callable[[Any], Any], arguments: list[Any]) -> float:
-    """Seconds until every process has called the function with each argument."""
+    """Return the seconds until every process has called the function with each argument."""
     start = time.perf_counter()
     for job in [pool.submit(_met, function, arguments) for _ in range(PROCESSES)]:
         job.result()
@@ -185,11 +182,10 @@ def _met(function: Callable[[Any], Any], arguments: list[Any]) -> None:
 
 
 def check(runs: list[Run], ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, float]:
-    """The losses of each run must agree: at the first step, on average over all steps, and over the held-out
-    text.
+    """Require that the losses of each run agree: at the first step, on average, and on held-out text.
 
-    A gradient may err by ``workload.rounding``, an update of Adam's, a quotient of gradients, by as much, and
-    errors that are independent add up over the steps like a random walk.
+    A gradient may err by `workload.rounding`. An update of Adam, a quotient of gradients, may err by as much.
+    Independent errors add up over the steps like a random walk.
     """
     worst = {
         name: float(np.max([abs(ours[run.key()][name] / theirs[run.key()][name] - 1) for run in runs]))
@@ -202,11 +198,12 @@ def check(runs: list[Run], ours: dict[str, Any], theirs: dict[str, Any]) -> dict
 
 
 def line(row: dict[str, Any]) -> str:
-    """The row for the terminal."""
+    """Return the row for the terminal."""
     text = f"{row['runs']} runs of {row['steps']} steps: " + ", ".join(
         f"{k} {sum(v):.0f} s" for k, v in row["seconds"].items()
     )
     if row["check"]:
         r = row["ratio"]
-        text += f"; peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f}); losses differ by {row['check']['loss']:.0e}"
+        text += f"; peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})"
+        text += f"; losses differ by {row['check']['loss']:.0e}"
     return text

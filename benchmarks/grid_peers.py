@@ -1,4 +1,4 @@
-"""One run of the sweep (``benchmarks.grid``) with torch + PEFT (+ bitsandbytes)."""
+"""One run of the sweep (`benchmarks.grid`) with torch + PEFT (+ bitsandbytes)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from benchmarks import workload
 from benchmarks.peers import Peers, adapted, llama, quantized, torch
 from benchmarks.workload import Run, Text
 from minilora.data.tasks import Batch
-from minilora.training.trainer import batch_indices
+from minilora.training.schedule import batch_indices
 
 
 def run_of_grid(run: Run, weights: dict[str, np.ndarray], task: Text) -> dict[str, Any]:
-    """The model made anew, its steps on the batches that the Trainer draws, and its loss on held-out text."""
+    """Make the model anew, train it on the batches that the Trainer draws, and return its losses."""
     torch.set_num_threads(1)
     model = llama(workload.SIZES[run.size].config, weights)
     if run.method == "qlora":
@@ -27,9 +27,8 @@ def run_of_grid(run: Run, weights: dict[str, np.ndarray], task: Text) -> dict[st
             task.batch(batch_indices(task.n_train, run.train().batch_size, t, run.seed))
         )
         losses.append(step())
-    with (
-        torch.inference_mode()
-    ):  # without eval(): nothing here depends on it but bitsandbytes, which would go on in bfloat16
+    # without eval(): only bitsandbytes depends on it here, and would go on in bfloat16
+    with torch.inference_mode():
         for batch in task.eval_batches("test"):
             side.ids, side.targets = _tensors(batch)
             held_out.append(float(side._loss()))

@@ -1,5 +1,4 @@
-"""How one training step of ours grows with the batch, the rank, the context and the width; drawn as
-growth.png."""
+"""How one training step grows with the batch, the rank, the context and the width; drawn as `growth.png`."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Point:
-    """One step to time, at the place ``x`` of its panel."""
+    """One step to time, at the place `x` of its panel."""
 
     x: int
     size: Size
@@ -31,7 +30,7 @@ class Point:
 
 
 def panels() -> dict[str, list[Point]]:
-    """What grows → the steps; the others stand still, in "context" the tokens of a step."""
+    """Return what grows → the steps; all else stays fixed, with "context" the tokens of a step."""
     tiny, small = SIZES["tiny"], SIZES["small"]
 
     def sequences(length: int) -> Size:
@@ -51,12 +50,14 @@ def panels() -> dict[str, list[Point]]:
 
 
 START = {"batch": 4}
-"""The place that a panel's others are compared with: from here on time per token must stay flat. Elsewhere
-the first."""
+"""The place that the others of a panel are compared with; elsewhere the first.
+
+From here on time per token must stay flat.
+"""
 
 
 class Steps:
-    """Several models at once, each with its step, in one process."""
+    """Several models in one process, each with its step."""
 
     def __init__(self, threads: int):
         self.threads, self.sides = threads, dict[str, Ours]()
@@ -67,11 +68,11 @@ class Steps:
         self.sides[label].build(point.size, method, r=point.r)
 
     def timed(self, label: str, n: int) -> float:
-        """Seconds of one step, from n in a row."""
+        """Return the seconds of one step, from n in a row."""
         return self.sides[label].timed("step", n)
 
     def close(self) -> None:
-        """Only needed where the process lives on."""
+        """Close all sides; needed only where the process lives on."""
         while self.sides:
             self.sides.popitem()[1].close()
 
@@ -79,8 +80,10 @@ class Steps:
 def measure(
     repeats: int, threads: int, out: Path, say: Any, points: dict[str, list[Point]] | None = None
 ) -> Rows:
-    """One row for each panel, method and place, and the figure ``out/growth.png``; within a panel all take
-    turns."""
+    """Return one row for each panel, method and place, and write `out/growth.png`.
+
+    All steps of a panel take turns.
+    """
     rows: Rows = []
     with remote("benchmarks.timing.Sgemm", threads) as product:
         for panel, steps in (points or panels()).items():
@@ -118,9 +121,7 @@ def _panel(panel: str, points: list[Point], threads: int, product: Contestant, r
                 "seconds": summary(seconds),
                 "sgemm_gflops": Sgemm.gflops(found["sgemm"]),
                 "limit_share": ratio(Sgemm.seconds(work, found["sgemm"]), seconds),
-                "time": ratio(seconds, found[f"{method} {first.x}"])[
-                    "median"
-                ],  # in units of the step that it is compared with
+                "time": ratio(seconds, found[f"{method} {first.x}"])["median"],
                 "tokens_of_it": point.size.tokens / first.size.tokens,
                 "flop_of_it": work / flop(first.size, method, first.r),
             }
@@ -129,31 +130,29 @@ def _panel(panel: str, points: list[Point], threads: int, product: Contestant, r
 
 
 def of(rows: Rows, panel: str, method: str) -> Rows:
-    """A panel's rows of one method."""
+    """Return a panel's rows of one method."""
     return [r for r in rows if (r["panel"], r["method"]) == (panel, method)]
 
 
 def per_token(row: dict[str, Any]) -> float:
-    """Microseconds."""
+    """Return microseconds per token."""
     return 1e6 * row["seconds"]["median"] / row["tokens"]
 
 
 def gflops(row: dict[str, Any]) -> float:
-    """Counted operations a second."""
+    """Return counted operations per second, in GFLOP/s."""
     return row["flop"] / row["seconds"]["median"] / 1e9
 
 
 def excess(row: dict[str, Any]) -> float:
-    """How much faster than what it does the time has grown: than the tokens (batch) or the operations (r); 1
-    is level."""
+    """Return the growth of time over the growth of tokens (batch) or of operations (r); 1 is level."""
     return row["time"] / (row["tokens_of_it"] if row["panel"] == "batch" else row["flop_of_it"])
 
 
 def fitted(rows: Rows) -> tuple[float, float, float]:
-    """(a, b, worst): least squares of µs a token = a + b·T over a panel's rows, and the largest deviation,
-    relative.
+    """Return (a, b, worst): the line a + b·T through µs per token, and its worst relative error.
 
-    A straight line: what grows with the context is the attention alone, quadratic in a sequence.
+    Least squares. Over the context the line is straight: only attention grows, quadratic in a sequence.
     """
     x, y = np.array([r["x"] for r in rows], float), np.array([per_token(r) for r in rows])
     b, a = np.polyfit(x, y, 1)
@@ -161,26 +160,26 @@ def fitted(rows: Rows) -> tuple[float, float, float]:
 
 
 def verdicts(rows: Rows) -> list[str]:
-    """What the goals ask for, in sentences."""
+    """Return sentences that say how far the goals are met."""
     said = []
     for method in METHODS:
         batch = [r for r in of(rows, "batch", method) if r["x"] >= START["batch"]]
         parts = []
         if batch:
             parts.append(
-                f"time per token from batch {START['batch']} up at most {max(map(excess, batch)):.2f} of that of batch "
-                f"{START['batch']}"
+                f"time per token from batch {START['batch']} up at most {max(map(excess, batch)):.2f} of "
+                f"that of batch {START['batch']}"
             )
         if ranks := of(rows, "r", method):
             worst = max(ranks, key=excess)
             parts.append(
-                f"from r = {ranks[0]['x']} on time grows at most {excess(worst):.2f} times as fast as the counted FLOP "
-                f"(r = {worst['x']})"
+                f"from r = {ranks[0]['x']} on time grows at most {excess(worst):.2f} times as fast as the "
+                f"counted FLOP (r = {worst['x']})"
             )
         if contexts := of(rows, "context", method):
             a, b, error = fitted(contexts)
             parts.append(
-                f"µs a token = {a:.1f} + {1e3 * b:.1f}·T/1000, within {100 * error:.0f} % at every context"
+                f"µs per token = {a:.1f} + {1e3 * b:.1f}·T/1000, within {100 * error:.0f} % at every context"
             )
         if widths := of(rows, "width", method):
             parts.append(
@@ -192,9 +191,9 @@ def verdicts(rows: Rows) -> list[str]:
 
 
 LABELS = {
-    "batch": ("sequences of 128 tokens", "µs a token"),
+    "batch": ("sequences of 128 tokens", "µs per token"),
     "r": ("rank r", "time, in units of r = 1"),
-    "context": ("tokens of a sequence, 4096 a step", "µs a token"),
+    "context": ("tokens per sequence, 4096 per step", "µs per token"),
     "width": ("width (2 layers, 256 tokens)", "GFLOP/s"),
 }
 
@@ -209,8 +208,10 @@ HEIGHTS: dict[str, Callable[[dict[str, Any]], float]] = {
 
 
 def draw(rows: Rows) -> Any:
-    """Four panels: time per token against batch and context, time beside counted FLOP against r, GFLOP/s
-    against width."""
+    """Draw four panels: growth with batch, rank, context and width.
+
+    Batch and context show µs per token, rank shows time beside counted FLOP, width shows GFLOP/s.
+    """
     from minilora.report.drawing import light_frame, new_figure
     from minilora.report.labels import GREY, METHOD_COLOURS, METHOD_NAMES
 
@@ -230,9 +231,7 @@ def draw(rows: Rows) -> Any:
                 "width": ([r["sgemm_gflops"] for r in mine], "sgemm, 2048³"),
             }
             if panel in dashed:
-                label = (
-                    dashed[panel][1] if method == METHODS[-1] else None
-                )  # the same for all methods, or their fits
+                label = dashed[panel][1] if method == METHODS[-1] else None  # one entry for all methods
                 ax.plot(x, dashed[panel][0], "--", color=GREY, linewidth=1, label=label)
         ticks = sorted({r["x"] for r in rows if r["panel"] == panel})
         if panel == "context":  # where a straight line must look straight

@@ -1,5 +1,7 @@
-"""4-bit kernels beside bitsandbytes and dense float32: quantize, dequantize, multiply; memory bandwidth is
-the ceiling."""
+"""4-bit kernels beside bitsandbytes and dense float32: quantize, dequantize, multiply.
+
+The memory bandwidth is the ceiling of the first two.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,7 @@ BATCHES = (1, 8, 64, 512)
 def measure(
     sizes: tuple[int, ...], repeats: int, threads: int, peers: bool, say: Any
 ) -> list[dict[str, Any]]:
-    """Check, then time; one row for each operation, matrix size, batch and number of threads."""
+    """Check, then time; return one row for each operation, matrix size, batch and number of threads."""
     rows = []
     with open_sides(threads, peers) as sides:
         for n in sizes:
@@ -60,8 +62,7 @@ def _one(sides: dict[str, Remote], op: str, n: int, batch: int, threads: int, re
 
 
 def _check(sides: dict[str, Remote], op: str, n: int, batch: int) -> str:
-    """Compare with bitsandbytes, and where there is none with what must hold anyway; says what was
-    compared."""
+    """Compare with bitsandbytes, or with what must hold anyway, and return what was compared."""
     results = {kind: sides["ours"].call("result", f"{op} {kind}") for kind in ("nf4", "int4")}
     theirs = sides["peer"].call("result", f"{op} nf4")[0] if "peer" in sides else None
     if op == "quantize":
@@ -75,9 +76,8 @@ def _check(sides: dict[str, Remote], op: str, n: int, batch: int) -> str:
     for kind, parts in results.items():
         sides["ours"].call("prepare", "check", "dequantize", kind, n, batch, 1)
         w = sides["ours"].call("result", "check")[0]
-        bound = (
-            2 * (n + 1) * float(np.finfo(np.float32).eps) * (np.abs(x) @ np.abs(w).T)
-        )  # Higham, Accuracy and Stability, §3.1
+        # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1
+        bound = 2 * (n + 1) * float(np.finfo(np.float32).eps) * (np.abs(x) @ np.abs(w).T)
         for y in (np.concatenate(parts), theirs if kind == "nf4" else None):
             if y is not None:
                 errors.append(np.abs(y - x @ w.T) / bound)
@@ -97,7 +97,7 @@ def _equal(what: str, ours: Any, theirs: Any) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
     head = f"{row['n']:5d}² {row['threads']} thread{'s' if row['threads'] > 1 else ' '} {row['op']:10s}"
     if row["op"] == "product":
         values = [f"{k} {1e3 * s['median']:.2f} ms" for k, s in row["seconds"].items()]

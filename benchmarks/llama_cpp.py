@@ -1,10 +1,7 @@
-"""A GGUF in llama.cpp and in minilora: ``python -m benchmarks.llama_cpp MODEL.gguf [--against
-ORIGINAL.gguf]``.
+"""A GGUF in llama.cpp and in minilora: `python -m benchmarks.llama_cpp MODEL.gguf [--against ORIGINAL.gguf]`.
 
-Both sides get the same token ids: greedy continuations and the perplexity of a fixed text; the tokenizers are
-compared apart. llama.cpp rounds activations to 8 bits before it multiplies them by Q4_1, Q4_0 or Q8_0, which
-moves SmolLM2's logits by one to four hundredths of their range. So each file is also written as F32, the same
-numbers, and compared in that form: what is left there is float32's rounding.
+Both sides get the same token ids. The page compares greedy continuations and the perplexity of a fixed text;
+`ABOUT` says how.
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
+from scipy.special import log_softmax
 
 from benchmarks import workload
 from benchmarks.timing import timed
@@ -37,7 +35,17 @@ from minilora.tables import markdown_table
 from minilora.transformer import Transformer
 
 Array = np.ndarray
-INSTALL = "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles llama.cpp: a C++ compiler and minutes)"
+ABOUT = (
+    "Both sides get the same token ids: greedy continuations and the perplexity of a fixed text. The "
+    "tokenizers are compared apart. llama.cpp rounds activations to 8 bits before it multiplies them by "
+    "Q4_1, Q4_0 or Q8_0, which moves SmolLM2's logits by one to four hundredths of their range. So each "
+    "file is also written as F32, with the same numbers, and compared in that form: what is left there is "
+    "float32's rounding."
+)
+INSTALL = (
+    "llama-cpp-python is not installed: pip install llama-cpp-python (it compiles llama.cpp, which takes a "
+    "C++ compiler and minutes)"
+)
 TEXT_TOKENS = 512
 VARIED = (
     "The capital of France is",
@@ -49,8 +57,10 @@ VARIED = (
 
 
 class LlamaCpp:
-    """llama.cpp on a file; with ``scores`` it keeps the logits of every token, and keys and values as
-    float32, not float16."""
+    """llama.cpp on a file.
+
+    With `scores` it keeps the logits of every token, and keys and values as float32 instead of float16.
+    """
 
     def __init__(self, path: str, threads: int = 2, context: int = 1024, scores: bool = False):
         import llama_cpp
@@ -72,17 +82,17 @@ class LlamaCpp:
         self.works: dict[str, Callable[[], Any]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, special tokens recognized, nothing added."""
+        """Return token ids; special tokens are recognized, nothing is added."""
         return self.model.tokenize(text.encode(), add_bos=False, special=True)
 
     def logits(self, ids: Array) -> Array:
-        """Logits (T, V) after each token."""
+        """Return logits (T, V) after each token."""
         self.model.reset()
         self.model.eval(ids.tolist())
         return np.array(self.model.scores[: len(ids)])
 
     def write(self, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-        """Greedy continuations, one after another; they do not stop."""
+        """Return greedy continuations, made one after another, that do not stop early."""
         return [self._write(prompt, tokens) for prompt in prompts]
 
     def _write(self, prompt: list[int], tokens: int) -> list[int]:
@@ -95,15 +105,15 @@ class LlamaCpp:
         return found
 
     def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
-        """The work ``label``: greedy text."""
+        """Prepare the work `label`: greedy text."""
         self.works[label] = partial(self.write, prompts, tokens)
 
     def timed(self, label: str, n: int) -> float:
-        """Seconds of one call of a prepared work, from n in a row."""
+        """Return the seconds of one call of a prepared work, from n in a row."""
         return timed(self.works[label], n)
 
     def result(self, label: str) -> Any:
-        """What a prepared work returns."""
+        """Return what a prepared work returns."""
         return self.works[label]()
 
 
@@ -111,16 +121,20 @@ class LlamaCpp:
 class Options:
     """Compare llama.cpp with minilora on a GGUF file, and a tuned file with its original."""
 
-    model: Annotated[str, tyro.conf.Positional]  # the GGUF file, a merged one for example
-    against: str | None = None  # the file it was made from
-    new_tokens: int = 48  # of each continuation
-    prompts: int = 4  # held-out products, beside two other questions
+    model: Annotated[str, tyro.conf.Positional]
+    """The GGUF file, for example a merged one."""
+    against: str | None = None
+    """The file that it was made from."""
+    new_tokens: int = 48
+    """Length of each continuation."""
+    prompts: int = 4
+    """Held-out products to describe, beside two other questions."""
     threads: int = 2
     out: str = "benchmarks/results/llama_cpp"
 
 
 def compare(path: Path, options: Options) -> list[dict[str, Any]]:
-    """One file on both sides, as it is and as F32."""
+    """Compare one file on both sides, as it is and as F32."""
     with tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / f"{path.stem} as F32.gguf"
         save_gguf(dequantize_model(load_gguf(path)), dense, like=path, quant_type="F32")
@@ -145,8 +159,10 @@ def _compare(path: Path, options: Options) -> dict[str, Any]:
 
 
 def forced(mine: Array, theirs: Array, ids: Array) -> dict[str, float]:
-    """Both sides' logits (T, V) along one text (T,): perplexities, largest difference by range, share of
-    equal likeliest tokens.
+    """Compare the logits (T, V) of both sides along one text (T,).
+
+    The result has both perplexities, the largest difference of logits relative to their range, and the share
+    of equal likeliest tokens.
 
     >>> logits = np.log([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]])
     >>> forced(logits, logits, np.array([0, 1]))["perplexity"]
@@ -164,10 +180,9 @@ def forced(mine: Array, theirs: Array, ids: Array) -> dict[str, float]:
 
 
 def _perplexity(logits: Array, ids: Array) -> float:
-    """exp of the mean of −log p(next token)."""
-    z = logits[:-1].astype(np.float64)
-    z -= z.max(axis=-1, keepdims=True)
-    chosen = z[np.arange(len(z)), ids[1:]] - np.log(np.exp(z).sum(axis=-1))
+    """Return exp of the mean of −log p(next token)."""
+    log_p = log_softmax(logits[:-1].astype(np.float64), axis=-1)
+    chosen = log_p[np.arange(len(log_p)), ids[1:]]
     return round(float(np.exp(-chosen.mean())), 12)
 
 
@@ -180,9 +195,8 @@ def _continuations(
     mine, other = generate(model, ids, options.new_tokens), theirs.write(ids, options.new_tokens)
     rows = []
     for prompt, a, b in zip(prompts, mine, other, strict=True):
-        until = min(
-            (i + 1 for i, token in enumerate(a) if token in tokenizer.stop_ids), default=len(a)
-        )  # what a user sees
+        # what a user sees: up to the first stop token
+        until = min((i + 1 for i, token in enumerate(a) if token in tokenizer.stop_ids), default=len(a))
         rows.append(
             {
                 "prompt": prompt,
@@ -195,7 +209,7 @@ def _continuations(
 
 
 def agreement(a: list[int], b: list[int]) -> dict[str, Any]:
-    """Tokens, how many are equal at their place, and the place of the first that is not.
+    """Return the number of tokens, how many are equal at their place, and the place of the first difference.
 
     >>> agreement([1, 2, 3, 4], [1, 2, 5, 4])
     {'tokens': 4, 'equal': 3, 'first_difference': 2}
@@ -209,10 +223,14 @@ def agreement(a: list[int], b: list[int]) -> dict[str, Any]:
 
 
 def changes(path: Path, original: Path) -> dict[str, int]:
-    """How many tensors of a tuned file are the original's, differ in minima alone (codes and scales bit by
-    bit), or in more.
+    """Count the tensors of a tuned file by how they differ from the original's.
 
-    Raises FileError if a file has tensors that the other has not.
+    They are identical, differ in minima alone (codes and scales are equal bit by bit), or differ in more.
+
+    Raises
+    ------
+    FileError
+        One file has a tensor that the other lacks.
     """
     new, old = GGUFFile(path), GGUFFile(original)
     if new.tensors.keys() != old.tensors.keys():
@@ -232,13 +250,12 @@ def _change(new: GGUFFile, old: GGUFFile, name: str) -> str:
         return "identical" if np.array_equal(a.dense(), b.dense()) else "other"
     if np.array_equal(a.blocks, b.blocks):
         return "identical"
-    return (
-        "other minima" if np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales) else "other"
-    )
+    same = np.array_equal(a.codes, b.codes) and np.array_equal(a.scales, b.scales)
+    return "other minima" if same else "other"
 
 
 def page(results: dict[str, Any]) -> str:
-    """The comparison, in markdown."""
+    """Return the comparison as Markdown."""
     head = [
         "file",
         "MB",
@@ -270,14 +287,13 @@ def page(results: dict[str, Any]) -> str:
         )
     parts = [
         f"# {results['files'][0]['file']} in llama.cpp and in minilora",
-        f"`{results['command']}`, llama-cpp-python "
-        f"{results['llama_cpp_python']}. {(__doc__ or '').split(chr(10) * 2)[1]}".replace("\n", " "),
+        f"`{results['command']}`, llama-cpp-python {results['llama_cpp_python']}. {ABOUT}",
         markdown_table(head, body),
     ]
     if results["changes"]:
         said = ", ".join(f"{n} {kind}" for kind, n in results["changes"].items())
         parts.append(
-            f'Tensors beside the original\'s: {said} ("other minima": codes and scales are the same, bit by bit).'
+            f"Tensors beside the original's: {said}. Other minima: codes and scales are equal bit by bit."
         )
     for row in results["files"]:
         if row["file"].endswith(" as F32") and all(
@@ -286,14 +302,12 @@ def page(results: dict[str, Any]) -> str:
             continue  # minilora's texts again
         parts.append(f"## Continuations by {row['file']}")
         for r in row["continuations"]:
-            where = (
-                "" if r["first_difference"] is None else f" (differs from token {r['first_difference']} on)"
-            )
-            other = "the same" if r["first_difference"] is None else r["llama_cpp"].strip()
-            parts.append(
-                f"**{' / '.join(r['prompt'].split(chr(10))).strip(' /')}**\n\n- minilora: {_one_line(r['ours'])}\n"
-                f"- llama.cpp{where}: {_one_line(other)}"
-            )
+            where, other = "", "the same"
+            if r["first_difference"] is not None:
+                where, other = f" (differs from token {r['first_difference']} on)", r["llama_cpp"]
+            prompt = " / ".join(r["prompt"].split("\n")).strip(" /")
+            written = f"- minilora: {_one_line(r['ours'])}\n- llama.cpp{where}: {_one_line(other)}"
+            parts.append(f"**{prompt}**\n\n{written}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -302,8 +316,10 @@ def _one_line(text: str) -> str:
 
 
 def main(options: Options, command: str) -> int:
-    """Compare, print the table, write both files; 2 if llama-cpp-python is missing or a file cannot be
-    read."""
+    """Compare, print the table and write both files.
+
+    Returns 2 if llama-cpp-python is missing or a file cannot be read.
+    """
     if find_spec("llama_cpp") is None:
         print(INSTALL, file=sys.stderr)
         return 2

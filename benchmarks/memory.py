@@ -1,5 +1,4 @@
-"""How much memory a training step takes beside PEFT + bitsandbytes', and the workers of a sweep:
-``results/memory.md``."""
+"""Memory of a training step beside the peers, and of the workers of a sweep: `results/memory.md`."""
 
 from __future__ import annotations
 
@@ -27,36 +26,41 @@ Measurement = dict[str, Any]
 
 INTRO = """# Memory beside the peers
 
-Written by `python -m benchmarks --only memory ledger`. MiB = 2^20 bytes, MB = 10^6; resident memory as Linux counts it (`VmRSS`;
-its high-water mark `VmHWM`), of the whole process, interpreter and libraries included.
+Written by `python -m benchmarks --only memory ledger`. MiB = 2^20 bytes, MB = 10^6. Resident memory is
+that of the whole process as Linux counts it (`VmRSS`; its high-water mark is `VmHWM`), interpreter and
+libraries included.
 """
 
-RISES = """How far the high-water mark rises, in {steps} training steps (forward, backward, clipping, AdamW), above what is
-resident once everything is loaded; optimizer states count, and code that is loaded at its first use (for qalora on a GGUF that
-is LLVM, about 50 MiB; where weights were quantized before, it is there already). Kernels were compiled before. A fresh process
-each, the sides in turn; median of {repeats} (least-largest). Before the first step both sides read every stored array once
-(what a file's mapping brings in belongs to loading), hand freed memory back (`malloc_trim`), and forget the high-water mark of
-loading, which is higher ({reset}). r = {r} on all linear layers; qlora: NF4, double quantized, float32. *Fast*: nothing
-checkpointed. *Small*: checkpointed blocks, logits 32 rows at a time. Peers: PEFT + bitsandbytes' QLoRA, with the allocator as
-its users have it; ours keeps freed memory, as the Trainer does. Shares: ours in per cent of the peers' without checkpoints,
-turn by turn; for lora and qalora, which are there for information, of the same QLoRA step. Loss after the steps, from the same
-adapters and batch: {losses}."""
+RISES = """How far the high-water mark rises, in {steps} training steps (forward, backward, clipping,
+AdamW), above what is resident once everything is loaded. Optimizer states count, and so does code that is
+loaded at its first use (for qalora on a GGUF that is LLVM, about 50 MiB; where weights were quantized
+before, it is there already). Kernels were compiled before. Each measurement is a fresh process, the sides
+in turn; median of {repeats} (least-largest). Before the first step both sides read every stored array
+once, because what a file's mapping brings in belongs to loading. They then hand freed memory back
+(`malloc_trim`), and forget the high-water mark of loading, which is higher ({reset}). r = {r} on all
+linear layers; qlora is NF4, double quantized, float32. *Fast*: nothing checkpointed. *Small*: checkpointed
+blocks, logits 32 rows at a time. Peers: PEFT + bitsandbytes' QLoRA, with the allocator as its users have
+it; ours keeps freed memory, as the Trainer does. Shares are ours in per cent of the peers' QLoRA step
+without checkpoints, turn by turn; those of lora and qalora are for information. Loss after the steps, from
+the same adapters and batch: {losses}."""
 
-SWEEP = """The demonstration's runs ({runs}), {steps} steps each, in {jobs} worker processes; each worker's high-water mark was
-read in the worker itself at the end of each run, and forgotten before the next. Largest worker: **{worst:.0f} MB** of the
-{goal} MB that are the goal. {imported:.0f} MB of it are resident before the first run, when nothing but code is loaded."""
+SWEEP = """The demonstration's runs ({runs}), {steps} steps each, in {jobs} worker processes. Each worker
+reads its own high-water mark at the end of each run, and forgets it before the next. Largest worker:
+**{worst:.0f} MB**; the goal is at most {goal} MB. Of these, {imported:.0f} MB are resident before the
+first run, when only code is loaded."""
 
 
-GRID = """{runs} runs, chosen pairwise over model, method, rank, targets, bits, groups and blocks, optimizer, batch, context,
-checkpointing, chunks, shards, accumulation and type: planned from the configuration alone, then built and run. What outlasts a
-step is equal to the byte in {held} of {runs}. The rise, what one worker's step adds at its peak, is explained within 64 KiB or
-2 % in {within} of {runs}; the measurement (tracemalloc) lies {least:,} to {most:,} bytes above the prediction, which Python's own
-objects take. The {worst} runs that use most of that allowance:"""
+GRID = """{runs} runs, chosen pairwise over model, method, rank, targets, bits, groups and blocks,
+optimizer, batch, context, checkpointing, chunks, shards, accumulation and type. Each was planned from the
+configuration alone, then built and run. What outlasts a step is equal to the byte in {held} of {runs}. The
+rise is what one worker's step adds at its peak. It is explained within 64 KiB or 2 % in {within} of
+{runs}. The measurement (tracemalloc) lies {least:,} to {most:,} bytes above the prediction: Python's own
+objects take them. The {worst} runs that use most of that allowance:"""
 WORST = 12
 
 
 def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
-    """All rows: rises of both models, and the workers of a sweep."""
+    """Return all rows: rises of both models, and the workers of a sweep."""
     if resident_mib() is None:
         say("resident memory is read from Linux's /proc: skipped")
         return []
@@ -75,7 +79,7 @@ Load = Callable[[str, str, bool], tuple[Any, ...]]  # side, method, checkpoint â
 
 
 def own_model(name: str, threads: int, peers: bool) -> tuple[list[str], Open, Load]:
-    """The sides of a model of ``workload.SIZES``, how each is opened, and the call that loads it."""
+    """Return the sides of a model of `workload.SIZES`, how each is opened, and the call that loads it."""
     paths = {"ours": "benchmarks.ours.Ours", "peer": "benchmarks.peers.Peers"}
 
     def load(side: str, method: str, checkpoint: bool) -> tuple[Any, ...]:
@@ -85,7 +89,7 @@ def own_model(name: str, threads: int, peers: bool) -> tuple[list[str], Open, Lo
 
 
 def gguf_model(sides: dict[str, str], ids: np.ndarray, threads: int) -> tuple[list[str], Open, Load]:
-    """The same for SmolLM2's file."""
+    """Return the same for SmolLM2's file."""
     size = workload.Size(load_gguf(sides["ours"]).config, smollm2.BATCH, smollm2.TIME)
 
     def load(side: str, method: str, checkpoint: bool) -> tuple[Any, ...]:
@@ -106,7 +110,7 @@ def _remote(*args: Any) -> Iterator[Remote]:
 
 
 def rises(model: str, sides: list[str], opened: Open, load: Load, repeats: int, say: Any) -> Rows:
-    """One row a method: MiB loaded, and the rise above, of each mode and turn."""
+    """Return one row for each method: MiB loaded, and the rise above them, in each mode and turn."""
     jobs: dict[tuple[str, str], Callable[[], Measurement]] = {}
     for mode in ("fast", "small"):
         jobs |= {
@@ -119,17 +123,14 @@ def rises(model: str, sides: list[str], opened: Open, load: Load, repeats: int, 
                 once, opened, "peer", load("peer", "qlora", mode == "small"), "step"
             )
     found: dict[tuple[str, str], list[Measurement]] = {job: [] for job in jobs}
-    for (
-        method
-    ) in METHODS:  # compile what this machine has not compiled yet: a compiler's memory is not a step's
+    for method in METHODS:  # compile first: a compiler's memory is not a step's
         jobs[method, "fast"]()
     for turn in range(repeats):
         for job in list(jobs)[:: -1 if turn % 2 else 1]:
-            last = jobs[job]()
-            found[job].append(last)
-            say(
-                f"{model:12s} {job[0]:6s} {job[1]:10s} loaded {last['loaded_mib']:6.0f}   rise {last['rise_mib']:6.1f} MiB"
-            )
+            mib = jobs[job]()
+            found[job].append(mib)
+            name = f"{model:12s} {job[0]:6s} {job[1]:10s}"
+            say(f"{name} loaded {mib['loaded_mib']:6.0f}   rise {mib['rise_mib']:6.1f} MiB")
     rows = []
     for method in METHODS:
         mine = {mode: values for (m, mode), values in found.items() if m == method}
@@ -144,7 +145,7 @@ def rises(model: str, sides: list[str], opened: Open, load: Load, repeats: int, 
 
 
 def once(opened: Open, side: str, call: tuple[Any, ...], work: str) -> Measurement:
-    """One fresh process: load, take the steps, say how far the peak rose."""
+    """Load and step in one fresh process, and return how far the peak rose."""
     with opened(side) as remote:
         remote.call(*call)
         loaded = remote.call("loaded_mib")
@@ -159,7 +160,7 @@ def once(opened: Open, side: str, call: tuple[Any, ...], work: str) -> Measureme
 
 
 def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
-    """Ours in per cent of theirs, turn by turn: median, least and largest.
+    """Return ours in per cent of theirs, turn by turn: median, least and largest.
 
     >>> share([1.0, 3.0, 2.0], [4.0, 4.0, 4.0])
     {'median': 50.0, 'min': 25.0, 'max': 75.0}
@@ -172,7 +173,7 @@ def share(ours: list[float], theirs: list[float]) -> dict[str, float]:
 
 
 def workers(say: Any, runs: list[Any] | None = None, n_jobs: int = N_JOBS) -> Rows:
-    """One row a run of the demonstration, cut short: its process, what was resident before, and the peak."""
+    """Return one row for each run of a short demonstration: its process, memory before it, and its peak."""
     from minilora.sweep.presets import demo_runs
     from minilora.sweep.runner import run_sweep
     from minilora.sweep.warm import warm_kernels
@@ -194,7 +195,7 @@ _order = 0  # runs that this process has seen
 
 
 def watched(config: Any, folder: str | None) -> dict[str, Any]:
-    """A run in a worker, and what the worker's memory was before and at most."""
+    """Run in a worker, and add the worker's memory before the run and its peak."""
     global _order
     from minilora.sweep.run import run
 
@@ -206,7 +207,7 @@ def watched(config: Any, folder: str | None) -> dict[str, Any]:
 
 
 def megabytes(mib: float) -> float:
-    """MiB as MB.
+    """Convert MiB to MB.
 
     >>> megabytes(1)
     1.048576
@@ -218,7 +219,7 @@ def megabytes(mib: float) -> float:
 
 
 def page(results: dict[str, Any]) -> str:
-    """The whole page, in markdown."""
+    """Return the whole page as Markdown."""
     parts = [INTRO]
     for name, body in {"memory": _memory, "ledger": predicted}.items():
         if name in results:
@@ -227,7 +228,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def predicted(rows: Rows, about: str) -> str:
-    """Predicted against measured bytes of the planner's grid, and the published figures beside ours."""
+    """Return predicted beside measured bytes of the planner's grid, and published figures beside ours."""
     grid, papers = ([r for r in rows if (r["kind"] == "published") == p] for p in (False, True))
     within = [plan_grid.used(r) <= 1 for r in grid]
     text = GRID.format(
@@ -302,7 +303,7 @@ def _about_rises(rows: Rows) -> str:
     reset = (
         "`5` to `/proc/self/clear_refs`"
         if forgotten
-        else "the system refused it in some processes, so rises may hold loading's peak and are upper bounds"
+        else "refused by the system in some processes, so rises are upper bounds that may hold loading's peak"
     )
     losses = "; ".join(
         f"{r['model']} {r['method']}: "

@@ -28,13 +28,14 @@ from minilora.transformer import Transformer
 
 Array = np.ndarray
 SMALL = {"checkpoint": True, "logits_chunk": 32}
-"""What saves memory: blocks are computed again in the backward pass, and a shard's logits come 32 rows at a
-time."""
+"""What saves memory: the backward pass computes blocks again, and logits come 32 rows at a time."""
 
 
 class Ours:
-    """Builds a model or a kernel call, shows its result, and times it; as the Trainer does, with one BLAS
-    thread a shard."""
+    """Build a model or a kernel call, show its result, and time it.
+
+    As in the Trainer, each shard has one BLAS thread.
+    """
 
     def __init__(self, threads: int = 2, keep: bool = True, shards: int | None = None):
         if keep:
@@ -48,15 +49,15 @@ class Ours:
         self.optimizer: Any = None
 
     def close(self) -> None:
-        """Give the BLAS its threads back (only needed where the process lives on)."""
+        """Give the BLAS its threads back; needed only where the process lives on."""
         self._blas.__exit__(None, None, None)
 
     def timed(self, label: str, n: int) -> float:
-        """Seconds of one call of a prepared work, from n in a row."""
+        """Return the seconds of one call of a prepared work, from n in a row."""
         return timed(self.works[label], n)
 
     def result(self, label: str) -> Any:
-        """What a prepared work returns."""
+        """Return what a prepared work returns."""
         return self.works[label]()
 
     def reset_peak(self) -> None:
@@ -64,12 +65,14 @@ class Ours:
         reset_peak()
 
     def peak_mib(self) -> float | None:
-        """Largest memory of this process since then."""
+        """Return the largest memory of this process since then."""
         return peak_mib()
 
     def loaded_mib(self) -> float | None:
-        """Resident memory before the first step, from which the peak then counts; every stored array is read
-        once before."""
+        """Return the resident memory before the first step, and count the peak from here.
+
+        Every stored array is read once first: the pages of a mapped file belong to what is loaded.
+        """
         keep_freed_memory()  # as the Trainer does when it starts
         for array in [p.data for p in self.model.parameters()] + [
             a for w in packed_weights(self.model) for arrays in w.arrays().values() for a in arrays
@@ -87,8 +90,10 @@ class Ours:
         states: dict[str, tuple[Array, ...]] | None = None,
         r: int = workload.R,
     ) -> None:
-        """Make a model of a size ready for a method; ``states`` are bitsandbytes' quantized weights, to
-        compute with the same."""
+        """Make a model of a size ready for a method.
+
+        `states` are bitsandbytes' quantized weights, so that both sides compute with the same.
+        """
         self.works.clear()
         self.model = self.optimizer = None
         size = workload.SIZES[name] if isinstance(name, str) else name
@@ -126,25 +131,32 @@ class Ours:
         self.optimizer.step(grads, workload.LEARNING_RATE, self.workers(self.threads))
 
     def loss(self) -> tuple[float, list[str]]:
-        """Loss, and the names of the arrays that have a gradient, which ``gradient`` returns one by one."""
+        """Return the loss, and the names of the arrays whose gradients `gradient` returns one by one."""
         loss, grads = self._loss_and_grads()
         self.grads = {p.name: g for p, g in grads.items()}
         return loss, list(self.grads)
 
     def gradient(self, name: str) -> Array:
-        """The gradient of one array; it is forgotten here."""
+        """Return the gradient of one array, and forget it."""
         return self.grads.pop(name)
 
     def dense_weights(self) -> dict[str, Array]:
-        """The quantized projections as float32."""
+        """Return the quantized projections as float32."""
         adapted = [linear for _, linear in self.model.linears() if isinstance(linear, LoraLinear)]
         return {f"{linear.name}.weight": linear.base.weight.dense() for linear in adapted}
 
     # ---- kernels
 
     def prepare(self, label: str, op: str, kind: str, n: int, batch: int, threads: int) -> None:
-        """Prepare ``op`` (quantize, dequantize, product, fill, copy) on a weight of ``kind`` (nf4, int4,
-        dense), (n, n)."""
+        """Prepare an operation on a weight (n, n).
+
+        Parameters
+        ----------
+        op
+            "quantize", "dequantize", "product", "fill" or "copy".
+        kind
+            "nf4", "int4" or "dense".
+        """
         workers = self.workers(threads)
         w, x = workload.matrices(n, batch)
         quant = QuantConfig(
@@ -181,7 +193,7 @@ class Ours:
     # ---- generation
 
     def prepare_generation(self, batch: int, tokens: int) -> dict[str, Array]:
-        """Prepare greedy text from the shipped base; returns the base's weights."""
+        """Prepare greedy text from the shipped base, and return the base's weights."""
         base, prompts = load_base(), workload.prompts(batch)
         self.works["generate"] = lambda: generate(base, prompts, tokens)
         self.works["logits"] = lambda: _last_logits(base, np.array(prompts))
@@ -189,13 +201,13 @@ class Ours:
 
 
 def set_adapters(model: Transformer, values: dict[str, Array]) -> None:
-    """Give all that trains the values of its name."""
+    """Set every trainable array to the value of its name."""
     for p in model.trainable():
         p.data[...] = values[p.name]
 
 
 def adopt(linear: Any, states: dict[str, tuple[Array, ...]]) -> Any:
-    """The linear with bitsandbytes' quantized weight, where there is one."""
+    """Return the linear with bitsandbytes' quantized weight, if there is one."""
     if linear.name not in states:
         return linear
     codes, scale_codes, absmax, offset = states[linear.name]

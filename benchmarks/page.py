@@ -1,4 +1,4 @@
-"""The results as JSON and as a page to read."""
+"""The results as JSON, and as a page to read."""
 
 from __future__ import annotations
 
@@ -13,60 +13,70 @@ from minilora.tables import markdown_table
 
 INTRO = """# Speed and memory beside the peers
 
-Written by `python -m benchmarks`. Each side runs in a process of its own; the sides take turns, and the order is reversed at
-every other turn. Results are compared before anything is timed. "ms" is the median, in brackets the best turn. A ratio is
-peer/ours of neighbouring turns: its median and the range of 80 % of the turns; above 1 we are faster. Absolute
-figures move with the machine: quote ratios.
+Written by `python -m benchmarks`. Each side runs in a process of its own. The sides take turns, and the order
+is reversed at every other turn. Results are compared before anything is timed. "ms" is the median, with the
+best turn in brackets. A ratio is peer/ours of neighbouring turns: its median, and the range of 80 % of the
+turns. Above 1 we are faster. Absolute figures change with the machine: quote ratios.
 """
 
-TRAINING = """One step is forward, backward, clipping and AdamW. Adapters: r = {r} on all linear layers; qlora: nf4 with double
-quantization; qalora: int4 in groups of {g}. Peers: transformers' Llama with torch's fused AdamW (full), and PEFT (lora), and
-bitsandbytes' Linear4bit (qlora). PEFT's QA-LoRA needs a GPTQ base, so qalora stands beside the peers' QLoRA, while its gradients
-were compared with those of PEFT's LoRA on the dequantized weights. MiB: the largest memory of the whole process while stepping,
-interpreter and libraries included. Last column: the largest difference of any gradient array, in units of its largest element,
-of what float32 rounding allows. The limit: 4 × (linear and head weights) + 6 × adapter weights (full: 6 × all) operations a
-token, and causal attention's half of T × T, six times, at the rate of a float32 product of 2048³ by NumPy's BLAS with as many
-threads, taken between the turns; "of the limit" is that time by ours."""
+TRAINING = """One step is forward, backward, clipping and AdamW. Adapters: r = {r} on all linear layers;
+qlora is nf4 with double quantization, qalora is int4 in groups of {g}. Peers: transformers' Llama with
+torch's fused AdamW (full), with PEFT (lora), and with bitsandbytes' Linear4bit (qlora). PEFT's QA-LoRA
+needs a GPTQ base, so qalora stands beside the peers' QLoRA; its gradients were compared with those of
+PEFT's LoRA on the dequantized weights. MiB is the largest memory of the whole process while stepping,
+interpreter and libraries included. The last column is the largest difference of any gradient array,
+relative to its largest element, beside what float32 rounding allows. The limit counts 4 × (linear and head
+weights) + 6 × adapter weights (full: 6 × all) operations per token, and causal attention's half of T × T,
+six times. It takes them at the rate of a float32 product of 2048³ by NumPy's BLAS with as many threads,
+measured between the turns. "Of the limit" is that time divided by ours."""
 
-THREADS = """One step of ours, its batch in as many shards as there are threads in the fourth column, done by one thread or by
-all, turn by turn. Loss and every gradient were compared first: the same bytes."""
+THREADS = """One step of ours, its batch in as many shards as there are threads in the fourth column. One
+thread does them all, or all threads do, turn by turn. Loss and every gradient were compared first: the
+same bytes."""
 
-GRID = """{axes}: each run makes its model anew from the same weights, takes {steps} steps
-of {batch} × {time} tokens of prose (forward, backward, clipping, AdamW) and ends in the loss over {held_out:,} held-out tokens.
-Ours: `run_sweep` over an executor of two processes of one thread each. Peers: torch + PEFT, for qlora with bitsandbytes, in two
-processes of one thread, each taking the next run when it has ended one; fused AdamW, sdpa, no mask. nf4 without double
-quantization, whose codes of scales now and then differ by one between the libraries. The sides take turns, a piece of the grid
-at a time. Not in these seconds, but for each process: starting and importing, {imports}; the first run of each method, one step
-long, {first}
-(ours loads compiled kernels, or compiles them, once on a machine: see Start-up)."""
+GRID = """{axes}: each run makes its model anew from the same weights, takes {steps} steps of {batch} ×
+{time} tokens of prose (forward, backward, clipping, AdamW), and ends in the loss over {held_out:,}
+held-out tokens. Ours: `run_sweep` over an executor of two processes of one thread each. Peers: torch +
+PEFT, for qlora with bitsandbytes, in two processes of one thread; each takes the next run when it has
+ended one. They use fused AdamW, sdpa, and no mask. nf4 has no double quantization here: the codes of its
+scales now and then differ by one between the libraries. The sides take turns, a piece of the grid at a
+time. Two costs of each process are not in these seconds. Starting and importing: {imports}. The first run
+of each method, one step long: {first}. In it ours loads compiled kernels, or compiles them once on a
+machine (see Start-up)."""
 
-GROWTH = """One step of ours (forward, backward, clipping, AdamW); all places of a panel take turns, lora and qlora together, with
-the sgemm between them. Batch and context: the tiny model; r: the small one; width: 2 layers, MLP 4 × the width, heads of 64,
-2 × 128 tokens. FLOP as in the limit of a training step."""
+GROWTH = """One step of ours (forward, backward, clipping, AdamW). All places of a panel take turns, lora
+and qlora together, with the sgemm between them. Batch and context: the tiny model. r: the small one.
+Width: 2 layers, MLP 4 × the width, heads of 64, 2 × 128 tokens. FLOP are counted as in the limit of a
+training step."""
 
-PROFILE = """Self time by function: without the functions within it that have a line, or a share in the last. One thread, one
-shard; compiled code counts where it is called from. Found by wrapping all public functions of the modules that compute."""
+PROFILE = """Self time by function: without the functions inside it that have a line, or a share in the
+last line. One thread, one shard. Compiled code counts where it is called from. All public functions of the
+modules that compute were wrapped."""
 
-KERNELS = """nf4 has blocks of 64 with float32 scales, int4 groups of 32 with float16 scales and offsets. With two threads each of
-ours quantizes or dequantizes half of the rows, or multiplies half of the batch by the whole weight, as shards do in training; a
-batch of one is multiplied by half of the rows, dense ones too. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep
-freed memory (see `minilora.training.allocator.keep_freed_memory`): without it bitsandbytes is slower at 4096², because each result is mapped and
-faulted in anew. Checked: """
+KERNELS = """nf4 has blocks of 64 with float32 scales. int4 has groups of 32 with float16 scales and
+offsets. With two threads each of ours quantizes or dequantizes half of the rows, or multiplies half of the
+batch by the whole weight, as shards do in training. A batch of one is multiplied by half of the rows,
+dense ones too. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep freed memory (see
+`minilora.training.allocator.keep_freed_memory`). Without it bitsandbytes is slower at 4096², because each result is mapped
+and faulted in anew. Checked:"""
 
-SMOLLM2 = """SmolLM2-135M-Instruct's Q4_1 GGUF; the package holds no full-precision model, so the dequantized GGUF is the
-reference, the peers' as a float32 Hugging Face folder. A step is forward, backward, clipping and AdamW on 2 × 128 tokens of
-prose, r = {r} on all projections. *Fast*: nothing checkpointed. *Small*: checkpointed blocks, logits 32 rows at a time. lora
-is dense float32; qlora NF4 double quantized, with bitsandbytes' own codes; qalora trains on the stored Q4_1 groups, and
-stands beside PEFT + bitsandbytes QLoRA of the same shapes and r, while its gradients were compared with PEFT's LoRA on the
-dequantized weights. For that comparison the peers' loss was taken in float64 (torch's float32 sum over 49,152 tokens errs).
-In ours the tied embedding stays Q8_0. Peers never checkpoint, but in the column that says so. MiB: the
-highest resident memory of a fresh process from its start to the end of three steps, interpreter, libraries and loading
-included (median of three); the peers' without the allocator's settings that make them faster in the other columns."""
+SMOLLM2 = """SmolLM2-135M-Instruct's Q4_1 GGUF. The package holds no full-precision model, so the
+dequantized GGUF is the reference, for the peers as a float32 Hugging Face folder. A step is forward,
+backward, clipping and AdamW on 2 × 128 tokens of prose, r = {r} on all projections. *Fast*: nothing
+checkpointed. *Small*: checkpointed blocks, logits 32 rows at a time. lora is dense float32. qlora is NF4,
+double quantized, with bitsandbytes' own codes. qalora trains on the stored Q4_1 groups. It stands beside
+PEFT + bitsandbytes QLoRA of the same shapes and r; its gradients were compared with PEFT's LoRA on the
+dequantized weights. For that comparison the peers' loss was taken in float64, because torch's float32 sum
+over 49,152 tokens errs. In ours the tied embedding stays Q8_0. Peers checkpoint only in the column that
+says so. MiB is the highest resident memory of a fresh process, from its start to the end of three steps,
+interpreter, libraries and loading included (median of three). The peers' is without the allocator's
+settings that make them faster in the other columns."""
 
-WRITING = """64 new tokens after prompts of 32, prefill included; "prompt" is 256 tokens read and one written, counted in
-tokens read. Ours multiplies the stored Q4_1 and Q8_0 by float32 activations; transformers has float32 weights; llama.cpp
-rounds activations to 8 bits, so its logits differ by more. Ratios are of speeds, turn by turn. llama.cpp's eight
-sequences were not measured: its Python interface writes one at a time."""
+WRITING = """64 new tokens after prompts of 32, prefill included. "prompt" is 256 tokens read and one
+written, counted in tokens read. Ours multiplies the stored Q4_1 and Q8_0 by float32 activations.
+transformers has float32 weights. llama.cpp rounds activations to 8 bits, so its logits differ by more.
+Ratios are of speeds, turn by turn. llama.cpp's eight sequences were not measured: its Python interface
+writes one at a time."""
 
 PACKAGES = (
     "python",
@@ -96,10 +106,9 @@ def save(
     stem: str = "speed",
     write: Callable[[dict[str, Any]], str] | None = None,
 ) -> list[Path]:
-    """Write ``speed.json`` and ``speed.md``. Parts that were not measured now are kept from the file that is
-    there.
+    """Write `speed.json` and `speed.md`; parts that were not measured now stay as they were.
 
-    Another ``stem`` has files, and with ``write`` a page, of its own.
+    Another `stem` has files of its own, and with `write` a page of its own.
     """
     data, text = folder / f"{stem}.json", folder / f"{stem}.md"
     merged = (read_json(data) if data.is_file() else {}) | results
@@ -109,7 +118,7 @@ def save(
 
 
 def page(results: dict[str, Any]) -> str:
-    """The whole page, in markdown."""
+    """Return the whole page as Markdown."""
     parts = [INTRO]
     for name, (title, body) in PARTS.items():
         if name in results:
@@ -118,7 +127,7 @@ def page(results: dict[str, Any]) -> str:
 
 
 def conditions(part: dict[str, Any]) -> str:
-    """Command, date, machine, load and versions of a part."""
+    """Return command, date, machine, load and versions of a part."""
     m = part["machine"]
     versions = ", ".join(f"{name} {m[name]}" for name in PACKAGES if m.get(name))
     alone = "" if part["peers"] else " Without the extra `peers`: our side alone."
@@ -140,6 +149,10 @@ def _ratio(r: dict[str, float] | None) -> str:
     return "" if r is None else f"{r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})"
 
 
+def _check(c: dict[str, float] | None) -> str:
+    return f"{c['worst_relative_error']:.0e} of {c['bound']:.0e}" if c else "not compared"
+
+
 def _training(rows: Rows) -> str:
     head = [
         "method",
@@ -159,8 +172,8 @@ def _training(rows: Rows) -> str:
         c, size = workload.SIZES[name].config, workload.SIZES[name]
         heads = f"{c.num_attention_heads}/{c.num_key_value_heads} heads"
         parts.append(
-            f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU {c.intermediate_size}, "
-            f"vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n"
+            f"### {name}: {c.hidden_size} wide, {c.num_hidden_layers} layers, {heads}, SwiGLU "
+            f"{c.intermediate_size}, vocabulary {c.vocab_size}; {size.batch} × {size.time} tokens\n"
         )
         parts.append(markdown_table(head, [_training_cells(r) for r in rows if r["size"] == name]) + "\n")
     return "\n".join(parts) + "\n" + TRAINING.format(r=workload.R, g=workload.GROUP_SIZE)
@@ -168,17 +181,20 @@ def _training(rows: Rows) -> str:
 
 def _training_cells(r: dict[str, Any]) -> list[str]:
     sides = [r["ours"], r["peer"]]
-    check = (
-        f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}"
-        if r["check"]
-        else "not compared"
-    )
     speeds = [f"{s['tokens_per_second']:,.0f}" if s else "" for s in sides]
     peaks = [f"{s['peak_mib']:,.0f}" if s and s["peak_mib"] else "" for s in sides]
-    limit = (
-        [_short(r["limit_ms"]), f"{100 * r['limit_share']['median']:.0f} %"] if "limit_ms" in r else ["", ""]
-    )
-    return [r["method"], *map(_ms, sides), _ratio(r.get("ratio")), *limit, *speeds, *peaks, check]
+    limit = ["", ""]
+    if "limit_ms" in r:
+        limit = [_short(r["limit_ms"]), f"{100 * r['limit_share']['median']:.0f} %"]
+    return [
+        r["method"],
+        *map(_ms, sides),
+        _ratio(r.get("ratio")),
+        *limit,
+        *speeds,
+        *peaks,
+        _check(r["check"]),
+    ]
 
 
 def _threads(rows: Rows) -> str:
@@ -205,19 +221,20 @@ def _grid(rows: Rows) -> str:
     )
     if r["check"]:
         c = r["check"]
+        final = f"final ones, {r['losses'][0]:.2f} to {r['losses'][1]:.2f}, by {c['loss']:.0e}"
         said = (
-            f"peer/ours by piece: **{_ratio(r['ratio'])}**. Checked run by run: first losses differ by at most "
-            f"{c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, final ones, {r['losses'][0]:.2f} to "
-            f"{r['losses'][1]:.2f}, by {c['loss']:.0e}; allowed are {c['bound']:.0e} (rounding of a gradient × √steps).\n\n{said}"
+            f"peer/ours by piece: **{_ratio(r['ratio'])}**. Checked run by run: first losses differ by at "
+            f"most {c['first_loss']:.0e}, means over all steps by {c['train_loss']:.0e}, {final}. Allowed "
+            f"are {c['bound']:.0e} (rounding of a gradient × √steps).\n\n{said}"
         )
     return markdown_table(head, body) + "\n\n" + said
 
 
 def _growth(rows: Rows) -> str:
     shown = {
-        "batch": ["µs a token", f"of batch {growth.START['batch']}'s"],
+        "batch": ["µs per token", f"of batch {growth.START['batch']}'s"],
         "r": ["ms", "time/FLOP, of r = 1's"],
-        "context": ["µs a token", "off the line"],
+        "context": ["µs per token", "off the line"],
         "width": ["GFLOP/s", "of sgemm"],
     }
     parts = [
@@ -266,12 +283,10 @@ def _profile(rows: Rows) -> str:
 
 def _kernels(rows: Rows) -> str:
     def cells(r: dict[str, Any], values: list[str]) -> list[str]:
-        return [
-            f"{r['n']}²",
-            str(r["threads"]),
-            *([str(r["batch"])] if r["op"] == "product" else []),
-            *values,
-        ]
+        place = [f"{r['n']}²", str(r["threads"])]
+        if r["op"] == "product":
+            place.append(str(r["batch"]))
+        return [*place, *values]
 
     bandwidth = [r for r in rows if r["op"] == "bandwidth"]
     body = [cells(r, [f"{v:.1f}" for v in r["gb_per_second"].values()]) for r in bandwidth]
@@ -298,7 +313,8 @@ def _startup(rows: Rows) -> str:
     cells = [[r["what"], f"{r['median']:.2f}", f"{r['min']:.2f}"] for r in rows]
     return (
         markdown_table(["what", "seconds, median", "best"], cells)
-        + "\n\nEach in a fresh process; but for `--help` without the interpreter's own start. Files come from the disk cache."
+        + "\n\nEach runs in a fresh process. Only `--help` includes the start of the interpreter. Files come "
+        "from the disk cache."
     )
 
 
@@ -331,13 +347,10 @@ def _smollm2_steps(rows: Rows) -> str:
     head = ["method", "fast, ms", "small, ms", "peer, ms", "peer/fast", "peer/small", "gradients differ by"]
     body = []
     for r in rows:
-        check = (
-            f"{r['check']['worst_relative_error']:.0e} of {r['check']['bound']:.0e}"
-            if r["check"]
-            else "not compared"
-        )
         ratios = [_ratio(r["ratio"].get(k)) for k in ("fast", "small")]
-        body.append([r["method"], *(_ms(r[k]) for k in ("fast", "small", "peer")), *ratios, check])
+        body.append(
+            [r["method"], *(_ms(r[k]) for k in ("fast", "small", "peer")), *ratios, _check(r["check"])]
+        )
     names = {
         "fast": "fast, MiB",
         "small": "small, MiB",
@@ -393,17 +406,19 @@ def _smollm2_ready(r: dict[str, Any]) -> str:
         if "peer" in r
         else ""
     )
+    ours = r["ours"]
     return (
-        "`minilora generate --model smollm2 … --max-new-tokens 1`, from start to end of the process, kernels compiled "
-        f"before: {r['ours']['median']:.2f} s (median of {r['ours']['turns']}, best {r['ours']['min']:.2f}){theirs}."
+        "`minilora generate --model smollm2 … --max-new-tokens 1`, from start to end of the process, with "
+        f"kernels compiled before: {ours['median']:.2f} s (median of {ours['turns']}, best "
+        f"{ours['min']:.2f}){theirs}."
     )
 
 
 def _sweep(rows: Rows) -> str:
     r = rows[0]
     return (
-        f"`minilora sweep` from an empty compilation cache to the finished page: {r['rows']} rows in {r['seconds']:.0f} s, "
-        f"the largest of its processes {r['largest_process_mib']:.0f} MiB."
+        f"`minilora sweep` from an empty compilation cache to the finished page: {r['rows']} rows in "
+        f"{r['seconds']:.0f} s, the largest of its processes {r['largest_process_mib']:.0f} MiB."
     )
 
 

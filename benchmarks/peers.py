@@ -1,8 +1,8 @@
 """The peers' side: transformers' Llama with PEFT and bitsandbytes, on the same weights, batches and adapters.
 
-Each choice is the one that is fastest here or the library's own default: sdpa attention, fused AdamW (the
-default of transformers' Trainer), no attention mask, ``use_cache=False``, freed memory kept by the allocator
-as on our side.
+Each choice is the fastest one here or the library's default: sdpa attention, fused AdamW (the default of
+transformers' Trainer), no attention mask, `use_cache=False`. The allocator keeps freed memory, as on our
+side.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
 
 warnings.simplefilter("ignore")  # the libraries' own; set before they are loaded
 
-import bitsandbytes as bnb
-import peft
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+import bitsandbytes as bnb  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from minilora.config import LINEAR_MODULES, ModelConfig
 from minilora.training.allocator import keep_freed_memory
@@ -30,7 +30,7 @@ Array = np.ndarray
 
 
 class Peers:
-    """The same interface as ``Ours``."""
+    """The same interface as `Ours`."""
 
     def __init__(self, threads: int = 2, keep: bool = True):
         if keep:
@@ -39,13 +39,13 @@ class Peers:
         self.works: dict[str, tuple[int, Callable[[], Any]]] = {}  # label → (threads, work)
 
     def timed(self, label: str, n: int) -> float:
-        """Seconds of one call of a prepared work, from n in a row."""
+        """Return the seconds of one call of a prepared work, from n in a row."""
         threads, work = self.works[label]
         torch.set_num_threads(threads)
         return timed(work, n)
 
     def result(self, label: str) -> Any:
-        """What a prepared work returns."""
+        """Return what a prepared work returns."""
         return self.works[label][1]()
 
     def reset_peak(self) -> None:
@@ -53,12 +53,14 @@ class Peers:
         reset_peak()
 
     def peak_mib(self) -> float | None:
-        """Largest memory of this process since then."""
+        """Return the largest memory of this process since then."""
         return peak_mib()
 
     def loaded_mib(self) -> float | None:
-        """Resident memory before the first step, from which the peak then counts; every stored array is read
-        once before."""
+        """Return the resident memory before the first step, and count the peak from here.
+
+        Every stored array is read once first: the pages of a mapped file belong to what is loaded.
+        """
         for tensor in self.model.parameters():
             tensor.detach().max()  # a mapped file's pages belong to what is loaded
         reset_peak()
@@ -74,8 +76,7 @@ class Peers:
         adapters: dict[str, Array] | None = None,
         checkpoint: bool = False,
     ) -> None:
-        """Make a model of a size ready for ``full``, ``lora`` or ``qlora``; the arrays given replace the
-        size's own."""
+        """Make a model of a size ready for `full`, `lora` or `qlora`; arrays given replace the size's own."""
         torch.set_num_threads(self.threads)
         self.works.clear()
         self.model: Any = None
@@ -130,21 +131,21 @@ class Peers:
         ).loss
 
     def loss(self) -> tuple[float, list[str]]:
-        """Loss, and the names of the arrays that have a gradient."""
+        """Return the loss, and the names of the arrays that have a gradient."""
         self.model.zero_grad(set_to_none=True)
         loss = self._loss()
         loss.backward()
         return float(loss), list(self._trainable())
 
     def gradient(self, name: str) -> Array:
-        """The gradient of one array; it is forgotten here."""
+        """Return the gradient of one array, and forget it."""
         p = self._trainable()[name]
         gradient: Any = p.grad
         p.grad = None
         return gradient.numpy()
 
     def states(self) -> dict[str, tuple[Array, ...]]:
-        """bitsandbytes' quantized weights: packed codes, absmax codes, absmax of those, offset."""
+        """Return bitsandbytes' quantized weights: packed codes, absmax codes, absmax of those, offset."""
         found = {}
         for name, module in self.model.named_modules():
             if isinstance(module, bnb.nn.Linear4bit) and name.endswith(".base_layer"):
@@ -158,7 +159,7 @@ class Peers:
     # ---- kernels
 
     def prepare(self, label: str, op: str, kind: str, n: int, batch: int, threads: int) -> None:
-        """Prepare ``op`` (quantize, dequantize, product) on a weight of ``kind`` (nf4, dense), (n, n)."""
+        """Prepare "quantize", "dequantize" or "product" on a weight (n, n) of kind "nf4" or "dense"."""
         w, x = (torch.from_numpy(a) for a in workload.matrices(n, batch))
         packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4")
 
@@ -171,7 +172,9 @@ class Peers:
                 y = x @ w.T if kind == "dense" else bnb.matmul_4bit(x, packed.t(), quant_state=state)
             return [y.numpy()]
 
-        dequantize = lambda: [bnb.functional.dequantize_4bit(packed, state).numpy()]
+        def dequantize() -> list[Array]:
+            return [bnb.functional.dequantize_4bit(packed, state).numpy()]
+
         self.works[label] = threads, {"quantize": quantize, "dequantize": dequantize, "product": product}[op]
 
     # ---- generation
@@ -183,7 +186,7 @@ class Peers:
         self._write(llama(config, weights).eval(), workload.prompts(batch), tokens)
 
     def _write(self, model: Any, prompts: list[list[int]], tokens: int) -> None:
-        """The works "generate", greedy text, and "logits", those after the prompts (of one length)."""
+        """Prepare the works "generate", greedy text, and "logits" after the prompts (of one length)."""
         ids = torch.tensor(prompts)
         settings = GenerationConfig(
             max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, eos_token_id=None
@@ -202,18 +205,18 @@ class Peers:
 
 
 def checkpointed(model: Any) -> None:
-    """Have transformers compute each block again in the backward pass."""
+    """Make transformers compute each block again in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def adapted(model: Any, r: int = workload.R) -> Any:
-    """The model with PEFT's LoRA on all projections."""
+    """Return the model with PEFT's LoRA on all projections."""
     config = peft.LoraConfig(r=r, lora_alpha=int(workload.ALPHA), target_modules=list(LINEAR_MODULES))
     return peft.get_peft_model(model, config)
 
 
 def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:
-    """transformers' model over the very arrays given."""
+    """Return transformers' model over the given arrays, without a copy."""
     names = (
         "vocab_size",
         "hidden_size",
@@ -243,7 +246,7 @@ def llama(config: ModelConfig, weights: dict[str, Array]) -> Any:
 
 
 def quantized(model: Any, double_quant: bool = True) -> Any:
-    """The model, its projections replaced by bitsandbytes' NF4 layers as transformers does on loading."""
+    """Replace the projections by bitsandbytes' NF4 layers, as transformers does on loading."""
     for name, module in list(model.named_modules()):
         if name.rpartition(".")[2] in LINEAR_MODULES:
             layer = bnb.nn.Linear4bit(

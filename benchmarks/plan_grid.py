@@ -1,5 +1,4 @@
-"""A grid of fine-tuning runs, each planned from its configuration alone and built and measured for real, side
-by side."""
+"""A grid of fine-tuning runs, each planned from its configuration, then built and measured."""
 
 from __future__ import annotations
 
@@ -23,10 +22,8 @@ from minilora.tables import markdown_table
 from minilora.transformer import Transformer
 
 CASES = 112
-LEAST, SHARE = (
-    64 * 1024,
-    0.02,
-)  # what may remain unexplained of the rise: the larger of these bytes and this share
+LEAST, SHARE = 64 * 1024, 0.02
+"""What may remain unexplained of the rise: the larger of these bytes and this share."""
 
 _shape = ModelConfig(
     vocab_size=259, hidden_size=64, intermediate_size=192, num_hidden_layers=2, context_length=256
@@ -53,7 +50,7 @@ SHAPES = {
     "grid-deep": replace(_shape, num_hidden_layers=7, num_key_value_heads=2),
     "grid-wide": replace(_shape, hidden_size=256, intermediate_size=704, num_key_value_heads=1),
 }
-"""Blocks below, at and above the depth at which the planner runs four for all."""
+"""Models with fewer and with more blocks than the four that the planner runs for a deeper model."""
 
 AXES: dict[str, tuple[Any, ...]] = {
     "model": tuple(SHAPES),
@@ -86,8 +83,10 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def cases(count: int = CASES, seed: int = 0) -> list[PlanConfig]:
-    """The same ``count`` runs every time, each the one of a few random ones that has most pairs of values not
-    seen before."""
+    """Return the same `count` runs every time.
+
+    Each is the one of a few random runs with most pairs of values not seen before.
+    """
     draw = random.Random(seed)
     seen: set[Any] = set()
     found: list[PlanConfig] = []
@@ -101,7 +100,7 @@ def cases(count: int = CASES, seed: int = 0) -> list[PlanConfig]:
 
 
 def applicable(chosen: dict[str, Any]) -> dict[str, Any]:
-    """Only what means something for the method chosen."""
+    """Return only the settings that the chosen method has."""
     method = chosen["method"]
     codebook, adapted = method == "qlora", method in ("lora", "qlora", "qalora")
     if not adapted:
@@ -133,7 +132,7 @@ def _pairs(chosen: dict[str, Any]) -> set[Any]:
 
 @contextmanager
 def shapes() -> Iterator[None]:
-    """The planner knows the grid's shapes by name inside."""
+    """Make the grid's shapes known to the planner by name, inside the block."""
     ARCHITECTURES.update(SHAPES)
     try:
         yield
@@ -143,8 +142,7 @@ def shapes() -> Iterator[None]:
 
 
 def built(c: PlanConfig, seed: int = 0) -> tuple[Transformer, Batch, TrainConfig]:
-    """What a plan describes, for real: a model that is ready to train, a batch in which every target counts,
-    and the settings."""
+    """Build what a plan describes: a model ready to train, a batch where all targets count, the settings."""
     shape = ARCHITECTURES[c.model]
     rng = np.random.default_rng(seed)
     model = init_model(shape, rng, np.dtype(c.dtype), trainable=False)
@@ -158,15 +156,12 @@ def built(c: PlanConfig, seed: int = 0) -> tuple[Transformer, Batch, TrainConfig
         model = inject_lora(model, c.lora(), rng)
     ids = rng.integers(shape.vocab_size, size=(c.batch_size, c.context or 1))
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(PlanConfig)}
-    return (
-        model,
-        Batch(ids, ids, np.ones(ids.shape, bool)),
-        TrainConfig(**{name: getattr(c, name) for name in shared}),
-    )
+    settings = TrainConfig(**{name: getattr(c, name) for name in shared})
+    return model, Batch(ids, ids, np.ones(ids.shape, bool)), settings
 
 
 def held_by_layer(ledger: Ledger) -> dict[tuple[str, str], int]:
-    """(class, layer) → bytes that outlast a step."""
+    """Return (class, layer) → bytes that outlast a step."""
     found: dict[tuple[str, str], int] = {}
     for e in ledger.entries:
         if e.kind in HELD:
@@ -175,8 +170,7 @@ def held_by_layer(ledger: Ledger) -> dict[tuple[str, str], int]:
 
 
 def row_of(c: PlanConfig) -> dict[str, Any]:
-    """A case planned and measured: what a step adds at its peak, and whether all that outlasts it is equal to
-    the byte."""
+    """Plan and measure a case: what a step adds at its peak, and whether all else is equal to the byte."""
     planned, found = plan(c), measure(*built(c))
     measured = (found.measured or 0) - found.held
     return {
@@ -190,7 +184,7 @@ def row_of(c: PlanConfig) -> dict[str, Any]:
 
 
 def measured(say: Any = print) -> list[dict[str, Any]]:
-    """A row for each case, and one for each published figure."""
+    """Return a row for each case, and one for each published figure."""
     with shapes():
         rows = [row_of(c) | {"kind": "run"} for c in cases()]
     say(worst_cases(rows, count=3))
@@ -198,7 +192,7 @@ def measured(say: Any = print) -> list[dict[str, Any]]:
 
 
 def used(row: dict[str, Any]) -> float:
-    """How much of 64 KiB, or of 2 % of the measured rise, the difference is."""
+    """Return the difference as a share of what is allowed: 64 KiB, or 2 % of the measured rise."""
     return float(abs(row["difference"]) / max(LEAST, SHARE * row["measured"]))
 
 

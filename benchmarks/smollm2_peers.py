@@ -1,5 +1,4 @@
-"""The peers' side on a Hugging Face folder, loaded as its users do: ``from_pretrained``, PEFT, and
-bitsandbytes for QLoRA."""
+"""The peers' side on a Hugging Face folder: `from_pretrained`, PEFT, and bitsandbytes for QLoRA."""
 
 from __future__ import annotations
 
@@ -35,9 +34,10 @@ class PeersFolder(Peers):
         checkpoint: bool = False,
         keep: bool = True,
     ) -> None:
-        """Load for ``lora`` (float32) or ``qlora`` (NF4, double quantized, computing in float32).
+        """Load for `lora` (float32) or `qlora` (NF4, double quantized, computing in float32).
 
-        ``keep``: freed memory is kept, which is faster and takes more of it; PEFT's users do not have it.
+        With `keep` the allocator keeps freed memory. That is faster and takes more memory; users of PEFT do
+        without it.
         """
         self.works.clear()
         self.model: Any = None
@@ -57,11 +57,10 @@ class PeersFolder(Peers):
         self._ready(adapted(model), ids, targets, adapters)
 
     def loss(self) -> tuple[float, list[str]]:
-        """Loss, taken in float64 from the float32 logits, and the names of the arrays that have a gradient.
+        """Return the loss in float64 from the float32 logits, and the names of arrays that have a gradient.
 
-        transformers' own, which is what "step" runs, adds 49152 exponentials in float32: its loss errs by
-        2e-5, and gradients of this model by up to 2e-3 of their largest element, a hundred times what all
-        else does.
+        transformers' own loss, which "step" runs, adds 49152 exponentials in float32. It errs by 2e-5, and
+        gradients of this model by up to 2e-3 of their largest element, a hundred times what all else does.
         """
         self.model.zero_grad(set_to_none=True)
         logits = self.model(input_ids=self.ids, use_cache=False).logits
@@ -70,7 +69,7 @@ class PeersFolder(Peers):
         return float(loss), list(self._trainable())
 
     def prepare_writing(self, label: str, prompts: list[list[int]], tokens: int) -> None:
-        """The work ``label``: greedy text with the float32 weights."""
+        """Prepare the work `label`: greedy text with the float32 weights."""
         if not hasattr(self, "writer"):
             self.writer = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
             keep_freed_memory()

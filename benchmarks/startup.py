@@ -1,5 +1,4 @@
-"""Start-up: imports, help, and the compilation of all kernels that the default sweep needs, each in a fresh
-process."""
+"""Start-up, each in a fresh process: imports, help, and compiling all kernels of the default sweep."""
 
 from __future__ import annotations
 
@@ -16,11 +15,21 @@ from benchmarks.timing import summary
 IMPORTS = {
     "import minilora": "import minilora",
     "everything the sweep needs": "import minilora.sweep.run, minilora.sweep.runner",
-    "the same, and the tiny base read": "import minilora.sweep.run, minilora.sweep.runner, minilora; minilora.load_base()",
+    "the same, and the tiny base read": (
+        "import minilora.sweep.run, minilora.sweep.runner, minilora; minilora.load_base()"
+    ),
 }
 PEER_IMPORTS = {
-    "import torch, transformers, peft": "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model"
+    "import torch, transformers, peft": (
+        "import torch, transformers, peft; transformers.LlamaForCausalLM; peft.get_peft_model"
+    )
 }
+TIMED = """
+import time, json
+start = time.perf_counter()
+{code}
+print(json.dumps(time.perf_counter() - start))
+"""
 COMPILE = """
 from minilora.sweep.warm import warm_kernels
 import json
@@ -29,17 +38,18 @@ print(json.dumps(warm_kernels()))
 
 
 def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
-    """One row for help, for each import and for compiling; the first process of each is not counted (disk
-    cache)."""
+    """Return one row for help, for each import and for compiling.
+
+    The first process of each fills the disk cache and does not count.
+    """
     rows = [
         {"what": "minilora --help, the whole process"}
         | summary([_help() for _ in range(min(repeats, 5) + 1)][1:])
     ]
     say(line(rows[-1]))
     for name, code in (IMPORTS | (PEER_IMPORTS if peers else {})).items():
-        timed = f"import time, json; start = time.perf_counter()\n{code}\nprint(json.dumps(time.perf_counter() - start))"
         runs = min(repeats, 5)
-        rows.append({"what": name} | summary([_python(timed) for _ in range(runs + 1)][1:]))
+        rows.append({"what": name} | summary([_python(TIMED.format(code=code)) for _ in range(runs + 1)][1:]))
         say(line(rows[-1]))
     cold, warm = [], []
     for _ in range(min(repeats, 3)):
@@ -58,7 +68,7 @@ def measure(repeats: int, peers: bool, say: Any) -> list[dict[str, Any]]:
 
 def _help() -> float:
     start = time.perf_counter()
-    _process("-m", "minilora.cli", "--help")
+    _process("-m", "minilora", "--help")
     return time.perf_counter() - start
 
 
@@ -67,9 +77,8 @@ def _python(code: str, **environment: str) -> float:
 
 
 def _process(*arguments: str, **environment: str) -> str:
-    env = {
-        k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"
-    }  # users have compiled bytecode
+    # users have compiled bytecode
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
     done = subprocess.run(
         [sys.executable, *arguments], env=env | environment, capture_output=True, text=True, check=False
     )
@@ -79,5 +88,5 @@ def _process(*arguments: str, **environment: str) -> str:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
     return f"{row['what']:65s} {row['median']:7.2f} s (best {row['min']:.2f} of {row['turns']})"

@@ -1,5 +1,7 @@
-"""One training step of the same shards with one thread and with all: how much faster, and are the results the
-same bytes?"""
+"""One training step with one thread and with all: the time of each, and whether the bytes are equal.
+
+Both have the same shards.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ METHODS = ("lora", "qlora", "qalora")
 
 
 def measure(sizes: tuple[str, ...], repeats: int, threads: int, say: Any) -> list[dict[str, Any]]:
-    """Check, then time; one row for each size and method. As many shards as threads, in both cases."""
+    """Check, then time; return one row for each size and method."""
     rows = []
     with (
         remote("benchmarks.ours.Ours", 1, True, threads) as one,
@@ -39,7 +41,7 @@ def measure(sizes: tuple[str, ...], repeats: int, threads: int, say: Any) -> lis
 
 
 def _check(size: str, method: str, one: Remote, many: Remote) -> int:
-    """Loss and all gradients must be the same bytes; the number of arrays compared."""
+    """Require the same bytes of loss and gradients, and return the number of arrays compared."""
     results = []
     for side in (one, many):
         side.call("build", size, method)
@@ -51,7 +53,7 @@ def _check(size: str, method: str, one: Remote, many: Remote) -> int:
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
     r = row["ratio"]
     times = [
         f"{n} threads {1e3 * row[name]['median']:8.1f} ms"

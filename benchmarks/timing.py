@@ -1,5 +1,7 @@
-"""How things are timed: each side in a process of its own, turn by turn; medians, and ratios of neighbouring
-turns."""
+"""How things are timed: each side in a process of its own, turn by turn.
+
+Results are medians, and ratios of neighbouring turns.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,10 @@ import numpy as np
 import minilora
 from minilora.threads import Workers, available_threads, single_blas
 
-PAUSE = 0.03  # seconds before each turn: OpenMP's threads of the other side spin for a while after their work
-TURN = 0.02  # a turn repeats the work until it has taken about this long
+PAUSE = 0.03
+"""Seconds before each turn: OpenMP's threads of the other side spin for a while after their work."""
+TURN = 0.02
+"""Seconds that a turn takes at least, by repeating the work."""
 PEER_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 Contestant = Callable[[int], float]  # n → seconds of one call, from n in a row
 
@@ -34,7 +38,7 @@ Contestant = Callable[[int], float]  # n → seconds of one call, from n in a ro
 class Remote:
     """An object of a class ("package.module.Class") in a process of its own.
 
-    Two libraries in one process would share the allocator, its settings and the memory that is reported.
+    Two libraries in one process would share the allocator, its settings, and the memory that is reported.
     """
 
     def __init__(self, path: str, *args: Any):
@@ -45,8 +49,7 @@ class Remote:
         theirs.close()  # so that the death of the process is seen as the end of the pipe
 
     def call(self, method: str, *args: Any) -> Any:
-        """Return what the method of the remote object returns; an exception over there becomes a RuntimeError
-        here."""
+        """Return what the method of the remote object returns; its exception becomes a RuntimeError here."""
         self._connection.send((method, args))
         try:
             ok, result = self._connection.recv()
@@ -80,7 +83,7 @@ def _serve(connection: Any, path: str, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def remote(path: str, *args: Any) -> Iterator[Remote]:
-    """A remote object that is closed in the end."""
+    """Open a remote object and close it in the end."""
     side = Remote(path, *args)
     try:
         yield side
@@ -102,11 +105,10 @@ def open_sides(threads: int, peers: bool) -> Iterator[dict[str, Remote]]:
 
 
 class Sgemm:
-    """NumPy's product of float32 matrices, its rows shared out to so many threads: the rate that no training
-    step exceeds.
+    """NumPy's product of float32 matrices, its rows split over the threads: no training step is faster.
 
-    Each thread calls a BLAS of one: OpenBLAS's own threads would go on spinning long after, at the next
-    contestant's cost.
+    Each thread calls a BLAS of one thread. OpenBLAS's own threads would go on spinning after their work, at
+    the next contestant's cost.
     """
 
     N = 2048
@@ -124,22 +126,22 @@ class Sgemm:
         self.work = work
 
     def timed(self, n: int) -> float:
-        """Seconds of one product, from n in a row."""
+        """Return the seconds of one product, from n in a row."""
         return timed(self.work, n)
 
     @classmethod
     def seconds(cls, flop: int, products: list[float]) -> list[float]:
-        """What so many operations would take at the rate of each product."""
+        """Return what `flop` operations would take at the rate of each product."""
         return [flop * seconds / cls.FLOP for seconds in products]
 
     @classmethod
     def gflops(cls, products: list[float]) -> float:
-        """Median rate, GFLOP/s."""
+        """Return the median rate in GFLOP/s."""
         return cls.FLOP / float(np.median(products)) / 1e9
 
 
 def timed(work: Callable[[], Any], n: int) -> float:
-    """Seconds of one call, from n in a row."""
+    """Return the seconds of one call, from n in a row."""
     start = time.perf_counter()
     for _ in range(n):
         work()
@@ -147,7 +149,7 @@ def timed(work: Callable[[], Any], n: int) -> float:
 
 
 def interleave(contestants: dict[str, Contestant], repeats: int, warmup: int = 2) -> dict[str, list[float]]:
-    """Let contestants take turns; the seconds of each, turn by turn.
+    """Let contestants take turns, and return the seconds of each, turn by turn.
 
     The order is reversed at every other turn, so that a slow minute of the machine meets all sides alike.
     """
@@ -164,25 +166,24 @@ def interleave(contestants: dict[str, Contestant], repeats: int, warmup: int = 2
 
 
 def summary(seconds: list[float]) -> dict[str, float]:
-    """Median, least and number of turns."""
+    """Return median, least and number of turns."""
     return {"median": float(np.median(seconds)), "min": min(seconds), "turns": len(seconds)}
 
 
 def ratio(slower: list[float], faster: list[float]) -> dict[str, float]:
-    """How many times as long the first side took, turn by turn: median, and the range of 80 % of the
-    turns."""
+    """Return `slower` / `faster`, turn by turn: median, and the range of 80 % of the turns."""
     low, middle, high = np.quantile(np.array(slower) / np.array(faster), [0.1, 0.5, 0.9]).tolist()
     return {"median": middle, "p10": low, "p90": high}
 
 
 def peers_installed() -> bool:
-    """Whether the extra ``peers`` is there."""
+    """Return whether the extra `peers` is installed."""
     return all(find_spec(name) is not None for name in PEER_PACKAGES)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on: processor, memory, load, versions."""
-    from minilora.sweep.run import cpu_name
+    """Return what the numbers depend on: processor, memory, load, versions."""
+    from minilora.sweep.environment import cpu_name
 
     def installed(name: str) -> str | None:
         try:
@@ -212,8 +213,10 @@ def _memory_gib() -> float:
 
 
 def reset_peak(trim: bool = True) -> None:
-    """Forget this process's largest memory so far (Linux); with ``trim``, freed memory is handed back
-    before."""
+    """Forget the largest memory of this process so far (Linux).
+
+    With `trim`, freed memory is handed back first.
+    """
     gc.collect()
     if sys.platform.startswith("linux"):
         malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
@@ -224,13 +227,15 @@ def reset_peak(trim: bool = True) -> None:
 
 
 def peak_mib() -> float | None:
-    """Largest resident memory of this process since :func:`reset_peak`, interpreter and libraries included
-    (Linux)."""
+    """Return the largest resident memory of this process since `reset_peak` (Linux).
+
+    Interpreter and libraries are included.
+    """
     return _status_mib("VmHWM")
 
 
 def resident_mib() -> float | None:
-    """Resident memory of this process now, interpreter and libraries included (Linux)."""
+    """Return the resident memory of this process now, interpreter and libraries included (Linux)."""
     return _status_mib("VmRSS")
 
 

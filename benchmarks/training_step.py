@@ -1,5 +1,4 @@
-"""One optimizer step (forward, backward, clip, AdamW) of each method and size, beside torch + PEFT (+
-bitsandbytes)."""
+"""One optimizer step (forward, backward, clip, AdamW) of each method and size, beside the peers."""
 
 from __future__ import annotations
 
@@ -23,8 +22,10 @@ PEER = {
 def measure(
     sizes: tuple[str, ...], repeats: int, threads: int, peers: bool, say: Any
 ) -> list[dict[str, Any]]:
-    """Check, then time; one row for each size and method. The limit is taken from a product between the
-    turns."""
+    """Check, then time; return one row for each size and method.
+
+    The limit is taken from a product between the turns.
+    """
     rows = []
     with open_sides(threads, peers) as sides, remote("benchmarks.timing.Sgemm", threads) as product:
         for name in sizes:
@@ -75,7 +76,7 @@ def _one(
 
 
 def _check_alone(name: str, method: str, ours: Remote) -> None:
-    """Without a peer: everything is finite."""
+    """Require finite loss and gradients, where there is no peer."""
     ours.call("build", name, method)
     loss, names = ours.call("loss")
     bad = [n for n in names if not np.isfinite(ours.call("gradient", n)).all()]
@@ -84,8 +85,10 @@ def _check_alone(name: str, method: str, ours: Remote) -> None:
 
 
 def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, Any]:
-    """Compare loss and every gradient on the same weights, adapters and batch; leaves both sides ready to be
-    timed."""
+    """Compare loss and every gradient on the same weights, adapters and batch.
+
+    Both sides are then ready to be timed.
+    """
     if method == "qalora":  # the same function in dense form: W = dequantized, A repeated over each group
         ours.call("build", name, method)
         adapters = workload.wide(workload.adapters(workload.SIZES[name], workload.GROUP_SIZE))
@@ -100,8 +103,13 @@ def _check(name: str, method: str, ours: Remote, theirs: Remote) -> dict[str, An
 
 
 def compare(what: str, ours: Remote, theirs: Remote, bound: float) -> dict[str, Any]:
-    """Loss and every gradient of both sides as they stand; RuntimeError if one differs by more than
-    ``bound``."""
+    """Compare loss and every gradient of both sides as they stand.
+
+    Raises
+    ------
+    RuntimeError
+        Something differs by more than `bound`.
+    """
     (loss, names), (their_loss, their_names) = ours.call("loss"), theirs.call("loss")
     if set(names) != set(their_names):
         raise RuntimeError(f"{what}: different arrays train: {sorted(set(names) ^ set(their_names))[:4]}")
@@ -129,7 +137,7 @@ def compare(what: str, ours: Remote, theirs: Remote, bound: float) -> dict[str, 
 
 
 def line(row: dict[str, Any]) -> str:
-    """One row for the terminal."""
+    """Return one row for the terminal."""
     text = f"{row['size']:6s} {row['method']:6s}"
     for side in ("ours", "peer"):
         if row[side]:
@@ -137,5 +145,6 @@ def line(row: dict[str, Any]) -> str:
     text += f"   {100 * row['limit_share']['median']:.0f} % of the limit ({row['limit_ms']:.1f} ms)"
     if row["peer"]:
         r, error = row["ratio"], row["check"]["worst_relative_error"]
-        text += f"   peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})   gradients differ by {error:.0e}"
+        text += f"   peer/ours {r['median']:.2f} ({r['p10']:.2f}-{r['p90']:.2f})"
+        text += f"   gradients differ by {error:.0e}"
     return text

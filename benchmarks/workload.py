@@ -1,8 +1,8 @@
-"""What both sides compute: sizes, weights, batches and adapters, each a function of the size alone."""
+"""What both sides compute: sizes, weights, batches, adapters and runs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -45,8 +45,10 @@ SIZES = {
 
 
 def weights(size: Size) -> dict[str, np.ndarray]:
-    """Random weights of which every layer's output and gradient is of order one, so that rounding is compared
-    fairly."""
+    """Return random weights that make every layer's output and gradient of order one.
+
+    Rounding is then compared fairly.
+    """
     rng = np.random.default_rng(0)
     found = {}
     for name, shape in parameter_shapes(size.config).items():
@@ -56,7 +58,7 @@ def weights(size: Size) -> dict[str, np.ndarray]:
 
 
 def projections(size: Size) -> dict[str, tuple[int, int]]:
-    """Module name → (out, in) of what is quantized and adapted."""
+    """Return module name → (out, in) of what is quantized and adapted."""
     return {
         name.removesuffix(".weight"): (shape[0], shape[1])
         for name, shape in parameter_shapes(size.config).items()
@@ -65,12 +67,12 @@ def projections(size: Size) -> dict[str, tuple[int, int]]:
 
 
 def wide(values: dict[str, np.ndarray], group_size: int = GROUP_SIZE) -> dict[str, np.ndarray]:
-    """QA-LoRA's adapters as LoRA's that compute the same: A repeated over each group."""
+    """Return QA-LoRA's adapters as LoRA's that compute the same: A is repeated over each group."""
     return {name: np.repeat(a, group_size, axis=-1) if "lora_A" in name else a for name, a in values.items()}
 
 
 def adapters(size: Size, pool: int = 1, r: int = R, seed: int = 1) -> dict[str, np.ndarray]:
-    """A (r, in/pool) and B (out, r) of each projection; B is not zero, or A would have no gradient."""
+    """Return A (r, in/pool) and B (out, r) of each projection; with B = 0, A would have no gradient."""
     rng = np.random.default_rng(seed)
     found = {}
     for name, (out, in_) in projections(size).items():
@@ -82,13 +84,12 @@ def adapters(size: Size, pool: int = 1, r: int = R, seed: int = 1) -> dict[str, 
 
 
 def flop(size: Size, method: str, r: int = R) -> int:
-    """Floating-point operations of one training step, as far as they cannot be avoided: weights' products and
-    causal attention.
+    """Return the floating-point operations that one training step cannot avoid.
 
-    A product takes 2 a weight and token: forward, for the gradient of its input and, where the weight trains,
-    for its own. So 4 for each linear and head weight (6 with ``full``) and 6 for each adapter weight. Causal
-    attention has two products forward and four backward, over half of T × T: 6·T²·heads·head_dim a sequence
-    and layer.
+    A product takes 2 for each weight and token: forward, for the gradient of its input and, where the weight
+    trains, for its own. So 4 for each linear and head weight (6 with `full`) and 6 for each adapter weight.
+    Causal attention has two products forward and four backward, over half of T × T: 6·T²·heads·head_dim for
+    each sequence and layer.
 
     >>> round(flop(SIZES["tiny"], "lora") / 1e9, 3)
     10.821
@@ -102,15 +103,14 @@ def flop(size: Size, method: str, r: int = R) -> int:
 
 
 def batch(size: Size) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and targets (B, T); every target counts."""
+    """Return token ids and targets (B, T); every target counts."""
     rng = np.random.default_rng(2)
     shape = (size.batch, size.time)
     return rng.integers(size.config.vocab_size, size=shape), rng.integers(size.config.vocab_size, size=shape)
 
 
 def rounding(size: Size) -> float:
-    """Relative error that float32 allows a gradient: eps · Σ √n over the sums of n products that it passes
-    through.
+    """Return the relative error that float32 allows a gradient: eps · Σ √n over the sums of n products.
 
     Independent roundings of eps/2 add up like a random walk.
     """
@@ -121,11 +121,14 @@ def rounding(size: Size) -> float:
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference in units of the largest expected element; infinite if anything is not finite or the
-    shapes differ.
+    """Return the largest difference in units of the largest expected element.
 
-    >>> difference(np.array([1.0, 2.0]), np.array([1.0, 4.0])), difference(np.array([np.nan]), np.array([1.0]))
-    (0.5, inf)
+    It is infinite if anything is not finite or the shapes differ.
+
+    >>> difference(np.array([1.0, 2.0]), np.array([1.0, 4.0]))
+    0.5
+    >>> difference(np.array([np.nan]), np.array([1.0]))
+    inf
     """
     if found.shape != expected.shape or not (np.isfinite(found).all() and np.isfinite(expected).all()):
         return float("inf")
@@ -134,20 +137,20 @@ def difference(found: np.ndarray, expected: np.ndarray) -> float:
 
 
 def matrices(n: int, batch: int) -> tuple[np.ndarray, np.ndarray]:
-    """A weight (n, n) and an input (batch, n) for the kernels."""
+    """Return a weight (n, n) and an input (batch, n) for the kernels."""
     rng = np.random.default_rng(3)
     return rng.standard_normal((n, n), np.float32), rng.standard_normal((batch, n), np.float32)
 
 
 def real_text() -> str:
-    """Prose: the chapter "Execution model" of Python's language reference, which comes with every Python."""
+    """Return prose: the chapter "Execution model" of Python's language reference, which every Python has."""
     from pydoc_data.topics import topics
 
     return topics["execmodel"]
 
 
 def prompts(n: int, length: int = 32) -> list[list[int]]:
-    """Byte prompts for generation: lower-case letters and spaces."""
+    """Return byte prompts for generation: lower-case letters and spaces."""
     rng = np.random.default_rng(4)
     return [
         rng.choice(np.frombuffer(b"abcdefghijklmnopqrstuvwxyz    ", np.uint8), length).tolist()
@@ -160,7 +163,7 @@ def prompts(n: int, length: int = 32) -> list[list[int]]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the grid, as ``run_sweep`` wants it: fields, and a key."""
+    """One run of the grid, as `run_sweep` takes it: columns, and a key."""
 
     method: str
     r: int
@@ -170,15 +173,14 @@ class Run:
     steps: int = 100
     task: str = "text"
 
-    @property
-    def quant_type(self) -> str | None:
-        return "nf4" if self.method == "qlora" else None
-
     def key(self) -> str:
         return f"{self.size}-{self.steps}-{self.method}-{self.r}-{self.learning_rate:g}-{self.seed}"
 
+    def row(self) -> dict[str, Any]:
+        return asdict(self) | {"quant_type": "nf4" if self.method == "qlora" else None}
+
     def train(self) -> TrainConfig:
-        """The trainer's part; the batch is the size's."""
+        """Return the settings of the trainer; the batch is that of the size."""
         return TrainConfig(
             self.steps,
             SIZES[self.size].batch,
@@ -190,13 +192,12 @@ class Run:
         )
 
     def adapters(self) -> dict[str, np.ndarray]:
-        """Where both sides start."""
+        """Return the adapters that both sides start from."""
         return adapters(SIZES[self.size], r=self.r, seed=self.seed)
 
 
 class Text:
-    """Windows of prose, a byte a token: what both sides train on, and the tenth of it that they are judged
-    by."""
+    """Windows of prose, one byte per token: both sides train on nine tenths and are judged by the rest."""
 
     name, sha256, splits, max_new_tokens = "text", "", ("test",), 0
 

@@ -72,6 +72,7 @@ def mounted() -> dict[str, str]:
         f"minilora/{path.as_posix()}": f"source/{path.with_suffix('.md').as_posix()}" for path in modules()
     }
     found[KERNELS] = "kernels.md"
+    found["docs/own_adapters.py"] = "adapter.md"
     others = [ROOT / "LICENSE", ROOT / "CITATION.cff", *(ROOT / "notebooks").rglob("*.ipynb")]
     others += [path for path in (ROOT / "benchmarks/results").rglob("*") if path.is_file()]
     return found | {name: name for name in (path.relative_to(ROOT).as_posix() for path in others)}
@@ -172,6 +173,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if name == "files.md":
         markdown = markdown.replace("<!-- files -->", tree())
     markdown = relink(markdown, f"docs/{name}", name)
+    if name == "adapter.md":
+        code = (ROOT / "docs/own_adapters.py").read_text(encoding="utf-8")
+        markdown = markdown.replace("<!-- examples -->", f"````python\n{code}````")
     if name == "kernels.md" and (ROOT / KERNELS).is_file():
         text = (ROOT / KERNELS).read_text(encoding="utf-8")
         markdown = markdown.replace("<!-- kernels -->", relink(re.sub(r"\A# .*\n", "", text), KERNELS, name))

@@ -1,4 +1,4 @@
-"""Two adapters of one's own: LoRA-FA and VeRA. `docs/adapters.md` explains them, and a test trains them."""
+"""Two adapters of one's own: LoRA-FA and VeRA. `docs/adapter.md` explains them, and a test trains them."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.functional import flat
-from minilora.layers import Adapter, Array, Cache, Key, Linear
+from minilora.layers import Array, Cache, Key, Linear
 from minilora.parameters import Gradients, Parameter
 
 

@@ -1,30 +1,37 @@
-"""Configuration: small frozen dataclasses, validated once, with the field's names (PEFT's, bitsandbytes',
-Llama's)."""
+"""Configuration: small frozen dataclasses, validated once, with the names of PEFT, bitsandbytes and Llama.
+
+Each setting is written once, as a field here with one entry in its class's `Parameters`. The command line,
+the rows of a sweep and the fingerprint of a run are made from these fields (`minilora.composed`). A field's
+metadata says what the dataclass alone cannot:
+
+- `role`: `DERIVED` (decided by another setting), `PROGRESS` (changes no result) or `LABEL` (a name).
+- `used_by`: the kind of weight, quantizer or method that reads the field; the others ignore it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 LINEAR_MODULES = ATTENTION_MODULES + MLP_MODULES
+MODULE_GROUPS = {"all-linear": LINEAR_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
 
 TINY = "tiny"
-"""The name of the base that ships in the package; any other is a real model, with a tokenizer
-(``minilora.formats.bases``)."""
+"""Name of the base that ships in the package. Any other name is a real model with a tokenizer."""
 
 TRAINED = ("full", "subset", "lora", "qlora", "qalora")
+"""Methods that train."""
 CONTROLS = ("base", "quantized_base")
+"""Methods that only measure."""
 METHODS = CONTROLS + TRAINED
 ADAPTERS = ("lora", "qlora", "qalora")
+"""Methods with a low-rank adapter."""
 QUANTIZED = ("qlora", "qalora", "quantized_base")
-"""Methods: those that train, those that only measure; those with an adapter, those over a base in few
-bits."""
+"""Methods over a base stored in few bits."""
 
 CODEBOOK_TYPES = ("nf2", "nf3", "nf4", "nf8", "fp4")
 AFFINE_TYPES = ("int2", "int3", "int4", "int8")
@@ -38,13 +45,16 @@ DTYPES = ("float32", "float64", "float16")
 SVD_INITS = ("pissa", "loftq")
 INITS = ("normal", "kaiming", "gaussian", *SVD_INITS)
 
+DERIVED, PROGRESS, LABEL = "derived", "progress", "label"
+"""Roles of a field that is not an ordinary setting of a run."""
+
 
 class ConfigError(ValueError):
-    """A setting that cannot work; the message names the field, the value, what is allowed and the fix."""
+    """A setting that cannot work. The message names field, value, what is allowed and the fix."""
 
 
 def require(ok: bool, field: str, value: Any, allowed: str) -> None:
-    """Raise ``ConfigError("field=value: allowed")`` unless ``ok``.
+    """Raise `ConfigError("field=value: allowed")` unless `ok`.
 
     >>> require(False, "r", 0, "must be at least 1")
     Traceback (most recent call last):
@@ -55,7 +65,7 @@ def require(ok: bool, field: str, value: Any, allowed: str) -> None:
 
 
 def require_in(value: Any, allowed: Collection[Any], field: str) -> None:
-    """Raise unless ``value`` is one of ``allowed``."""
+    """Raise unless `value` is one of `allowed`."""
     require(value in allowed, field, value, "choose one of " + ", ".join(map(str, allowed)))
 
 
@@ -67,9 +77,8 @@ def _whole(value: Any, field: str, least: int = 1) -> None:
 def _number(
     value: Any, field: str, low: float, high: float = float("inf"), *, open_low: bool = False
 ) -> None:
-    ok = (
-        isinstance(value, (int, float)) and abs(value) <= sys.float_info.max and low <= value <= high
-    )  # NaN fails, 10**400 too
+    # NaN fails the comparison, and 10**400 is above the largest float
+    ok = isinstance(value, (int, float)) and abs(value) <= sys.float_info.max and low <= value <= high
     ok = ok and not (open_low and value == low)
     require(
         ok, field, value, f"must be a finite number {'above' if open_low else 'from'} {low:g} to {high:g}"
@@ -78,13 +87,21 @@ def _number(
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of a Llama-family transformer; the names are those of transformers' ``LlamaConfig``.
+    """Shape of a Llama-family transformer, with the names of transformers' `LlamaConfig`.
 
-    The defaults are the base that ships in the package. ``hidden_act="silu"`` is the SwiGLU MLP (gate, up,
-    down); ``"gelu_pytorch_tanh"`` the two-matrix MLP (up, down) of the LoRA paper's figure. ``rope_factors``
-    (head_dim / 2) divide the speeds of the rotary pairs: all equal is linear scaling, Llama 3's slows the
-    slow pairs only; None leaves them.
+    The defaults are the base that ships in the package.
 
+    Parameters
+    ----------
+    hidden_act
+        `silu` is the SwiGLU MLP (gate, up, down); `gelu_pytorch_tanh` the two-matrix MLP (up, down) of the
+        LoRA paper's figure.
+    rope_factors : (head_dim / 2,)
+        Divisors of the rotary pairs' speeds. All equal is linear scaling; Llama 3 slows only the slow pairs.
+        None leaves the speeds.
+
+    Examples
+    --------
     >>> ModelConfig(num_attention_heads=3)
     Traceback (most recent call last):
     minilora.config.ConfigError: num_attention_heads=3: must divide hidden_size=128
@@ -104,16 +121,10 @@ class ModelConfig:
     rope_factors: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for field in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "context_length",
-        ):
-            _whole(getattr(self, field), field)
-        for field in ("num_attention_heads", "num_key_value_heads"):
-            _whole(getattr(self, field), field)
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            _whole(getattr(self, name), name)
+        for name in ("context_length", "num_attention_heads", "num_key_value_heads"):
+            _whole(getattr(self, name), name)
         heads, kv = self.num_attention_heads, self.num_key_value_heads
         require(
             self.hidden_size % heads == 0,
@@ -132,7 +143,8 @@ class ModelConfig:
         _number(self.rope_theta, "rope_theta", 0, open_low=True)
         _number(self.rms_norm_eps, "rms_norm_eps", 0)
         if self.rope_factors is not None:
-            object.__setattr__(self, "rope_factors", tuple(self.rope_factors))  # JSON makes lists of tuples
+            # JSON turns tuples into lists
+            object.__setattr__(self, "rope_factors", tuple(self.rope_factors))
             require(
                 len(self.rope_factors) == self.head_dim // 2,
                 "rope_factors",
@@ -150,17 +162,45 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to adapt and how; PEFT's names and meaning.
+    """What to adapt and how, with PEFT's names and meaning.
 
-    ``scaling`` is lora_alpha / r, or lora_alpha / √r with ``use_rslora`` (arXiv 2312.03732). A starts
-    Gaussian with standard deviation 1/√(3·in) (``"normal"``; the same variance as PEFT's ``"kaiming"``, and
-    independent of r) or, as PEFT's own ``"gaussian"``, with 1/r, which confounds a rank sweep. B starts at
-    zero. ``"pissa"`` and ``"loftq"`` (``loftq_iter`` rounds) start both from a decomposition:
-    ``minilora.initial``. ``use_qalora`` pools the input over the base weight's groups (arXiv 2309.14717); the
-    group size is the weight's own. ``use_dora`` trains the length of each row of W + ΔW apart (arXiv
-    2402.09353). ``rank_pattern`` and ``alpha_pattern`` give single modules, by name or end of name, another r
-    or lora_alpha.
+    Parameters
+    ----------
+    r
+        Rank of A and B.
+    lora_alpha
+        α; the adapter is multiplied by α / r, or by α / √r with `use_rslora`.
+    lora_dropout
+        Share of the adapter's inputs that training drops.
+    target_modules
+        Modules to adapt: all-linear, attention, mlp, or names such as q_proj,v_proj.
+    use_rslora
+        Scale by α / √r instead of α / r (rsLoRA).
+    use_qalora
+        Pool the input over the base weight's groups, so that the adapter merges into its offsets (QA-LoRA).
+    init_lora_weights
+        Start of A and B: normal, kaiming, gaussian (standard deviation 1/r, as PEFT), pissa or loftq.
+    use_dora
+        Train the length of each row of W + ΔW separately (DoRA).
+    loftq_iter
+        Rounds of LoftQ's alternating decomposition.
+    rank_pattern
+        Rank of single modules, such as layers.3.mlp.up_proj=2; a name or the end of one.
+    alpha_pattern
+        α of single modules, such as q_proj=32; a name or the end of one.
 
+    Notes
+    -----
+    `normal` draws A with standard deviation 1/√(3·in): PEFT's `kaiming` has the same variance, and both are
+    independent of r. `gaussian` depends on r and so confounds a rank sweep. B starts at zero. `pissa` and
+    `loftq` start both factors from a decomposition (`minilora.initial`).
+
+    References
+    ----------
+    LoRA: arXiv 2106.09685. rsLoRA: arXiv 2312.03732. QA-LoRA: arXiv 2309.14717. DoRA: arXiv 2402.09353.
+
+    Examples
+    --------
     >>> LoraConfig(r=8, lora_alpha=16).scaling
     2.0
     >>> LoraConfig(r=8, rank_pattern={"layers.3.mlp.up_proj": 2}).of("model.layers.3.mlp.up_proj").r
@@ -172,12 +212,12 @@ class LoraConfig:
     lora_dropout: float = 0.0
     target_modules: tuple[str, ...] = LINEAR_MODULES
     use_rslora: bool = False
-    use_qalora: bool = False
+    use_qalora: bool = field(default=False, metadata={"role": DERIVED})
     init_lora_weights: str = "normal"
     use_dora: bool = False
     loftq_iter: int = 1
-    rank_pattern: Mapping[str, int] = dataclasses.field(default_factory=dict, hash=False)
-    alpha_pattern: Mapping[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         _whole(self.r, "r")
@@ -204,8 +244,12 @@ class LoraConfig:
         for name, alpha in self.alpha_pattern.items():
             _number(alpha, f"alpha_pattern[{name!r}]", 0, open_low=True)
         if self.use_qalora:
-            why = "needs an offset that takes up ΔW, and {} changes more than that; choose either, or leave out use_qalora"
-            require(not self.use_dora, "use_dora", True, "use_qalora " + why.format("the length of rows"))
+            require(
+                not self.use_dora,
+                "use_dora",
+                True,
+                "use_qalora merges ΔW into offsets, and DoRA also changes the length of rows; choose one",
+            )
             require(
                 self.init_lora_weights not in SVD_INITS,
                 "init_lora_weights",
@@ -215,12 +259,11 @@ class LoraConfig:
 
     @property
     def scaling(self) -> float:
-        """The factor in front of B A: α/r, or α/√r for rsLoRA. It is computed here and nowhere else."""
+        """The factor s of s·BA: α/r, or α/√r for rsLoRA. It is computed here and nowhere else."""
         return self.lora_alpha / (self.r**0.5 if self.use_rslora else self.r)
 
     def of(self, module: str) -> LoraConfig:
-        """The configuration of one module, its full name given: patterns resolved, of which the first that
-        matches counts."""
+        """Return the configuration of one module by its full name; the first pattern that matches counts."""
         r = next((v for k, v in self.rank_pattern.items() if matches(module, k)), self.r)
         alpha = next((v for k, v in self.alpha_pattern.items() if matches(module, k)), self.lora_alpha)
         return replace(self, r=r, lora_alpha=alpha, rank_pattern={}, alpha_pattern={})
@@ -229,52 +272,72 @@ class LoraConfig:
 def matches(name: str, target: str) -> bool:
     """PEFT's rule: the target is the module's last part or a suffix of whole parts, never a substring.
 
-    >>> matches("model.layers.0.self_attn.q_proj", "q_proj"), matches("model.layers.0.self_attn.q_proj", "proj")
+    >>> name = "model.layers.0.self_attn.q_proj"
+    >>> matches(name, "self_attn.q_proj"), matches(name, "proj")
     (True, False)
     """
     return name == target or name.endswith("." + target)
 
 
 def expand_modules(text: str) -> tuple[str, ...]:
-    """Turn ``"all-linear"``, ``"attention"``, ``"mlp"`` or a comma list into module names.
+    """Turn `all-linear`, `attention`, `mlp` or a comma list into module names.
 
     >>> expand_modules("q_proj,v_proj")
     ('q_proj', 'v_proj')
     """
-    short = {"all-linear": LINEAR_MODULES, "attention": ATTENTION_MODULES, "mlp": MLP_MODULES}
-    return short.get(text) or tuple(part.strip() for part in text.split(",") if part.strip())
+    return MODULE_GROUPS.get(text) or tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 @dataclass(frozen=True)
 class QuantConfig:
     """How a frozen weight is stored, and how its codes are found.
 
-    Codebooks (``nf2 nf3 nf4 nf8 fp4``) take ``block_size`` and ``double_quant``; affine integers (``int2 int3
-    int4 int8``, w = scale·q + offset) take ``group_size``, counted along the input, ``fit`` (how scale and
-    offset are found) and ``offset_dtype`` (how the offset is stored; ``zero`` is GPTQ's whole zero point).
+    Parameters
+    ----------
+    quant_type
+        Codebook nf2, nf3, nf4, nf8 or fp4; or integers int2, int3, int4 or int8 (w = scale·q + offset).
+    block_size
+        Weights that share a scale (codebooks).
+    double_quant
+        Quantize the scales themselves (codebooks).
+    group_size
+        Inputs that share a scale and an offset (integers).
+    quantizer
+        How codes are found: rtn (nearest code), gptq (needs calibration data) or hqq (fits the offsets).
+    fit
+        How scale and offset are found: minmax, symmetric or mse (integers).
+    offset_dtype
+        How offsets are stored: float16, float32, or zero, GPTQ's whole zero point (integers).
+    desc_act
+        Quantize columns by falling activation (gptq); needs static_groups.
+    static_groups
+        Fix each group's scale before any column is rounded (gptq).
+    damp_percent
+        Share of the Hessian's mean diagonal that is added to the diagonal (gptq).
 
-    ``quantizer``: ``rtn`` rounds each weight to the nearest code · ``gptq`` (arXiv 2210.17323) rounds column
-    by column, spreads each error over the columns still to come and needs calibration data; ``desc_act``,
-    ``static_groups`` and ``damp_percent`` are its options, by transformers' names · ``hqq`` fits the offsets
-    without data.
+    References
+    ----------
+    QLoRA (NF4, double quantization): arXiv 2305.14314, section 3. GPTQ: arXiv 2210.17323.
 
+    Examples
+    --------
     >>> QuantConfig("int4").bits, QuantConfig("int4").affine
     (4, True)
     >>> QuantConfig("nf4", quantizer="hqq")
-    Traceback (most recent call last): minilora.config.ConfigError: quantizer='hqq': fits offsets, and nf4 has
-    none; take rtn or gptq, or an integer type
+    Traceback (most recent call last):
+    minilora.config.ConfigError: quantizer='hqq': nf4 has no offsets to fit; take rtn, gptq or an integer type
     """
 
     quant_type: str = "nf4"
-    block_size: int = 64
-    double_quant: bool = True
-    group_size: int = 32
+    block_size: int = field(default=64, metadata={"used_by": "codebook"})
+    double_quant: bool = field(default=True, metadata={"used_by": "codebook"})
+    group_size: int = field(default=32, metadata={"used_by": "affine"})
     quantizer: str = "rtn"
-    fit: str = "minmax"
-    offset_dtype: str = "float16"
-    desc_act: bool = False
-    static_groups: bool = False
-    damp_percent: float = 0.01
+    fit: str = field(default="minmax", metadata={"used_by": "affine"})
+    offset_dtype: str = field(default="float16", metadata={"used_by": "affine"})
+    desc_act: bool = field(default=False, metadata={"used_by": "gptq"})
+    static_groups: bool = field(default=False, metadata={"used_by": "gptq"})
+    damp_percent: float = field(default=0.01, metadata={"used_by": "gptq"})
 
     def __post_init__(self) -> None:
         require_in(self.quant_type, CODEBOOK_TYPES + AFFINE_TYPES, "quant_type")
@@ -289,11 +352,11 @@ class QuantConfig:
                 self.quantizer != "hqq",
                 "quantizer",
                 "hqq",
-                f"fits offsets, and {self.quant_type} has none; take rtn or gptq, or an integer type",
+                f"{self.quant_type} has no offsets to fit; take rtn, gptq or an integer type",
             )
-            for field, plain in (("fit", "minmax"), ("offset_dtype", "float16")):
-                value = getattr(self, field)
-                require(value == plain, field, value, f"{self.quant_type} has no offsets; leave it out")
+            for name, plain in (("fit", "minmax"), ("offset_dtype", "float16")):
+                value = getattr(self, name)
+                require(value == plain, name, value, f"{self.quant_type} has no offsets; leave it out")
         if self.quantizer == "hqq":
             require(
                 self.fit in ("minmax", "hqq"),
@@ -302,11 +365,11 @@ class QuantConfig:
                 "quantizer='hqq' is a fit of its own; leave it out",
             )
             object.__setattr__(self, "fit", "hqq")
-        for field, usual in (("desc_act", False), ("static_groups", False), ("damp_percent", 0.01)):
-            value = getattr(self, field)
+        for name, usual in (("desc_act", False), ("static_groups", False), ("damp_percent", 0.01)):
+            value = getattr(self, name)
             require(
                 value == usual or self.quantizer == "gptq",
-                field,
+                name,
                 value,
                 f"quantizer={self.quantizer!r} has no such option",
             )
@@ -314,8 +377,8 @@ class QuantConfig:
             not self.desc_act or self.static_groups,
             "desc_act",
             self.desc_act,
-            "needs static_groups=True: columns taken out of order would give a group's scale to scattered inputs, and the "
-            "inputs of a group must be neighbours here (QA-LoRA sums over them)",
+            "needs static_groups=True: QA-LoRA sums over neighbouring inputs, and reordered columns would "
+            "scatter the inputs of a group",
         )
 
     @property
@@ -333,20 +396,56 @@ class QuantConfig:
 class TrainConfig:
     """One training run: optimizer, schedule, batch, evaluation.
 
-    ``shards`` splits each batch into that many pieces whose gradients are added in order; it belongs to the
-    configuration, not to the machine, so that any number of ``threads`` gives the same bytes.
-    ``lora_plus_ratio`` multiplies the learning rate of every B (LoRA+, arXiv 2402.12354).
+    Parameters
+    ----------
+    steps
+        Optimizer steps.
+    batch_size
+        Sequences in a batch.
+    learning_rate
+        Peak learning rate. Default: the method's own in a run, 0.002 for a `Trainer` by itself.
+    optimizer
+        adamw, adamw_8bit (moments in 8 bits), paged_adamw, paged_adamw_8bit (moments in a file) or sgd.
+    weight_decay
+        Decoupled weight decay of AdamW.
+    beta1
+        Decay of Adam's first moment.
+    beta2
+        Decay of Adam's second moment.
+    eps
+        Term in the denominator of Adam's update.
+    momentum
+        Momentum of sgd.
+    schedule
+        Learning rate after the warm-up: cosine down to zero, or constant.
+    warmup_steps
+        Steps of linear warm-up; a run shortens it to its number of steps.
+    max_grad_norm
+        Joint norm to which gradients are clipped.
+    lora_plus_ratio
+        Factor on the learning rate of every B (LoRA+).
+    gradient_checkpointing
+        Keep a sixth to a quarter of each block's activations and compute the rest again.
+    logits_chunk
+        Rows of logits computed at a time; 0: all at once. Saves memory where the vocabulary is large.
+    gradient_accumulation_steps
+        Batches that make one step, one after another.
+    shards
+        Pieces of a batch, one per worker thread; part of the result, unlike the number of threads.
+    eval_every
+        Steps between evaluations on the validation split; 0 for none.
+    checkpoint_every
+        Steps between checkpoints; 0 for none.
+    seed
+        Seed of everything a run draws: adapter start, order of examples, dropout, calibration examples.
 
-    ``optimizer``: ``adamw`` keeps two numbers a parameter, m and v, in its own type · ``adamw_8bit`` in 8
-    bits, where it has 4096 elements or more (arXiv 2110.02861, as bitsandbytes) · ``paged_adamw`` and
-    ``paged_adamw_8bit`` the same, with the same result, in a file that is mapped into memory a piece at a
-    time (QLoRA's paged optimizers) · ``sgd``, with ``momentum``.
+    References
+    ----------
+    AdamW: arXiv 1711.05101. 8-bit optimizers: arXiv 2110.02861. LoRA+: arXiv 2402.12354. Paged optimizers:
+    QLoRA, arXiv 2305.14314, section 3.
 
-    Less memory for the same step: ``gradient_checkpointing`` keeps a sixth to a quarter of each block;
-    ``logits_chunk`` takes that many rows of logits at a time (0: all at once), which counts where the
-    vocabulary is large; ``gradient_accumulation_steps`` makes a step of that many batches of ``batch_size``,
-    one after another.
-
+    Examples
+    --------
     >>> TrainConfig(steps=0)
     Traceback (most recent call last):
     minilora.config.ConfigError: steps=0: must be a whole number, at least 1
@@ -354,7 +453,7 @@ class TrainConfig:
 
     steps: int = 200
     batch_size: int = 16
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     optimizer: str = "adamw"
     weight_decay: float = 0.0
     beta1: float = 0.9
@@ -364,26 +463,28 @@ class TrainConfig:
     schedule: str = "cosine"
     warmup_steps: int = 10
     max_grad_norm: float = 1.0
-    lora_plus_ratio: float = 1.0
+    lora_plus_ratio: float = field(default=1.0, metadata={"used_by": "adapter"})
     gradient_checkpointing: bool = False
     logits_chunk: int = 0
     gradient_accumulation_steps: int = 1
     shards: int = 2
-    eval_every: int = 0
-    checkpoint_every: int = 0
+    eval_every: int = field(default=0, metadata={"role": PROGRESS})
+    checkpoint_every: int = field(default=0, metadata={"role": PROGRESS})
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in ("steps", "batch_size", "gradient_accumulation_steps", "shards"):
-            _whole(getattr(self, field), field)
-        for field in ("logits_chunk", "warmup_steps", "eval_every", "checkpoint_every", "seed"):
-            _whole(getattr(self, field), field, 0)
-        for field in ("learning_rate", "eps", "lora_plus_ratio", "max_grad_norm"):
-            _number(getattr(self, field), field, 0, open_low=True)
+        for name in ("steps", "batch_size", "gradient_accumulation_steps", "shards"):
+            _whole(getattr(self, name), name)
+        for name in ("logits_chunk", "warmup_steps", "eval_every", "checkpoint_every", "seed"):
+            _whole(getattr(self, name), name, 0)
+        if self.learning_rate is not None:
+            _number(self.learning_rate, "learning_rate", 0, open_low=True)
+        for name in ("eps", "lora_plus_ratio", "max_grad_norm"):
+            _number(getattr(self, name), name, 0, open_low=True)
         _number(self.weight_decay, "weight_decay", 0)
-        for field in ("beta1", "beta2", "momentum"):
-            _number(getattr(self, field), field, 0, 1)
-            require(getattr(self, field) < 1, field, getattr(self, field), "must be below 1")
+        for name in ("beta1", "beta2", "momentum"):
+            _number(getattr(self, name), name, 0, 1)
+            require(getattr(self, name) < 1, name, getattr(self, name), "must be below 1")
         require(
             self.optimizer in OPTIMIZERS,
             "optimizer",
@@ -393,205 +494,7 @@ class TrainConfig:
         )
         require_in(self.schedule, ("cosine", "constant"), "schedule")
 
-
-MOST_TOKENS = 2**24
-"""Of a planned batch: its token ids are the only numbers that a plan makes."""
-PLAN_TYPES: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("model", "method", "target_modules", "optimizer", "dtype"), (str,)),
-    **dict.fromkeys(("subset_modules", "quant_type"), (str, type(None))),
-    **dict.fromkeys(("bits", "context"), (int, type(None))),
-    **dict.fromkeys(("double_quant", "use_dora", "gradient_checkpointing"), (bool,)),
-}
-"""Types that no other check asks for."""
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """What decides the memory of a training run. Example: ``minilora memory --model llama-7b --method lora
-    --r 64``
-
-    ``model``: a built-in architecture, ``smollm2``, a ``.gguf`` file, a Hugging Face folder or its
-    ``config.json``. ``context`` is the length of each of ``batch_size`` sequences. ``quant_type`` is nf4 for
-    qlora and int4 for qalora unless it, or ``bits``, is given. ``dtype`` is of dense weights and of all that
-    is computed: float32 is what minilora trains in; float16 stands for the half precision of papers that
-    train on GPUs.
-
-    >>> PlanConfig(model="llama-7b", method="qlora", bits=3).quant_type
-    'nf3'
-    """
-
-    model: str = (
-        "tiny"  # a built-in architecture, smollm2, a .gguf file, a Hugging Face folder or its config.json
-    )
-    method: str = "lora"  # full, subset, lora, qlora or qalora
-    r: int = 8  # rank of the adapters
-    target_modules: str = "all-linear"  # or attention, mlp, or names such as q_proj,v_proj
-    subset_modules: str | None = None  # default: the last block
-    bits: int | None = None  # 2, 3, 4 or 8; default 4
-    quant_type: str | None = None  # nf2 … nf8, fp4 (qlora); int2 … int8 (qalora)
-    group_size: int = 32  # inputs that share a scale and an offset (qalora)
-    block_size: int = 64  # weights that share a scale (qlora)
-    double_quant: bool = True  # scales quantized themselves (qlora)
-    use_dora: bool = False  # train the length of each row apart
-    lora_dropout: float = 0.0
-    optimizer: str = "adamw"  # adamw_8bit, paged_adamw, paged_adamw_8bit or sgd take less
-    batch_size: int = 1  # sequences
-    context: int | None = None  # default: 512, or all that the model has
-    shards: int = 2  # pieces of a batch, a worker (thread) each
-    gradient_accumulation_steps: int = 1  # batches of a step, one after another
-    gradient_checkpointing: bool = False  # keep a sixth to a quarter of each block, compute the rest again
-    logits_chunk: int = 0  # rows of logits at a time; 0: all
-    dtype: str = "float32"  # of dense weights and of what is computed; float64, or float16 as papers count
-
-    def __post_init__(self) -> None:
-        for name, kinds in PLAN_TYPES.items():
-            value = getattr(self, name)
-            require(
-                type(value) in kinds, name, value, f"must be {' or '.join(kind.__name__ for kind in kinds)}"
-            )
-        require_in(self.method, TRAINED, "method")
-        require_in(self.optimizer, OPTIMIZERS, "optimizer")
-        require_in(self.dtype, DTYPES, "dtype")
-        for name in ("batch_size", "context", "shards"):
-            value = getattr(self, name)
-            require(
-                (value is None and name == "context") or (isinstance(value, int) and value >= 1),
-                name,
-                value,
-                "must be a whole number, at least 1",
-            )
-        require(
-            self.batch_size * (self.context or 512) <= MOST_TOKENS,
-            "batch_size",
-            self.batch_size,
-            f"times context={self.context or 512} must be at most {MOST_TOKENS:,} tokens",
-        )
-        require(self.shards <= 64, "shards", self.shards, "must be at most 64; a worker takes one each")
-        TrainConfig(
-            batch_size=self.batch_size,
-            shards=self.shards,
-            logits_chunk=self.logits_chunk,
-            gradient_accumulation_steps=self.gradient_accumulation_steps,
-        )
-        if self.quantized:
-            allowed = CODEBOOK_TYPES if self.method == "qlora" else AFFINE_TYPES
-            kind = self.quant_type or f"{'nf' if self.method == 'qlora' else 'int'}{self.bits or 4}"
-            require(
-                kind in allowed,
-                "bits" if self.quant_type is None else "quant_type",
-                self.quant_type or self.bits,
-                f"method {self.method!r} stores {', '.join(allowed)}",
-            )
-            require(
-                self.bits in (None, int(kind[-1])), "bits", self.bits, f"quant_type={kind!r} has {kind[-1]}"
-            )
-            object.__setattr__(self, "quant_type", kind)
-            object.__setattr__(self, "bits", int(kind[-1]))
-        else:
-            for name in ("bits", "quant_type"):
-                value = getattr(self, name)
-                require(
-                    value in (None, 32) if name == "bits" else value is None,
-                    name,
-                    value,
-                    f"method {self.method!r} stands on dense weights; qlora and qalora quantize",
-                )
-        require(
-            self.subset_modules is None or self.method == "subset",
-            "subset_modules",
-            self.subset_modules,
-            "is for method 'subset'",
-        )
-        require(
-            not self.use_dora or self.method in ("lora", "qlora"),
-            "use_dora",
-            True,
-            "needs an adapter whose merge may change rows: method lora or qlora",
-        )
-        self.lora()
-        if self.quantized:
-            self.quant()
-
     @property
-    def quantized(self) -> bool:
-        """Whether the frozen base is stored in few bits."""
-        return self.method in ("qlora", "qalora")
-
-    def lora(self) -> LoraConfig:
-        """The adapter."""
-        return LoraConfig(
-            self.r,
-            target_modules=expand_modules(self.target_modules),
-            lora_dropout=self.lora_dropout,
-            use_dora=self.use_dora,
-            use_qalora=self.method == "qalora",
-        )
-
-    def quant(self) -> QuantConfig:
-        """The storage of the base."""
-        return QuantConfig(self.quant_type or "nf4", self.block_size, self.double_quant, self.group_size)
-
-    @property
-    def title(self) -> str:
-        """One line."""
-        parts = [Path(self.model).name or self.model, self.method]
-        if self.method in ("lora", "qlora", "qalora"):
-            parts.append(f"r = {self.r} on {self.target_modules}" + (", DoRA" if self.use_dora else ""))
-        if self.quantized and self.quant().affine:
-            parts.append(f"{self.quant_type}, groups of {self.group_size}")
-        elif self.quantized:
-            parts.append(
-                f"{self.quant_type}, blocks of {self.block_size}" + ", double quantized" * self.double_quant
-            )
-        parts += [self.dtype] if self.dtype != "float32" else []
-        parts += [f"batch {self.batch_size} × {self.context or 512} tokens", self.optimizer]
-        parts += ["blocks checkpointed"] if self.gradient_checkpointing else []
-        parts += [f"logits by {self.logits_chunk} rows"] if self.logits_chunk else []
-        return " · ".join(parts)
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """How the base is made. Example: ``minilora pretrain --steps 100 --out runs/base``
-
-    Without ``text`` the corpus is the one of the shipped base: Python's language reference, docstrings of the
-    standard library's training modules and generated catalogue pages. An interrupted run continues when the
-    command is repeated.
-    """
-
-    out: str = "runs/base"
-    text: str | None = None  # any UTF-8 text file instead of the built-in corpus
-    steps: int = 5000
-    batch_size: int = 16
-    tokens: int = 208  # length of a training sequence
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    seed: int = 0
-    checkpoint_every: int = 250
-    threads: int | None = None
-
-    def __post_init__(self) -> None:
-        limit = ModelConfig().context_length
-        require(2 <= self.tokens <= limit, "tokens", self.tokens, f"must be from 2 to context_length={limit}")
-        self.train()
-
-    def train(self) -> TrainConfig:
-        """The trainer's part."""
-        return TrainConfig(
-            steps=self.steps,
-            batch_size=self.batch_size,
-            learning_rate=self.learning_rate,
-            weight_decay=0.1,
-            beta2=0.98,
-            warmup_steps=min(self.warmup_steps, self.steps),
-            seed=self.seed,
-            checkpoint_every=self.checkpoint_every,
-        )
-
-    def command(self) -> str:
-        """The command that repeats it."""
-        text = f" --text {Path(self.text).name}" if self.text else ""
-        return (
-            f"minilora pretrain --steps {self.steps} --batch-size {self.batch_size} --tokens {self.tokens} "
-            f"--learning-rate {self.learning_rate:g} --seed {self.seed}{text}"
-        )
+    def peak_learning_rate(self) -> float:
+        """The learning rate after the warm-up, in a `Trainer` by itself."""
+        return 2e-3 if self.learning_rate is None else self.learning_rate

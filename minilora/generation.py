@@ -8,11 +8,11 @@ from typing import NamedTuple, Unpack
 
 import numpy as np
 
-from minilora import decoding_plan as plan
-from minilora.generation_input import check_request
-from minilora.kv_cache import KVCache, cached_attention
+from minilora.decoding import plan
+from minilora.decoding.kv_cache import KVCache, cached_attention
+from minilora.decoding.requests import check_request
+from minilora.decoding.sampling import Sampling, sample
 from minilora.layers import Array, Block
-from minilora.sampling import Sampling, sample
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 
@@ -168,9 +168,7 @@ def _decoded(
     kv_cache = KVCache(model, len(prompts), room)
     alive, positions = np.arange(len(prompts)), lengths.copy()
     with Workers(threads) as workers, plan.NextLogits(model, kv_cache, workers, decode) as next_logits:
-        hidden = prefill(model, ids, kv_cache, workers)[
-            alive, lengths - 1
-        ]  # (B, C) at each prompt's last token
+        hidden = prefill(model, ids, kv_cache, workers)[alive, lengths - 1]  # (B, C): each prompt's last
         logits = model.head.forward(hidden)[0]
         for count in range(1, max_new_tokens + 1):
             tokens = choose(logits)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import LINEAR_MODULES, SVD_INITS, ConfigError, LoraConfig, QuantConfig, matches, require
-from minilora.layers import Adapter, AnyLinear, Linear
+from minilora.layers import Linear
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import single_blas

@@ -6,7 +6,7 @@
 `cache` is in the return statement. So a layer can run twice or in two threads, and its memory can be counted.
 `grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no input, builds no dW and still
 passes dx on. The letters of the shapes are those of `minilora.functional`.
-Parameters, gradients and weights are in `minilora.parameters`.
+Parameters, gradients and weights are in `minilora.parameters`; adapters wrap a Linear (`minilora.adapter`).
 
 Three arguments recur:
 
@@ -18,7 +18,6 @@ Three arguments recur:
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -28,8 +27,7 @@ from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
-Rope = tuple[Array, Array]
-"""Cosines and sines of the positions, as `functional.rope_tables` makes them."""
+Rope = tuple[Array, Array]  # cosines and sines of the positions: `functional.rope_tables`
 
 
 class Linear:
@@ -72,61 +70,6 @@ class Linear:
         return self.weight.matmul_t(dy, onto=onto) if need_dx else None
 
 
-class Adapter(ABC):
-    """A frozen Linear with something trainable beside it: base class of LoRA and of adapters of your own.
-
-    A subclass defines four methods. `forward(x, key)` returns y (…, out) and its cache. `backward(dy, cache,
-    grads, need_dx, onto)` adds to `grads` and returns dx (…, in), added to `onto` if that is given.
-    `trained()` lists the parameters. `delta()` returns ΔW (out, in) in float64, for merging.
-    """
-
-    pool = 1
-    """Neighbouring inputs that are summed before they reach the adapter (QA-LoRA)."""
-
-    def __init__(self, base: Linear):
-        self.base = base
-
-    @property
-    def name(self) -> str:
-        """The adapted module's name."""
-        return self.base.name
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(out, in) of the base."""
-        return self.base.shape
-
-    def parameters(self) -> Iterator[Parameter]:
-        """Yield the base's dense parameter, which is frozen, and the adapter's own."""
-        yield from self.base.parameters()
-        yield from self.trained()
-
-    @abstractmethod
-    def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """Map x (…, in) to y (…, out)."""
-
-    def cache_of(self, x: Array, key: Key = None) -> Cache:
-        """Return the cache of `forward`, for a block that is computed again."""
-        return self.forward(x, key)[1]
-
-    @abstractmethod
-    def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
-    ) -> Any:
-        """Return dx (…, in) for dy (…, out)."""
-
-    @abstractmethod
-    def trained(self) -> list[Parameter]:
-        """Return the adapter's parameters, frozen ones included."""
-
-    @abstractmethod
-    def delta(self) -> Array:
-        """Return ΔW (out, in) in float64."""
-
-
-AnyLinear = Linear | Adapter
-
-
 class Embedding:
     """y = W[ids]: token ids (B, T) → (B, T, C)."""
 
@@ -165,11 +108,10 @@ class RMSNorm:
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
         """Return dx (…, C) for dy (…, C), which may take the place of dy."""
-        dx, dweight = F.rms_norm_backward(
-            dy, self.weight.data, cache, self.weight.trainable, in_place=in_place
-        )
+        w = self.weight
+        dx, dweight = F.rms_norm_backward(dy, w.data, cache, w.trainable, in_place=in_place)
         if dweight is not None:
-            grads.add(self.weight, dweight)
+            grads.add(w, dweight)
         return dx
 
 
@@ -187,9 +129,7 @@ class AttentionCache(NamedTuple):
 class Attention:
     """Causal grouped-query attention with rotary positions; projections q, k, v and o are separate."""
 
-    def __init__(
-        self, config: ModelConfig, q_proj: AnyLinear, k_proj: AnyLinear, v_proj: AnyLinear, o_proj: AnyLinear
-    ):
+    def __init__(self, config: ModelConfig, q_proj: Any, k_proj: Any, v_proj: Any, o_proj: Any):
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
@@ -212,9 +152,7 @@ class Attention:
         y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # (B, T, H·D)
         return y, AttentionCache(rope, *caches, mix, cache_o)
 
-    def restore(
-        self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Array | None
-    ) -> AttentionCache:
+    def restore(self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Any) -> AttentionCache:
         """Return the cache of `forward(x)` from queries, keys and values: no product with a base weight."""
         caches = [linear.cache_of(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj)]
         mixed, mix = F.attention_from_scaled(kept.q, kept.k, kept.v, segments)
@@ -244,7 +182,7 @@ class MLPCache(NamedTuple):
 class MLP:
     """SwiGLU, y = (silu(x Wgᵀ) · x Wuᵀ) Wdᵀ, or with `gate_proj=None` the two-matrix y = gelu(x Wuᵀ) Wdᵀ."""
 
-    def __init__(self, gate_proj: AnyLinear | None, up_proj: AnyLinear, down_proj: AnyLinear):
+    def __init__(self, gate_proj: Any, up_proj: Any, down_proj: Any):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, MLPCache]:
@@ -347,9 +285,7 @@ class Block:
         dmixed += dy
         return dmixed
 
-    def backward_attention(
-        self, dmixed: Array, cache: HalfCache, grads: Gradients, need_dx: bool = True
-    ) -> Any:
+    def backward_attention(self, dmixed: Array, cache: HalfCache, grads: Gradients, need_dx: bool) -> Any:
         """Return dx (B, T, C) for dmixed (B, T, C)."""
         need_dx = need_dx or self.input_norm.weight.trainable
         # mixed = x + attention(norm(x))

@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
+from minilora.adapter import Adapter
 from minilora.config import LoraConfig, require
-from minilora.layers import Adapter, Array, Key, Linear
+from minilora.layers import Array, Key, Linear
 from minilora.parameters import Gradients, Parameter
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Adapter, AnyLinear, Array, Linear
+from minilora.layers import Array, Linear
 from minilora.parameters import DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
@@ -49,17 +50,9 @@ def merge_linear(
 ) -> tuple[Weight, MergeError]:
     """Return a new weight W + ΔW and the error that storing it caused; the adapted layer stays valid.
 
-    Parameters
-    ----------
-    adapted : a LoraLinear or any other adapter
-    how : `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
-        offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense
-    quant : the storage that `requantize` rounds to
-
-    Raises
-    ------
-    ConfigError
-        If the weight has no float offset, or ΔW is not constant within each of its groups.
+    `how`: `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
+    offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense. ConfigError
+    if `offsets` finds a weight without float offsets, or a ΔW that is not constant within its groups.
     """
     weight = adapted.base.weight
     if how == "auto":

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import kernels as F
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, LoraConfig, QuantConfig, require
-from minilora.layers import Adapter, Array, Key, Linear
+from minilora.layers import Array, Key, Linear
 from minilora.lora import LoraCache, LoraLinear
 from minilora.parameters import DenseWeight, Gradients, Parameter, Weight
 from minilora.quant.weights import quantize_weight
@@ -127,7 +128,7 @@ def lora_of(linear: Any) -> LoraLinear | None:
 def warn_if_it_cannot_train(adapter: Any) -> None:
     """Warn of an adapter whose A and B can never change: dA is a product with B, and dB with A."""
     lora = lora_of(adapter)
-    if lora is None:
+    if lora is None or not isinstance(lora.lora_A.data, np.ndarray):  # shapes without data (minilora.memory)
         return
     a, b = lora.lora_A, lora.lora_B
     moves = (a.trainable and b.data.any()) or (b.trainable and a.data.any())

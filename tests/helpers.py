@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from minilora.adapter import Adapter
 from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Adapter, Linear
+from minilora.layers import Linear
 from minilora.parameters import DenseWeight, Parameter
 from minilora.transformer import Transformer
 from minilora.variants import lora_of

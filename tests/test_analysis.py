@@ -147,14 +147,13 @@ def test_the_figure_has_spectra_two_comparisons_and_a_control(rng):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A tiny sweep that keeps its runs: full fine-tuning, and LoRA at two ranks and with two seeds; two steps
-    each."""
+    """Keep the runs of a tiny sweep: full fine-tuning, and LoRA at two ranks and with two seeds."""
     from minilora.sweep.runner import SweepConfig, expand, run_sweep
 
     out = tmp_path_factory.mktemp("kept")
-    shared = {"task": ("python",), "steps": 2, "batch_size": 2, "n_eval": 2}
-    one_seed = SweepConfig(method=("full", "lora"), r=(1, 4), seed=(0,), **shared)
-    runs = expand(one_seed) + expand(SweepConfig(method=("lora",), r=(4,), seed=(1,), **shared))
+    shared = {"task": "python", "steps": 2, "batch_size": 2, "n_eval": 2}
+    one_seed = SweepConfig({"method": ("full", "lora"), "r": (1, 4), "seed": 0} | shared)
+    runs = expand(one_seed) + expand(SweepConfig({"method": "lora", "r": 4, "seed": 1} | shared))
     return out, run_sweep(runs, out, progress=False)
 
 

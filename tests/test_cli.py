@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -13,8 +14,11 @@ import time
 
 import pytest
 
+import minilora
 from minilora import cli
+from minilora.composed import PlanConfig, PretrainConfig, settings_in
 from minilora.formats.checkpoint import load_model
+from minilora.sweep.settings import RunConfig
 
 
 def call(*arguments):
@@ -37,7 +41,64 @@ def test_each_example_is_accepted_by_the_parser(command):
 
     for line in cli.EXAMPLES[command].split(" && "):
         parsed = tyro.cli(cli.Command, args=shlex.split(line)[1:])
-    assert type(parsed).__name__.removesuffix("Config").lower() == command
+    assert type(parsed).__name__.lower() == command
+
+
+RUN_FLAGS = """
+    batch-size bits block-size data double-quant gradient-accumulation-steps gradient-checkpointing
+    group-size learning-rate logits-chunk lora-alpha lora-dropout lora-plus-ratio max-length method model
+    n-eval n-train optimizer out packing preset quantizer r seed split stage steps subset-modules
+    target-modules task text-path use-dora use-rslora write-all
+"""
+FLAGS = {
+    "train": RUN_FLAGS + " checkpoint-every eval-every init-lora-weights quant-type threads warmup-steps",
+    "sweep": RUN_FLAGS + " n-jobs name quiet retry-failed",
+    "plot": "",
+    "generate": """
+        adapter chat max-new-tokens model prompt run seed system task-prompts temperature top-k
+        top-p
+    """,
+    "merge": "adapter compare how model offsets out quant-type quantizer run",
+    "quantize": "block-size fit group-size model offset-dtype out quant-type quantizer save task weight",
+    "memory": """
+        batch-size bits block-size compare context double-quant dtype fit
+        gradient-accumulation-steps gradient-checkpointing group-size json logits-chunk
+        lora-dropout method model optimizer plot published quant-type r shards subset-modules
+        target-modules use-dora
+    """,
+    "pretrain": "batch-size checkpoint-every learning-rate out seed steps text threads tokens warmup-steps",
+    "info": "",
+}
+"""Options of each command, switches without their --no- form. Scripts use them: add, never take away."""
+
+
+@pytest.mark.parametrize("command", sorted(cli.EXAMPLES))
+def test_each_command_keeps_its_options(command, capsys):
+    with pytest.raises(SystemExit):
+        call(command, "--help")
+    shown = set(re.findall(r"(?<![\w-])--([a-z][a-z0-9-]*)", capsys.readouterr().out))
+    assert set(FLAGS[command].split()) <= shown
+
+
+@pytest.mark.parametrize(
+    ("command", "kind"), [("train", RunConfig), ("pretrain", PretrainConfig), ("memory", PlanConfig)]
+)
+def test_every_setting_is_an_option(command, kind, capsys):
+    with pytest.raises(SystemExit):
+        call(command, "--help")
+    shown = capsys.readouterr().out
+    assert [
+        name for name in settings_in(kind) if f"--{name.replace('_', '-')} " not in shown.replace(",", " ")
+    ] == []
+
+
+def test_python_m_minilora_and_version(capsys):
+    assert call("--version") == 0
+    assert capsys.readouterr().out == f"minilora {minilora.__version__}\n"
+    done = subprocess.run(
+        [sys.executable, "-m", "minilora", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"minilora {minilora.__version__}\n"
 
 
 def test_train_generate_merge_in_a_row(tmp_path, capsys):
@@ -331,7 +392,7 @@ def test_ctrl_c_keeps_finished_rows_and_says_how_to_continue(tmp_path):
         "--out",
         str(tmp_path),
     ]
-    command = [sys.executable, "-m", "minilora.cli", *arguments]
+    command = [sys.executable, "-m", "minilora", *arguments]
     results = tmp_path / "cut" / "results.jsonl"
     deadline = time.monotonic() + 90
     before = signal.signal(

@@ -214,9 +214,6 @@ def test_nan_and_infinity_survive():
     x[3, 4], x[5, 6] = np.nan, np.inf
     y = kernels.linear_forward(x, w)
     assert np.isnan(y[3]).all() and np.isinf(y[5]).all() and (y[:3] == 20).all()
-    logits = np.zeros((3, 40), np.float32)
-    logits[1, 7] = np.nan
-    assert np.isnan(kernels.cross_entropy_forward(logits, np.array([1, 2, 3]), 1.0)[0])
     gate = np.array([[np.nan, np.inf, -np.inf, 200, -200] * 8], np.float32)
     with np.errstate(invalid="ignore"):
         expected = functional.swiglu_forward(double(gate), np.ones((1, 40)))[0]
@@ -315,16 +312,6 @@ def test_functions_of_rows_are_what_float64_gives(case, B, T):
             within(a, b, (32 + B * T) * EPS * np.abs(b).max())
 
 
-def test_rows_of_the_embedding_s_gradient_are_added_token_by_token():
-    rng = np.random.default_rng(5)
-    ids, dy = rng.integers(0, 7, (3, 11)), normal(rng, 3, 11, 19)
-    found = kernels.embedding_backward(dy, ids, 9)
-    expected = np.zeros((9, 19), np.float32)
-    for token, row in zip(ids.reshape(-1), dy.reshape(-1, 19), strict=True):
-        expected[token] += row
-    assert found.tobytes() == expected.tobytes() == functional.embedding_backward(dy, ids, 9).tobytes()
-
-
 @pytest.mark.parametrize("need_dweight", [True, False])
 def test_in_place_gives_the_same_bytes_where_the_argument_lay(need_dweight):
     rng = np.random.default_rng(11)
@@ -358,18 +345,6 @@ def test_rope_backward_turns_back():
     within(
         kernels.rope_backward(kernels.rope_forward(x, *tables), *tables), double(x), 8 * EPS * np.abs(x).max()
     )
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_cross_entropy_is_what_float64_gives(in_place):
-    rng = np.random.default_rng(9)
-    logits, targets = 5 * normal(rng, 33, 259), rng.integers(0, 259, 33)
-    given = logits.copy()
-    loss, (probs, *_) = kernels.cross_entropy_forward(logits, targets, 7.0, out=logits if in_place else None)
-    expected, (expected_probs, *_) = functional.cross_entropy_forward(double(given), targets, 7.0)
-    assert abs(loss - expected) <= 33 * 20 * EPS / 7 and (probs is logits) == in_place
-    assert in_place or np.array_equal(logits, given)
-    within(probs, expected_probs, 16 * EPS)
 
 
 # ---- attention
@@ -442,8 +417,9 @@ rng = np.random.default_rng(0)
 x, w, h, b = (rng.standard_normal(s, np.float32) for s in ((50, 70), (90, 70), (50, 3), (90, 3)))
 q = rng.standard_normal((1, 40, 2, 16), np.float32)
 y, cache = kernels.attention_forward(q, q, q)
-np.savez(sys.argv[1], kernels.linear_forward(x, w, LowRank(h, b, 1.0)), kernels.linear_dw(h, x), y, *kernels.attention_backward(q, cache),
-         kernels.swiglu_forward(x, x)[0])
+products = kernels.linear_forward(x, w, LowRank(h, b, 1.0)), kernels.linear_dw(h, x)
+silu = kernels.swiglu_forward(x, x)[0]
+np.savez(sys.argv[1], *products, y, *kernels.attention_backward(q, cache), silu)
 print(microkernel.AVAILABLE, microkernel.LANES)
 """
     found = []

@@ -86,7 +86,10 @@ def test_files_that_are_not_utf8_too_large_or_empty_are_skipped(empty_library: P
 
 
 def test_docstrings_take_no_code() -> None:
-    source = '"""Module."""\n\nclass A:\n    """A class."""\n    secret = 1\n\n    async def f(self):\n        """Do it."""\n'
+    source = (
+        '"""Module."""\n\nclass A:\n    """A class."""\n    secret = 1\n\n'
+        '    async def f(self):\n        """Do it."""\n'
+    )
     assert corpora.docstrings(source, "mod") == "mod: Module.\n\nA: A class.\n\nf: Do it."
     assert corpora.docstrings("def broken(:") == ""
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
-from minilora import decoding
 from minilora.config import LoraConfig
-from minilora.decoding import Decoder
+from minilora.decoding import token_decoder as decoding
+from minilora.decoding.kv_cache import KVCache
+from minilora.decoding.token_decoder import Decoder
 from minilora.generation import decode, generate, prefill, stream
 from minilora.injection import inject_lora
 from minilora.kernels import block_vectors, plain
 from minilora.kernels import decode as decode_kernels
-from minilora.kv_cache import KVCache
 from minilora.layers import Linear
 from minilora.quant.blocks import BlockWeight
 

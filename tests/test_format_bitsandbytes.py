@@ -166,7 +166,8 @@ def test_the_nested_layout_written_by_hand():
     ]
     assert arrays["w.absmax"].dtype == np.uint8 and arrays["w.absmax"].tolist() == [0, 255]
     expected = (
-        b'{"quant_type": "fp4", "blocksize": 32, "dtype": "float32", "shape": [2, 32], "nested_blocksize": 256, '
+        b'{"quant_type": "fp4", "blocksize": 32, "dtype": "float32", "shape": [2, 32], '
+        b'"nested_blocksize": 256, '
         b'"nested_dtype": "float32", "nested_offset": 0.75}'
     )
     assert arrays["w.quant_state.bitsandbytes__fp4"].tobytes() == expected

@@ -19,7 +19,8 @@ from minilora.quant.zero_points import ZeroPointWeight
 
 NAME = "model.layers.0.mlp.up_proj"
 BITS = (2, 3, 4, 8)
-SHAPES = {  # (out, in, group_size); the smallest ones that fill words, and some whose words straddle rows of 8, 10, 21 values
+# (out, in, group_size): the smallest that fill words, and some whose words straddle rows of 8, 10, 21 values
+SHAPES = {
     2: [(16, 16, 16), (32, 48, 16), (48, 64, 8)],
     3: [(32, 32, 32), (64, 96, 32), (32, 160, 8)],
     4: [(8, 8, 8), (24, 40, 8), (72, 128, 32), (16, 24, 1)],

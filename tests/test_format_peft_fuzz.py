@@ -18,6 +18,7 @@ from minilora.formats.files import FileError
 from minilora.formats.peft import load_adapter, save_adapter
 from minilora.injection import inject_lora
 from minilora.quant.model import quantize_model
+from minilora.variants import DoraLinear, lora_of
 
 DENSE = make_model(dtype=np.float32, trainable=False)
 INT4 = quantize_model(DENSE, QuantConfig("int4", group_size=4))
@@ -75,12 +76,11 @@ def survives(kind, folders, config=None, tensors=None):
         tracemalloc.stop()
         assert peak < MEMORY
     for linear in adapters(model):
-        own = loaded.of(linear.name)
-        assert (
-            linear.lora_A.data.shape == (own.r, linear.shape[1] // linear.pool)
-            and linear.lora_B.data.shape[1] == own.r
-        )
-        assert np.isfinite(np.float32(linear.scaling)) and (linear.magnitude is not None) == loaded.use_dora
+        own, lora = loaded.of(linear.name), lora_of(linear)
+        assert lora.lora_A.data.shape == (own.r, linear.shape[1] // lora.pool)
+        assert lora.lora_B.data.shape[1] == own.r
+        assert np.isfinite(np.float32(lora.scaling))
+        assert isinstance(linear, DoraLinear) == loaded.use_dora
         assert all(p.data.dtype == np.float32 and np.isfinite(p.data).all() for p in linear.trained())
     save_adapter(model, loaded, folder)  # what is valid is written, and comes back
     again, reloaded = load_adapter(CONFIGS[kind][0], folder)

@@ -7,14 +7,15 @@ import numpy as np
 import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
-from minilora import decoding_plan, generation
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
+from minilora.decoding import generation
+from minilora.decoding import plan as decoding_plan
+from minilora.decoding.kv_cache import KVCache
+from minilora.decoding.sampling import sample
 from minilora.generation import decode, generate, prefill, stream
 from minilora.injection import inject_lora
-from minilora.kv_cache import KVCache
 from minilora.quant.model import quantize_model
-from minilora.sampling import sample
 from minilora.threads import Workers
 
 LENGTH = GQA.context_length

@@ -21,10 +21,11 @@ FILES = {
 }
 
 # module (or package) → what of minilora it may import; itself is always allowed
-LAYERS = {"config", "functional", "kernels", "threads", "parameters", "layers", "quant"}
-MODELS = LAYERS | {"transformer", "building", "lora", "variants", "injection", "merging"}
+LAYERS = {"config", "functional", "kernels", "threads", "parameters", "layers", "adapter", "quant"}
+MODELS = LAYERS | {"composed", "transformer", "building", "lora", "variants", "injection", "merging"}
 ALLOWED = {
     "config": set(),
+    "composed": {"config"},  # configurations made of others
     "functional": set(),  # knows nobody
     "kernels": {"functional"},  # everything compiled
     "threads": set(),
@@ -35,13 +36,14 @@ ALLOWED = {
     "quant.model": LAYERS,  # a whole model in few bits
     "parameters": {"kernels"},
     "layers": {"config", "kernels", "parameters"},  # the mathematics and its kernels through one switch
+    "adapter": {"layers", "parameters"},
     "transformer": {"config", "functional", "layers", "parameters"},  # knows nothing of LoRA
     "building": {"config", "layers", "parameters", "transformer"},
-    "lora": {"config", "kernels", "layers", "parameters"},  # and LoRA nothing of the transformer
+    "lora": {"config", "kernels", "layers", "adapter", "parameters"},  # and LoRA nothing of the transformer
     "variants": LAYERS | {"lora"},
     "injection": LAYERS | {"lora", "variants"},
     "merging": LAYERS,  # any adapter
-    "decoding": LAYERS | {"lora", "transformer"},
+    "decoding": LAYERS | {"lora", "transformer"},  # what generation needs besides the model
     "generation": {"functional", "kernels", "layers", "threads", "transformer", "decoding"},
     "data": {"config"},
     "formats": MODELS | {"data"},

@@ -23,7 +23,8 @@ from minilora.formats.llama_gguf import load_gguf
 from minilora.memory import available_bytes, measure
 from minilora.sweep.inputs import base_of, check_memory, make_run_task, planned
 from minilora.sweep.models import open_model, write_batch, write_streaming
-from minilora.sweep.run import build, frozen_base, load_run, unpadded
+from minilora.sweep.run_models import build, frozen_base, unpadded
+from minilora.sweep.saved_runs import load_run
 from minilora.sweep.settings import RunConfig
 
 SHORT = (
@@ -242,7 +243,7 @@ def test_a_file_of_conversations_trains_packed_and_accumulated(gguf, tmp_path, r
     )
     assert code == 0, err
     config, _ = load_run(tmp_path / "run")
-    assert config.task == "jsonl" and config.packing
+    assert config.data.task == "jsonl" and config.data.packing
     assert make_run_task(config).batch([0]).segments is not None
 
 
@@ -294,14 +295,14 @@ def test_what_lies_under_each_method(gguf):
         "qalora": "BlockWeight",
     }
     coarse = (
-        frozen_base(RunConfig(method="qalora", bits=2, model=str(gguf)), base).blocks[0].mlp.up_proj.weight
+        frozen_base(RunConfig.of(method="qalora", bits=2, model=str(gguf)), base).blocks[0].mlp.up_proj.weight
     )
     assert coarse.quant_type == "int2"
     assert base_of(str(gguf)).sha256 != base_of("tiny").sha256
 
 
 def test_examples_lose_their_padding_and_nothing_else(gguf):
-    task = make_run_task(RunConfig(method="base", model=str(gguf), n_train=20, n_eval=3))
+    task = make_run_task(RunConfig.of(method="base", model=str(gguf), n_train=20, n_eval=3))
     batch = task.batch(range(5))
     for row, ids, mask in zip(unpadded(task, range(5)), batch.ids, batch.mask, strict=True):
         np.testing.assert_array_equal(row[0], ids[: row.shape[1]])
@@ -403,14 +404,14 @@ def test_a_missing_extra_is_one_line(gguf, run, monkeypatch):
 
 
 def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(gguf, monkeypatch):
-    config = RunConfig(method="lora", model=str(gguf), batch_size=8)
+    config = RunConfig.of(method="lora", model=str(gguf), batch_size=8)
     need = check_memory(config, available=2**40)
     with pytest.raises(
         ConfigError, match=r"method='lora', batch_size=8, max_length=320: needs about .* 1.0 MiB are free"
     ):
         check_memory(config, available=2**20)
-    assert check_memory(replace(config, gradient_checkpointing=True, logits_chunk=16), available=2**40) < need
-    assert check_memory(RunConfig(method="qalora", model=str(gguf), batch_size=8), available=2**40) < need
+    assert check_memory(config.changed(gradient_checkpointing=True, logits_chunk=16), available=2**40) < need
+    assert check_memory(RunConfig.of(method="qalora", model=str(gguf), batch_size=8), available=2**40) < need
     monkeypatch.setattr("minilora.formats.bases.load_gguf", lambda path: pytest.fail("was loaded"))
     base_of.cache_clear()
     monkeypatch.setattr("minilora.memory.available_bytes", lambda: 2**20)
@@ -424,11 +425,11 @@ def test_a_run_that_does_not_fit_is_refused_before_it_is_loaded(gguf, monkeypatc
 def test_what_is_planned_is_what_the_run_holds(gguf, method):
     """The planner's ledger from the file's head, beside the one of the model that the run would build: the
     same bytes."""
-    config = RunConfig(method=method, model=str(gguf), batch_size=4, max_length=64)
+    config = RunConfig.of(method=method, model=str(gguf), batch_size=4, max_length=64)
     predicted = planned(config)
     model = build(config, base_of(str(gguf)).model)
     ids = np.zeros((4, 64), np.int64)
-    real = measure(model, Batch(ids, ids, np.ones((4, 64), bool)), config.train())
+    real = measure(model, Batch(ids, ids, np.ones((4, 64), bool)), config.training())
     assert predicted.by_layer() == {layer: row for layer, row in real.by_layer().items()}
     assert predicted.kept == real.kept and predicted.trainable == real.trainable
     assert abs(real.measured - predicted.peak) <= max(2**16, 0.02 * predicted.rise)

@@ -17,10 +17,11 @@ from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.injection import full, inject_lora, subset
-from minilora.layers import Adapter
+from minilora.layers import Linear
 from minilora.memory import arrays_in, measure, peak_bytes
 from minilora.memory.counting import buffer_of
-from minilora.memory.ledger import HELD, PASSING, Entry, held_entries, kept_entries
+from minilora.memory.entries import Entry, held_entries, kept_entries
+from minilora.memory.ledger import HELD, PASSING
 from minilora.memory.reasons import kept_by_linear, kept_by_model
 from minilora.quant.codebooks import dynamic_map
 from minilora.quant.model import quantize_model
@@ -130,11 +131,11 @@ def by_hand(model, optimizer):
     for norm in (*norms, model.norm):
         add("weights", norm.weight.data)
     for linear in [x for b in model.blocks for _, _, x in b.linears()] + [model.head]:
-        if isinstance(linear, Adapter):
-            for p in linear.trained():
-                add("adapters", p.data)
-            if isinstance(linear, DoraLinear):
-                add("adapters", linear.row_squares)
+        if not isinstance(linear, Linear):
+            for parameter in linear.trained():
+                add("adapters", parameter.data)
+        if isinstance(linear, DoraLinear):
+            add("adapters", linear.row_squares)
         add_weight(linear.base.weight)
     for array in optimizer.state().values():
         add("optimizer", array)
@@ -339,11 +340,9 @@ def test_so_many_workers_stay_below_the_bound(make, options, n, B, shards):
             with Workers(1) as one:
                 return workers._pool.submit(step, one).result()
 
-    step(Workers(1))
-    peaks = []
-    for _ in range(2):  # workers do not always meet in their worst moments
-        gc.collect()
-        peaks.append(peak_bytes(fresh))
+    gc.collect()
+    step(Workers(1))  # fills Python's free lists, which gc.collect() empties
+    peaks = [peak_bytes(fresh) for _ in range(2)]  # workers do not always meet in their worst moments
     most = max(peaks) + ledger.held - tile  # the tile of the ledger is the first worker's
     assert most <= ledger.bound(n)
     equal = B % shards == 0 and n == shards

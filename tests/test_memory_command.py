@@ -15,8 +15,7 @@ from minilora import cli
 from minilora.config import ConfigError
 from minilora.formats.files import FileError
 from minilora.formats.gguf_writer import write_gguf
-from minilora.memory import budget as fit
-from minilora.memory import compare, plan, published
+from minilora.memory import compare, fit, plan, published
 from minilora.memory.architectures import ARCHITECTURES
 
 
@@ -126,7 +125,7 @@ def test_where_bytes_in_full_would_be_too_wide_they_are_for_a_human(monkeypatch)
     )
     width = max(map(len, str(found).splitlines()[5:]))
     assert "MiB" not in str(found)
-    monkeypatch.setattr(sys.modules["minilora.memory.compare"], "WIDTH", width - 1)
+    monkeypatch.setattr(sys.modules["minilora.memory.compare"], "LINE_WIDTH", width - 1)
     lines = str(found).splitlines()[5:]
     assert max(map(len, lines)) < width and sum("MiB" in line for line in lines) > 4
     labels = [row[0] for row in found.table()[1]]
@@ -161,7 +160,7 @@ def test_fit_prints_what_the_function_says(capsys):
 
 
 def test_figures_beside_the_table(tmp_path, capsys, monkeypatch):
-    from minilora.sweep import memory_plots
+    from minilora.report import memory_plots
 
     asked = []
     monkeypatch.setattr(

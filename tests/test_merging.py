@@ -1,5 +1,4 @@
-"""Every way to merge an adapter: what must be exact is, what cannot be is refused with its reason, the
-numbers are right."""
+"""Every way to merge an adapter: exact where it must be, refused with a reason where it is impossible."""
 
 from __future__ import annotations
 
@@ -23,7 +22,7 @@ from minilora.injection import inject_lora
 from minilora.memory import effective_bits
 from minilora.quant import AffineWeight
 from minilora.quant.model import quantize_model
-from minilora.sweep.run import requantize
+from minilora.sweep.deploying import requantize
 
 INT4 = QuantConfig("int4", group_size=4)
 NF4 = QuantConfig("nf4", 32)

@@ -38,8 +38,8 @@ def measured(text):
 
 def candidates(fact, source):
     """The numbers of which a fact's value may be a rounding."""
-    if "quote" in fact:
-        assert fact["quote"] in source
+    if "quote" in fact:  # however a table is padded
+        assert " ".join(fact["quote"].split()) in " ".join(source.split())
         return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*(?:\.\d+)?", fact["quote"])]
     rows = [json.loads(line) for line in source.splitlines()]
     rows = [row for row in rows if all(row[name] == value for name, value in fact["rows"].items())]

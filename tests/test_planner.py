@@ -20,7 +20,7 @@ from minilora.formats.llama_gguf import load_gguf
 from minilora.injection import inject_lora
 from minilora.memory import ARCHITECTURES, PlanConfig, measure, plan
 from minilora.memory.ledger import PASSING
-from minilora.memory.planner import DEPTH, planned_twin
+from minilora.memory.planner import BLOCKS_RUN, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch
@@ -51,7 +51,7 @@ def test_every_value_of_every_axis_occurs_in_the_grid():
             axis
         )  # nf4 for None
     depths = {plan_grid.SHAPES[c.model].num_hidden_layers for c in CASES}
-    assert min(depths) < DEPTH < max(depths) and DEPTH in depths
+    assert min(depths) < BLOCKS_RUN < max(depths) and BLOCKS_RUN in depths
 
 
 @pytest.mark.parametrize("c", CASES, ids=[f"{i} {c.method} {c.model}" for i, c in enumerate(CASES)])
@@ -113,7 +113,7 @@ OPTIONS = [
 def test_four_blocks_stand_for_seven(method, options):
     c = PlanConfig("grid-deep", method, r=2, **({"batch_size": 2, "context": 40} | options))
     shape = ARCHITECTURES[c.model]
-    assert shape.num_hidden_layers == 7 > DEPTH
+    assert shape.num_hidden_layers == 7 > BLOCKS_RUN
     planned = plan(c)
     with metered(Meter()):
         twin = planned_twin(c, shape)
@@ -321,7 +321,7 @@ def test_a_hugging_face_configuration_is_planned_as_the_built_in_shape(tmp_path,
             "model='llama-8b': did you mean llama-7b?|model='llama-8b': did you mean llama-3-8b",
         ),
         ("tiny", {"context": 257}, "context=257: tiny has positions for 256 tokens"),
-        ("tiny", {"method": "lora", "bits": 4}, "bits=4: method 'lora' stands on dense weights"),
+        ("tiny", {"method": "lora", "bits": 4}, "bits=4: method 'lora' needs dense weights"),
         ("tiny", {"method": "qlora", "bits": 5}, "bits=5: method 'qlora' stores nf2"),
         ("tiny", {"method": "qlora", "quant_type": "nf4", "bits": 3}, "bits=3: quant_type='nf4' has 4"),
         ("tiny", {"method": "qalora", "use_dora": True}, "use_dora=True: "),

@@ -72,7 +72,7 @@ def test_double_quantization(rows):
     assert plan("llama-7b", method="qlora", context=8).effective_bits == pytest.approx(
         (PROJECTIONS / 2 + blocks + 4 * blocks / 256 + 4 * 7 * 32) * 8 / PROJECTIONS, rel=1e-12
     )
-    assert of(rows, "saves: bits a weight").value == pytest.approx(0.373, abs=5e-4)
+    assert of(rows, "saves: bits per weight").value == pytest.approx(0.373, abs=5e-4)
     assert of(rows, "saves at 65B").value == pytest.approx(3e9, rel=0.02)
 
 

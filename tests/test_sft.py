@@ -15,17 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora.config import ConfigError
+from minilora.data.examples import Example, read_jsonl, split_examples
 from minilora.data.products import score_descriptions
-from minilora.data.sft import (
-    Example,
-    SFTTask,
-    encode_example,
-    pack,
-    products_chat,
-    prompt_ids,
-    read_jsonl,
-    split_examples,
-)
+from minilora.data.sft import SFTTask, encode_example, pack, products_chat, prompt_ids
 from minilora.data.tasks import Batch, ProductsTask
 from minilora.data.text import TextTokenizer
 from minilora.data.tokenizer import BOS, EOS, PAD, ByteTokenizer, encode
@@ -89,7 +81,8 @@ def test_line_breaks_of_windows_and_a_mark_at_the_beginning(tmp_path):
         ("[1]", r"\[1\] is no JSON object"),
         (
             {},
-            r"has none of the fields that are read \(its fields: none\); it needs prompt and completion, messages, or text",
+            r"has none of the fields that are read \(its fields: none\); "
+            "it needs prompt and completion, messages, or text",
         ),
         ({"question": "a"}, r"its fields: 'question'"),
         ({"prompt": "a"}, "lacks the field 'completion'"),

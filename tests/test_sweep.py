@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from minilora.composed import DataConfig
+from minilora.config import LoraConfig, QuantConfig, TrainConfig
 from minilora.sweep.presets import (
     LEARNING_RATES,
     SEARCH_SEED,
@@ -28,6 +30,9 @@ from minilora.sweep.presets import (
 )
 from minilora.sweep.results import ROW_KEYS, append_row, check_one_corpus, clean_row, group_rows, successful
 from minilora.sweep.runner import SweepConfig, describe, expand, load_results, outline, run_sweep, write_csv
+from minilora.sweep.settings import RunConfig
+
+METHODS = ("full", "lora", "qlora", "qalora", "base", "quantized_base")
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,9 @@ class FakeConfig:
     task: str = "products"
     seed: int = 0
     marker: str = ""
+
+    def row(self) -> dict:
+        return asdict(self)
 
     def key(self) -> str:
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
@@ -75,14 +83,16 @@ def runs_of(path):
 
 def test_axes_that_do_not_matter_are_not_multiplied():
     config = SweepConfig(
-        method=("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora"),
-        r=(1, 2, 4),
-        bits=(2, 4),
-        group_size=(16, 32),
-        learning_rate=(1e-3, 1e-2),
-        seed=(0, 1, 2),
+        {
+            "method": ("base", "quantized_base", "full", "subset", "lora", "qlora", "qalora"),
+            "r": (1, 2, 4),
+            "bits": (2, 4),
+            "quant.group_size": (16, 32),
+            "train.learning_rate": (1e-3, 1e-2),
+            "seed": range(3),
+        }
     )
-    counts = {method: 0 for method in config.method}
+    counts = {method: 0 for method in config.axes["method"]}
     for run in expand(config):
         counts[run.method] += 1
     trained = 2 * 3  # learning rates x seeds
@@ -98,7 +108,7 @@ def test_axes_that_do_not_matter_are_not_multiplied():
 
 
 def test_expansion_is_deterministic_and_without_duplicates():
-    config = SweepConfig(r=(8, 8, 2), seed=(0, 0, 1))
+    config = SweepConfig({"method": METHODS, "r": (8, 8, 2), "seed": (0, 0, 1)})
     keys = [run.key() for run in expand(config)]
     assert keys == [run.key() for run in expand(config)]
     assert len(set(keys)) == len(keys)
@@ -106,7 +116,8 @@ def test_expansion_is_deterministic_and_without_duplicates():
 
 
 def test_each_method_stands_on_its_own_kind_of_weight():
-    kinds = {(run.method, run.bits, run.quant_type) for run in expand(SweepConfig(bits=(2, 3)))}
+    rows = [run.row() for run in expand(SweepConfig({"method": METHODS, "bits": (2, 3)}))]
+    kinds = {(row["method"], row["bits"], row["quant_type"]) for row in rows}
     assert {kind for kind in kinds if kind[0] == "qlora"} == {("qlora", 2, "nf2"), ("qlora", 3, "nf3")}
     assert {kind for kind in kinds if kind[0] == "qalora"} == {("qalora", 2, "int2"), ("qalora", 3, "int3")}
     assert {kind[2] for kind in kinds if kind[0] == "quantized_base"} == {"nf2", "nf3", "int2", "int3"}
@@ -114,8 +125,31 @@ def test_each_method_stands_on_its_own_kind_of_weight():
 
 
 def test_shared_settings_reach_every_run():
-    assert {run.steps for run in expand(SweepConfig(steps=7))} == {7}
-    assert {run.split for run in expand(SweepConfig(split="validation"))} == {"validation"}
+    assert {run.train.steps for run in expand(SweepConfig({"method": METHODS, "steps": 7}))} == {7}
+    base = RunConfig(train=TrainConfig(steps=7), data=DataConfig(split="validation"))
+    runs = expand(SweepConfig({"method": METHODS}, base))
+    assert {(run.train.steps, run.data.split) for run in runs} == {(7, "validation")}
+
+
+def test_the_base_run_decides_what_no_axis_says():
+    base = RunConfig(method="qlora", quant=QuantConfig("nf3", block_size=128), lora=LoraConfig(r=4))
+    assert [run.row() for run in expand(SweepConfig(base=base))] == [base.row()]
+    runs = {run.method: run for run in expand(SweepConfig({"method": ("lora", "qlora", "qalora")}, base))}
+    assert runs["lora"].quant is None and runs["lora"].lora.r == 4
+    assert runs["qlora"].storage() == base.quant
+    assert runs["qalora"].storage() == QuantConfig("int3")
+    rates = {method: run.training().learning_rate for method, run in runs.items()}
+    assert rates == {"lora": 1e-2, "qlora": 1e-2, "qalora": 1e-2}
+
+
+def test_any_setting_can_be_an_axis():
+    axes = {"method": ("qlora", "qalora", "full"), "quant_type": ("nf4", "fp4", "int2"), "use_dora": (False,)}
+    runs = expand(SweepConfig(axes | {"optimizer": ("adamw", "sgd")}))
+    assert [(run.method, run.row()["quant_type"], run.train.optimizer) for run in runs] == [
+        *(("qlora", kind, optimizer) for kind in ("nf4", "fp4") for optimizer in ("adamw", "sgd")),
+        *(("qalora", "int2", optimizer) for optimizer in ("adamw", "sgd")),
+        *(("full", None, optimizer) for optimizer in ("adamw", "sgd")),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,11 +160,13 @@ def test_shared_settings_reach_every_run():
         ("r", (0,), "at least 1"),
         ("seed", (), "at least one"),
         ("split", "train", "validation, test"),
+        ("colour", ("red",), "no such setting"),
+        ("quant_type", ("int4",), "method 'qlora' stores nf2"),
     ],
 )
 def test_bad_axes_are_refused_by_name(field, value, hint):
     with pytest.raises(ValueError, match=field) as error:
-        SweepConfig(**{field: value})
+        expand(SweepConfig({"method": "qlora"} | {field: value}))
     assert hint in str(error.value)
 
 
@@ -398,12 +434,12 @@ def test_the_demonstration_covers_what_it_promises():
         "base",
         "quantized_base",
     }
-    assert len({run.r for run in runs if run.method == "lora"}) >= 3
+    assert len({run.lora.r for run in runs if run.method == "lora"}) >= 3
     for method in ("qlora", "qalora", "quantized_base"):
-        assert len({run.bits for run in runs if run.method == method}) >= 3
-    assert {run.task for run in runs} == {"products"} and {run.seed for run in runs} == {0, 1}
+        assert len({run.row()["bits"] for run in runs if run.method == method}) >= 3
+    assert {run.data.task for run in runs} == {"products"} and {run.seed for run in runs} == {0, 1}
     assert len({run.key() for run in runs}) == len(runs)
-    assert {run.steps for run in demo_runs(steps=5)} == {5}
+    assert {run.train.steps for run in demo_runs(steps=5)} == {5}
 
 
 def search_row(rate, loss, method="lora", **more):
@@ -450,10 +486,10 @@ def test_rows_of_the_study_do_not_choose():
 def test_the_search_uses_one_grid_the_validation_split_and_its_own_seed():
     runs = search_runs()
     assert len(LEARNING_RATES) >= 4 and SEARCH_SEED not in STUDY_SEEDS
-    assert {(run.split, run.seed, run.stage) for run in runs} == {("validation", SEARCH_SEED, "search")}
+    assert {(run.data.split, run.seed, run.stage) for run in runs} == {("validation", SEARCH_SEED, "search")}
     grids = {}
     for run in runs:
-        grids.setdefault((run.task, run.method), []).append(run.learning_rate)
+        grids.setdefault((run.data.task, run.method), []).append(run.train.learning_rate)
     assert len(grids) == 2 * 5 and all(tuple(sorted(grid)) == LEARNING_RATES for grid in grids.values())
 
 
@@ -468,23 +504,23 @@ def chosen_at(rate):
 
 def test_the_study_covers_ranks_bits_tasks_and_seeds():
     runs = study_runs(chosen_at(3e-3))
-    assert {(run.split, run.stage, run.task) for run in runs} == {
+    assert {(run.data.split, run.stage, run.data.task) for run in runs} == {
         ("test", "study", t) for t in ("products", "python")
     }
-    one = [run for run in runs if run.task == "python"]
+    one = [run.row() for run in runs if run.data.task == "python"]
     for method, bits in (("lora", 32), ("qlora", 4), ("qalora", 4)):
-        seen = {(run.r, run.seed) for run in one if (run.method, run.bits) == (method, bits)}
+        seen = {(row["r"], row["seed"]) for row in one if (row["method"], row["bits"]) == (method, bits)}
         assert seen == {(r, seed) for r in (1, 2, 8, 64) for seed in (0, 1, 2)}
     for method in ("qlora", "qalora"):
-        assert {run.bits for run in one if run.method == method and run.r == 8} == {2, 3, 4, 8}
+        assert {row["bits"] for row in one if row["method"] == method and row["r"] == 8} == {2, 3, 4, 8}
     assert (
-        len([run for run in one if run.method == "full"])
-        == len([run for run in one if run.method == "subset"])
+        len([row for row in one if row["method"] == "full"])
+        == len([row for row in one if row["method"] == "subset"])
         == 3
     )
-    stored = {run.quant_type for run in one if run.method == "quantized_base"}
+    stored = {row["quant_type"] for row in one if row["method"] == "quantized_base"}
     assert stored == {f"{kind}{bits}" for kind in ("nf", "int") for bits in (2, 3, 4, 8)}
-    assert {run.learning_rate for run in one if run.method not in ("base", "quantized_base")} == {3e-3}
+    assert {row["learning_rate"] for row in one} == {3e-3, None}
     assert len({run.key() for run in runs}) == len(runs) == 2 * (12 + 21 + 21 + 3 + 3 + 1 + 8)
 
 
@@ -492,14 +528,16 @@ def test_each_task_and_method_of_the_study_has_its_own_learning_rate():
     choices = [
         choice._replace(learning_rate=1e-3 if choice.method == "full" else 1e-2) for choice in chosen_at(1.0)
     ]
-    rates = {(run.method, run.learning_rate) for run in study_runs(choices) if run.method in ("full", "lora")}
+    runs = [run for run in study_runs(choices) if run.method in ("full", "lora")]
+    rates = {(run.method, run.train.learning_rate) for run in runs}
     assert rates == {("full", 1e-3), ("lora", 1e-2)}
 
 
 def preset_run(config, folder):
     """Loss is least at 3e-3 for every method; only the search may see the validation split."""
-    assert (config.split == "validation") == (config.stage == "search")
-    return {"loss": abs(np.log10(config.learning_rate / 3e-3)) if config.learning_rate else 3.0}
+    rate = config.row()["learning_rate"]
+    assert (config.data.split == "validation") == (config.stage == "search")
+    return {"loss": abs(np.log10(rate / 3e-3)) if rate else 3.0}
 
 
 def test_the_full_preset_searches_and_then_studies(tmp_path):

@@ -293,7 +293,8 @@ def test_chat_renders_the_template():
 
 
 def test_templates_see_specials_and_helpers():
-    source = "{{ bos_token }}{{ messages | tojson }}{% generation %}x{% endgeneration %}{{ strftime_now('%Y') | length }}"
+    source = "{{ bos_token }}{{ messages | tojson }}{% generation %}x{% endgeneration %}"
+    source += "{{ strftime_now('%Y') | length }}"
     t = TextTokenizer.from_gguf(gguf_tokenizer(chat_template=source))
     assert (
         t.render([{"role": "user", "content": "<é>"}]) == '<|im_start|>[{"role": "user", "content": "<é>"}]x4'
@@ -301,7 +302,8 @@ def test_templates_see_specials_and_helpers():
 
 
 def test_templates_trim_blocks_and_break_loops():
-    source = "{% for m in messages %}\n  {% if loop.index > 1 %}\n{% break %}{% endif %}{{ m.content }}\n{% endfor %}"
+    source = "{% for m in messages %}\n  {% if loop.index > 1 %}\n{% break %}{% endif %}"
+    source += "{{ m.content }}\n{% endfor %}"
     assert ChatTemplate(source).render(HI * 3) == "Hi\n"
 
 

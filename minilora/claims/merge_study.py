@@ -31,17 +31,21 @@ import numpy as np
 from scipy.special import log_softmax
 from tqdm import tqdm
 
+from minilora.adapter import Adapter
 from minilora.config import ConfigError, QuantConfig
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import load_base
 from minilora.formats.files import write_file
-from minilora.layers import Adapter, Linear
+from minilora.layers import Linear
 from minilora.memory import effective_bits, model_bytes, projection_bytes
 from minilora.merging import merge
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.report.statistics import mean_interval
-from minilora.sweep.run import build, calibration, environment, make_run_task, requantize
+from minilora.sweep.deploying import requantize
+from minilora.sweep.environment import environment
+from minilora.sweep.inputs import make_run_task
+from minilora.sweep.run_models import build, calibration
 from minilora.sweep.settings import RunConfig
 from minilora.tables import markdown_table
 from minilora.threads import available_threads, single_blas
@@ -225,11 +229,11 @@ def merge_study(
     jobs = [(kind, seed) for kind in kinds for seed in seeds]
     for (method, quant_type), seed in tqdm(jobs, desc="merge study", unit="adapter", disable=not progress):
         chosen: dict[str, Any] = {"steps": 200, "batch_size": 8, "n_eval": 64} | settings
-        config = RunConfig(method=method, quant_type=quant_type, seed=seed, **chosen)
+        config = RunConfig.of(method=method, quant_type=quant_type, seed=seed, **chosen)
         base, task = load_base(), make_run_task(config)
         model = build(config, base)
-        Trainer(model, task, config.train(), threads=available_threads()).train()
-        quants = quants_to_compare(config.quant())
+        Trainer(model, task, config.training(), threads=available_threads()).train()
+        quants = quants_to_compare(config.storage())
         found = compare_merges(model, base, task.eval_batches("test"), quants, calibration(config))
         rows += [
             {"method": method, "quant_type": quant_type, "seed": seed, **row, **environment()}

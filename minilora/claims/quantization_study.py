@@ -35,8 +35,9 @@ from minilora.report.quantization_tables import (
     quantizer_name,
 )
 from minilora.report.statistics import Interval, mean_interval
+from minilora.sweep.environment import environment
 from minilora.sweep.results import Row
-from minilora.sweep.run import environment, unpadded
+from minilora.sweep.run_models import unpadded
 from minilora.sweep.weight_errors import (
     block_errors,
     crossover,
@@ -47,7 +48,7 @@ from minilora.sweep.weight_errors import (
 )
 from minilora.threads import Workers, available_threads
 from minilora.training.allocator import keep_freed_memory
-from minilora.training.loss import evaluate
+from minilora.training.evaluation import evaluate
 from minilora.transformer import Transformer
 
 Calibration = Callable[[np.random.Generator], Sequence[Array]]

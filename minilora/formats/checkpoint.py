@@ -117,7 +117,10 @@ def load_model(path: str | Path) -> Transformer:
 def _quantized(
     name: str, shapes: dict[str, tuple[int, ...]], how: dict[str, Any], arrays: dict[str, Any]
 ) -> Any:
-    """Take one quantized weight's arrays out of `arrays`; the weight classes check all sizes."""
+    """Take one quantized weight's arrays out of `arrays`; `load_model` names the file in errors.
+
+    The weight classes check all sizes.
+    """
     out_in = shapes.get(f"{name}.weight", ())
     if len(out_in) != 2 or (name == "model.embed_tokens" and how["quant_type"] not in BLOCK_BYTES):
         raise ValueError(f"{name}: is no projection of this model, so it cannot be quantized")

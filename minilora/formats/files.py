@@ -188,7 +188,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     Raises
     ------
     FileError
-        The file is not so, or a dtype is none of F32, F16, BF16, U8 and I32.
+        The file has another layout, or a dtype is none of F32, F16, BF16, U8 and I32.
     """
     path = Path(path)
     if not path.is_file():

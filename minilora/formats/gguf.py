@@ -1,9 +1,11 @@
 """Read GGUF, llama.cpp's model file: the file is mapped, and every byte is checked. `gguf_writer` writes it.
 
-    "GGUF" · version u32 · number of tensors u64 · number of metadata entries u64 each entry:   key string ·
-    type u32 · value each tensor:  name string · number of dimensions u32 · dimensions u64, fastest first ·
-    type u32 · offset u64 padding to `general.alignment` (32), then the tensors' data, from which the offsets
-    count
+    "GGUF" · version u32 · number of tensors u64 · number of metadata entries u64
+    each entry:   key string · type u32 · value
+    each tensor:  name string · number of dimensions u32 · dimensions u64 · type u32 · offset u64
+    padding to `general.alignment` (32), then the tensors' data
+
+The fastest dimension comes first, and offsets count from the start of the data.
 
 A string is its length u64 and UTF-8. An array is its item type u32, its length u64 and its items. Everything
 is little-endian (ggml's docs/gguf.md).

@@ -12,8 +12,8 @@ i·b + b − 1. With 3 bits, 32 values fill 3 words, and values 10 and 21 stradd
 
 **Zero points minus one.** Version 1 (`checkpoint_format: gptq`) stores zero − 1. Version 2 (`gptq_v2`) stores
 the zero itself. In version 1 a zero of 0 wraps to 2^b − 1. Some readers compute (z + 1) mod 2^b and get 0
-back; others, early AutoGPTQ among them, get 2^b. We read version 1 modulo 2^b, and never write a zero of 0 in
-it.
+back; others, early AutoGPTQ among them, get 2^b. So we read version 1 modulo 2^b, and never write a zero of 0
+in it.
 
 **Groups must be contiguous.** With act-order (`desc_act=True`) `g_idx` scatters a group over the input. A
 QA-LoRA adapter sums g neighbouring inputs, so such a file is refused.

@@ -167,6 +167,7 @@ def read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
     _one_of(where, "partial_rotary_factor", get("partial_rotary_factor"), 1.0, None)
     _one_of(where, "rope_interleaved", get("rope_interleaved"), False, None)
     heads, kv = get("num_attention_heads"), get("num_key_value_heads")
+    theta = _rope_theta(settings, where)
     try:
         config = ModelConfig(
             vocab_size=_whole(where, "vocab_size", get("vocab_size")),
@@ -176,7 +177,7 @@ def read_config(settings: dict[str, Any], where: Path) -> ModelConfig:
             num_attention_heads=_whole(where, "num_attention_heads", heads),
             num_key_value_heads=_whole(where, "num_key_value_heads", heads if kv is None else kv),
             context_length=_whole(where, "max_position_embeddings", get("max_position_embeddings")),
-            rope_theta=(theta := _rope_theta(settings, where)),
+            rope_theta=theta,
             rms_norm_eps=_number(where, "rms_norm_eps", get("rms_norm_eps", 1e-6)),
             tie_word_embeddings=_one_of(
                 where, "tie_word_embeddings", get("tie_word_embeddings", False), True, False

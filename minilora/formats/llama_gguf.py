@@ -24,10 +24,9 @@ import numpy as np
 
 from minilora.building import build_model, parameter_shapes
 from minilora.config import ConfigError, ModelConfig, require, require_in
-from minilora.formats.files import FileError
+from minilora.formats.files import Array, FileError
 from minilora.formats.gguf import GGUFFile
 from minilora.formats.gguf_writer import write_gguf
-from minilora.layers import Array
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight

@@ -19,10 +19,17 @@ from typing import Any
 import numpy as np
 
 from minilora.config import SVD_INITS, ConfigError, LoraConfig, expand_modules, matches
-from minilora.formats.files import FileError, inside, read_json, read_tensors, write_file, write_tensors
+from minilora.formats.files import (
+    Array,
+    FileError,
+    inside,
+    read_json,
+    read_tensors,
+    write_file,
+    write_tensors,
+)
 from minilora.functional import group_repeat
 from minilora.injection import inject_lora
-from minilora.layers import Array
 from minilora.lora import LoraLinear
 from minilora.parameters import DenseWeight
 from minilora.transformer import Transformer

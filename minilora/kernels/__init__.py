@@ -24,15 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from minilora import functional
-from minilora.functional import (
-    AttentionCache,
-    cross_entropy_backward,
-    flat,
-    gelu_backward,
-    gelu_forward,
-    rope_tables,
-    softmax,
-)
+from minilora.functional import AttentionCache, flat
 
 Array = np.ndarray
 Cache = tuple[Any, ...]
@@ -63,8 +55,6 @@ __all__ = [
     "rms_norm_forward",
     "rope_backward",
     "rope_forward",
-    "rope_tables",
-    "softmax",
     "swiglu_backward",
     "swiglu_forward",
 ]
@@ -121,6 +111,13 @@ def has_vectors() -> bool:
     for name in ("attention", "gemm", "lowrank", "rows"):
         load(name)
     return bool(load("microkernel").AVAILABLE)
+
+
+def describe() -> dict[str, str]:
+    """Return Numba's threading layer, which our kernels do not use, and the folder of compiled kernels."""
+    layer = load("jit").settings.THREADING_LAYER
+    cache = load("rows").swiglu_forward.stats.cache_path or "not on disk"
+    return {"numba layer": f"{layer} (kernels themselves are single-threaded)", "numba cache": cache}
 
 
 def compiled(*arrays: Any) -> bool:
@@ -251,16 +248,7 @@ def multiplied(dp: LowRank | Array) -> Array:
     return product
 
 
-# --- embedding, norm, rotation -----------------------------------------------------------------------------
-
-
-def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
-    """Add each row of dy (…, C) to the row of dtable (V, C) that its token took."""
-    if not compiled(dy):
-        return functional.embedding_backward(dy, ids, V)
-    dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
-    _run(load("rows").embedding_backward, (ids.astype(np.int64), dy), (dy.shape[-1],), (dtable,))
-    return dtable
+# --- norm, rotation ----------------------------------------------------------------------------------------
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
@@ -365,19 +353,6 @@ def swiglu_backward(dy: Array, cache: Cache, *, in_place: bool = False) -> tuple
     dgate, dup = np.empty_like(dy), dy if in_place else dy.copy()
     _run(load("rows").swiglu_backward, cache, (), (dgate, dup))
     return dgate, dup
-
-
-def cross_entropy_forward(
-    logits: Array, targets: Array, normalizer: float, out: Array | None = None
-) -> tuple[float, Cache]:
-    """Return Σ (log Σ exp logits − logits[target]) / normalizer in nats: logits (N, V), targets (N,)."""
-    if not compiled(logits):
-        return functional.cross_entropy_forward(logits, targets, normalizer, out)
-    probs = logits.copy() if out is None else out
-    if out is not None and out is not logits:
-        out[...] = logits
-    total = _run(load("rows").cross_entropy, (targets.astype(np.int64),), (logits.shape[-1],), (probs,))
-    return total / normalizer, (probs, targets, normalizer)
 
 
 def group_sum(x: Array, g: int) -> Array:

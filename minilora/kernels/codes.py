@@ -1,13 +1,14 @@
 """Packed codes, compiled: pack, quantize, dequantize and multiply as `minilora.quant.reference` does.
 
-The public functions have the names, arguments and results of the reference: read that first. Each makes its inputs
-read-only, so that Numba compiles one signature of each kernel, and calls a loop of this file. For 4 bits three of
-them call `codes_vectors` instead, where the processor has vectors. Kernels never validate; they take C-contiguous
-arrays and write into the last one. Loops stand where a slice assignment would do: compiling one `out[:] = codes`
-takes Numba two seconds, for its error messages.
+The public functions have the names, arguments and results of the reference: read that first. Only `matvec`
+has none: its reference is a product with the decoded rows. Each makes its inputs read-only, so that Numba
+compiles one signature of each kernel, and calls a loop of this file. For 4 bits three of them call
+`codes_vectors` instead, where the processor has vectors. Kernels never validate; they take C-contiguous
+arrays and write into the last one. Loops stand where a slice assignment would do: compiling one `out[:] =
+codes` takes Numba two seconds, for its error messages.
 
-`tests/test_kernels.py` compares each loop, compiled and run by Python, with the reference and with the loops of
-`tests/naive.py`: the same bits, and products within the bound of their rounding.
+`tests/test_kernels.py` compares each loop, compiled and run by Python, with the reference and with the loops
+of `tests/naive.py`: the same bits, and products within the bound of their rounding.
 """
 
 from __future__ import annotations
@@ -153,8 +154,8 @@ def _quantize_by_table(
 ) -> None:
     """Find the rank among 255 midpoints by a table: four times faster than a search.
 
-    `below` = `rank_table(midpoints)` gives each number's bucket the rank of its lower end. One comparison decides
-    the rest.
+    `below` = `rank_table(midpoints)` gives each number's bucket the rank of its lower end. One comparison
+    decides the rest.
     """
     w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
     # through memory: else LLVM makes x/absmax of x·(1/absmax), and rounds otherwise
@@ -187,8 +188,8 @@ def rank_table(midpoints: Array) -> Array:
     """Return how many midpoints lie below all numbers of each bucket: (255,) float32 → (2·buckets,) uint8.
 
     A bucket holds the numbers whose float32 begins with the same 16 bits: sign, exponent and 7 bits of the
-    fraction. Numbers closer to 0 than 2^-24 share the first bucket, those from 1 on the last. Positive buckets
-    come first.
+    fraction. Numbers closer to 0 than 2^-24 share the first bucket, those from 1 on the last. Positive
+    buckets come first.
 
     Raises
     ------
@@ -271,7 +272,10 @@ def matvec(
     x: Array,
     out: Array,
 ) -> None:
-    """Do what `reference.matvec` does, up to rounding; x must be contiguous and writable."""
+    """Multiply rows of W, from weight `start` on, by x (in,) while decoding them: `out` (rows,).
+
+    Other arguments as for `dequantize`; x must be contiguous and writable.
+    """
     bits, table = _lookup_table(levels.tobytes())
     vectors = in_vectors(bits, start | x.size, block_size)
     multiply = codes_vectors.matvec if vectors else _matvec
@@ -421,8 +425,8 @@ def _half_to_float(half_bits: Array, out: Array) -> None:
 def half_number(h: np.uint32) -> Any:
     """Return a finite float16, given as its bits, as float32.
 
-    Exponent and mantissa move to their float32 places. The bias differs by 127 - 15, so a factor 2^112 completes
-    the number: exactly, also if it is subnormal.
+    Exponent and mantissa move to their float32 places. The bias differs by 127 - 15, so a factor 2^112
+    completes the number: exactly, also if it is subnormal.
     """
     moved = (h & np.uint32(0x8000)) << np.uint32(16) | (h & np.uint32(0x7FFF)) << np.uint32(13)
     return np.uint32(moved).view(np.float32) * np.float32(2.0**112)

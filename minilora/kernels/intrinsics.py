@@ -220,8 +220,7 @@ def fetch(typing: Any, array: Any, i: Any) -> Any:
 
 @intrinsic
 def float_at(typing: Any, array: Any, i: Any) -> Any:
-    """Return array[i] as float32: uint16 holds bits of float16; of uint8, bytes i and i + 1 are one
-    float16."""
+    """Return array[i] as float32. In uint16 it is a float16; in uint8, bytes i and i + 1 are one."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         dtype = signature.args[0].dtype

@@ -44,7 +44,8 @@ def add_outer(
 ) -> None:
     """Write, or with `add` add to, out[i, j] = Σ_k a[at + k·r + i] x[x_at + k·n + j] over a few rows k.
 
-    out is (r, n).     x is multiplied where it lies; only a last panel that is not full is packed, to scratch[ragged].
+    out is (r, n). x is multiplied where it lies; only a last panel that is not full is packed, to
+    scratch[ragged].
     """
     for j in range(0, n, NR_NARROW):
         columns = min(NR_NARROW, n - j)

@@ -1,7 +1,7 @@
 """Functions of one row or one number, each in one pass over memory where NumPy needs one pass per operation.
 
-The formulas are those of `minilora.functional`, whose names these kernels carry. All arrays are flat float32
-(ids and targets int64); a row has C numbers. tests/test_compiled_math.py compares every kernel with
+The formulas are those of `minilora.functional`, whose names these kernels carry. All arrays are flat float32;
+a row has C numbers. tests/test_compiled_math.py compares every kernel with
 `functional` in float64.
 """
 
@@ -52,15 +52,6 @@ def largest(x: Array) -> Any:
         ordered = bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
         best = ordered if ordered > best else best
     return from_bits(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF)))
-
-
-@kernel
-def embedding_backward(ids: Array, dy: Array, C: int, dtable: Array) -> None:
-    """Add each row of dy (N, C) to its token's row of dtable (V, C): dtable[ids[n]] += dy[n]."""
-    for n in range(ids.size):
-        row, out = dy[n * C : (n + 1) * C], dtable[ids[n] * C : (ids[n] + 1) * C]
-        for c in range(C):
-            out[c] += row[c]
 
 
 @kernel
@@ -132,27 +123,6 @@ def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
         sigma, dy = ONE / (ONE + exp(-gate[i])), dup[i]
         dup[i] = dy * gate[i] * sigma
         dgate[i] = dy * up[i] * sigma * (ONE + gate[i] * (ONE - sigma))
-
-
-@kernel
-def cross_entropy(targets: Array, V: int, logits: Array) -> float:
-    """Return Σ (log Σ exp logits − logits[target]) in float64; logits (N, V) become probabilities in place.
-
-    One array serves both: with two, LLVM would check for overlap and, where there is some, use no vectors.
-    """
-    loss = 0.0
-    for n in range(targets.size):
-        row = logits[n * V : (n + 1) * V]
-        top = largest(row)
-        picked, total = np.float64(row[targets[n]] - top), np.float32(0)
-        for v in range(V):
-            row[v] = exp(row[v] - top)
-            total += row[v]
-        loss += np.log(np.float64(total)) - picked
-        inverse = ONE / total
-        for v in range(V):
-            row[v] *= inverse
-    return loss
 
 
 @kernel

@@ -1,6 +1,6 @@
-"""Where the bytes are: counted, measured (``measure``) and predicted (``plan``)."""
+"""Where the bytes are: counted, measured (`measure`) and predicted (`plan`)."""
 
-from minilora.config import PlanConfig
+from minilora.composed import PlanConfig
 from minilora.memory.architectures import ARCHITECTURES
 from minilora.memory.budget import Fit, fit, parse_size
 from minilora.memory.compare import Comparison, compare
@@ -18,7 +18,8 @@ from minilora.memory.counting import (
     trainable_line,
     unique_bytes,
 )
-from minilora.memory.ledger import Entry, Ledger
+from minilora.memory.entries import Entry
+from minilora.memory.ledger import Ledger
 from minilora.memory.measure import measure, resident_bytes, resident_line
 from minilora.memory.planner import model_shape, plan
 from minilora.memory.published import Published, published

@@ -1,4 +1,4 @@
-"""Shapes of well-known models, by short name: what the planner needs, and nothing is downloaded."""
+"""Shapes of well-known models by short name, for the planner; nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _llama3 = partial(
 _smollm2 = partial(ModelConfig, vocab_size=49152, context_length=8192, rope_theta=100000.0)
 
 
-def _shape(C: int, F: int, L: int, H: int, K: int) -> dict[str, Any]:
+def _shape(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> dict[str, Any]:
     return {
-        "hidden_size": C,
-        "intermediate_size": F,
-        "num_hidden_layers": L,
-        "num_attention_heads": H,
-        "num_key_value_heads": K,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
     }
 
 
@@ -46,14 +46,24 @@ ARCHITECTURES: dict[str, ModelConfig] = {
         **_shape(12288, 49152, 96, 96, 96),
     ),
 }
-"""Name → shape. GPT-3 (arXiv 2005.14165, table 2.1) is counted as what this package could build of it: the
-same matrices, but no biases, no table of positions (with all of it 38 million numbers, 0.02 %), and one
-vector for each norm instead of two."""
+"""Name → shape.
+
+GPT-3 (arXiv 2005.14165, table 2.1) stands for what minilora could build: the same matrices, without biases
+and position table, and with one vector per norm instead of two. That leaves out 38 million parameters, 0.02
+%.
+"""
 
 
 def architecture(name: str) -> ModelConfig:
-    """The shape of a built-in architecture; raises ConfigError that lists those there are.
+    """Return the shape of a built-in architecture.
 
+    Raises
+    ------
+    ConfigError
+        The name is unknown; the message lists the known ones.
+
+    Examples
+    --------
     >>> architecture("llama-7b").intermediate_size
     11008
     """
@@ -62,7 +72,7 @@ def architecture(name: str) -> ModelConfig:
         near = get_close_matches(name.lower(), ARCHITECTURES, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         raise ConfigError(
-            f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed package), "
-            "a .gguf file, a Hugging Face folder, or its config.json"
+            f"model={name!r}: {hint}there are {', '.join(ARCHITECTURES)}; or give smollm2 (the installed "
+            "package), a .gguf file, a Hugging Face folder, or its config.json"
         )
     return found

@@ -1,7 +1,6 @@
-"""The ledger: where the bytes of a fine-tuning run are, by class, counted from the arrays themselves.
+"""Bytes and parameters, counted from the arrays themselves.
 
-Arrays are counted once, by the identity of the buffer behind them: q, k and v share one input, and views cost
-nothing.
+A buffer is counted once, by identity: q, k and v share one input, and views cost nothing.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.layers import Adapter, Key
+from minilora.adapter import Adapter
+from minilora.layers import Key
 from minilora.memory.shapes import ShapeArray
-from minilora.parameters import DenseWeight, Parameter
+from minilora.parameters import DenseWeight, Parameter, Weight
 from minilora.transformer import Transformer
 
 Array = np.ndarray
@@ -27,10 +27,23 @@ QUANT_CLASSES = {
     "offsets": "scales_offsets",
     "code_maps": "code_maps",
 }
+"""Class of a packed weight's arrays → class in `model_bytes`."""
+
+
+# ---- arrays
+
+
+def buffer_of(array: Any) -> Any:
+    """Return what owns the memory of an array, real or without data; it has `nbytes`."""
+    if not isinstance(array, np.ndarray):
+        return array.buffer
+    while isinstance(array.base, np.ndarray):
+        array = array.base
+    return array
 
 
 def unique_bytes(arrays: Iterable[Array]) -> int:
-    """Total size of the distinct buffers behind the arrays.
+    """Return the total size of the distinct buffers behind the arrays.
 
     >>> a = np.zeros((4, 4), np.float32)
     >>> unique_bytes([a, a, a[1:], a.T])
@@ -40,17 +53,8 @@ def unique_bytes(arrays: Iterable[Array]) -> int:
     return sum(buffers.values())
 
 
-def buffer_of(array: Any) -> Any:
-    """What owns the memory of an array, real or without data; it has ``nbytes``."""
-    if not isinstance(array, np.ndarray):
-        return array.buffer
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array
-
-
 def arrays_in(value: Any) -> Iterator[Any]:
-    """All arrays, real or without data, inside nested tuples and lists: what a backward cache keeps."""
+    """Yield all arrays, real or without data, inside nested tuples and lists, such as a backward cache."""
     if isinstance(value, (np.ndarray, ShapeArray)):
         yield value
     elif isinstance(value, (tuple, list)):
@@ -58,21 +62,45 @@ def arrays_in(value: Any) -> Iterator[Any]:
             yield from arrays_in(item)
 
 
+# ---- models
+
+
 def packed_weights(model: Transformer) -> list[Any]:
-    """Every weight of a model, adapted or not, that is stored in few bits; one that embedding and head share,
-    once."""
-    weights = [model.embedding.weight]
+    """Return every quantized weight, below adapters too; one that embedding and head share comes once."""
+    weights: list[Weight] = [model.embedding.weight]
     weights += [linear.base.weight for _, linear in model.linears()]
     return list({id(weight): weight for weight in weights if not isinstance(weight, DenseWeight)}.values())
 
 
-def adapter_parameters(model: Transformer) -> set[Parameter]:
-    """Return the parameters of all adapters, whichever class they are of."""
-    return {p for _, linear in model.linears() if isinstance(linear, Adapter) for p in linear.trained()}
+def adapter_parameters(model: Transformer) -> dict[Parameter, str]:
+    """Return the parameters of all adapters, whichever class they are of, with the adapted module's name."""
+    return {
+        p: linear.name
+        for _, linear in model.linears()
+        if isinstance(linear, Adapter)
+        for p in linear.trained()
+    }
+
+
+def adapter_constants(adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """Yield (attribute, array) of what an adapter holds beside its base and its parameters."""
+    for name, value in vars(adapter).items():
+        if isinstance(value, Adapter):
+            yield from adapter_constants(value)
+        else:
+            for array in arrays_in(value):
+                yield name, array
 
 
 def model_bytes(model: Transformer) -> dict[str, int]:
-    """Bytes of a model by class: weights (dense arrays and codes), scales_offsets, code_maps, adapters."""
+    """Return a model's bytes by class.
+
+    Returns
+    -------
+    dict
+        `weights`, dense arrays and codes · `scales_offsets` · `code_maps` · `adapters`, their parameters,
+        whether they train or not.
+    """
     found: dict[str, list[Array]] = {"weights": [], "scales_offsets": [], "code_maps": [], "adapters": []}
     own = adapter_parameters(model)
     for p in model.parameters():
@@ -84,29 +112,29 @@ def model_bytes(model: Transformer) -> dict[str, int]:
 
 
 def effective_bits(model: Transformer) -> float:
-    """Bits a weight of the block projections, with scales and offsets; code maps are shared constants and not
-    counted."""
+    """Return the bits per weight of the block projections, scales and offsets included.
+
+    Code maps are constants that all weights share, and are not counted.
+    """
     stored, weights = projection_bytes(model)
     return 8 * stored / weights
 
 
 def projection_bytes(model: Transformer) -> tuple[int, int]:
-    """(bytes as stored, number of weights) of the block projections; without adapters and shared code
-    maps."""
+    """Return (bytes as stored, weights) of the block projections, without adapters and code maps."""
     stored = weights = 0
     for block in model.blocks:
         for _, _, linear in block.linears():
             weight = linear.base.weight
-            stored += sum(
-                a.nbytes for kind, arrays in weight.arrays().items() if kind != "code_maps" for a in arrays
-            )
+            for kind, arrays in weight.arrays().items():
+                if kind != "code_maps":
+                    stored += sum(a.nbytes for a in arrays)
             weights += weight.shape[0] * weight.shape[1]
     return stored, weights
 
 
 def count_parameters(model: Transformer) -> tuple[int, int]:
-    """(trainable, all) parameters. A quantized weight counts out·in whatever its packing, unlike counts from
-    array sizes."""
+    """Return (trainable, all) parameters; a quantized weight counts out·in, whatever its packing."""
     trainable = sum(p.data.size for p in model.trainable())
     total = sum(p.data.size for p in model.parameters())
     total += sum(weight.shape[0] * weight.shape[1] for weight in packed_weights(model))
@@ -114,16 +142,24 @@ def count_parameters(model: Transformer) -> tuple[int, int]:
 
 
 def trainable_line(model: Transformer) -> str:
-    """PEFT's line: ``trainable params: … || all params: … || trainable%: …``."""
-    trainable, total = count_parameters(model)
-    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / total:.4f}"
+    """Return PEFT's line: `trainable params: … || all params: … || trainable%: …`."""
+    return format_trainable(*count_parameters(model))
+
+
+def format_trainable(trainable: int, total: int) -> str:
+    """Return PEFT's line for these numbers of parameters."""
+    share = f"{100 * trainable / total:.4f}"
+    return f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share}"
+
+
+# ---- a pass, a process
 
 
 def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, key: Key = None) -> int:
-    """Bytes that a forward pass over ids (B, T) keeps for the backward pass, without the parameters
-    themselves.
+    """Return the bytes that a forward pass over ids (B, T) keeps for the backward pass.
 
-    With a ``key``, as in training, dropout is on and keeps its masks and masked inputs.
+    Parameters of the model are not counted. With a `key`, as in training, dropout is on and keeps its masks
+    and masked inputs.
     """
     _, cache = model.forward(ids, key, checkpoint)
     weights = {id(buffer_of(p.data)) for p in model.parameters()}
@@ -131,10 +167,9 @@ def activation_bytes(model: Transformer, ids: Array, checkpoint: bool = False, k
 
 
 def peak_bytes(work: Callable[[], Any]) -> int:
-    """Largest memory that ``work()`` held at once beyond what was there before, as Python's tracemalloc
-    measures it."""
+    """Return the most memory that `work()` held at once beyond what was there before, by tracemalloc."""
     running, collecting = tracemalloc.is_tracing(), gc.isenabled()
-    gc.disable()  # what earlier work left is not torn down meanwhile: its finalizers take memory, too
+    gc.disable()  # finalizers of earlier work would take memory in the middle of this work
     if not running:
         tracemalloc.start()
     try:
@@ -149,22 +184,11 @@ def peak_bytes(work: Callable[[], Any]) -> int:
             gc.enable()
 
 
-def format_bytes(n: float) -> str:
-    """Human-readable size in powers of 1024.
-
-    >>> format_bytes(1536)
-    '1.5 KiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if abs(n) < 1024:
-            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
-        n /= 1024
-    return f"{n:.2f} GiB"
-
-
 def available_bytes() -> int | None:
-    """Memory that a process can still get, as far as the system tells: free memory, or what is left of a
-    container's limit."""
+    """Return the memory that this process can still get, or None if the system does not tell.
+
+    That is the machine's free memory, or what is left of a container's limit.
+    """
     found = []
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -175,3 +199,16 @@ def available_bytes() -> int | None:
     except (OSError, ValueError, StopIteration):
         pass
     return min(found) if found else None
+
+
+def format_bytes(n: float) -> str:
+    """Return a size in powers of 1024.
+
+    >>> format_bytes(1536)
+    '1.5 KiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.2f} GiB"

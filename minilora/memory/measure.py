@@ -1,8 +1,6 @@
-"""The measured ledger of a model that is ready to train: its own arrays counted, a step's peak taken by
-tracemalloc.
+"""The measured ledger of a real model: its own arrays counted, a step's peak taken by tracemalloc.
 
-What lives at that peak is named by the model's twin, whose step takes the same course; the two peaks stand
-side by side.
+The model's twin takes the same step to name what lives at that peak. The two peaks stand side by side.
 """
 
 from __future__ import annotations
@@ -15,11 +13,12 @@ from pathlib import Path
 from minilora.config import TrainConfig
 from minilora.data.tasks import Batch
 from minilora.memory.counting import buffer_of, count_parameters, effective_bits, format_bytes, peak_bytes
-from minilora.memory.ledger import Entry, Ledger, held_entries, kept_entries
-from minilora.memory.planner import SAME, with_update
+from minilora.memory.entries import Entry, held_entries, kept_entries
+from minilora.memory.ledger import Ledger
+from minilora.memory.planner import with_update
 from minilora.memory.profile import profile
 from minilora.memory.reasons import kept_by_model
-from minilora.memory.twin import tile_bytes, twin_of
+from minilora.memory.twin import BATCHES_ALIKE, tile_bytes, twin_of
 from minilora.parameters import Gradients
 from minilora.quant.compilation import compile_kernels
 from minilora.quant.packed import reserve_tile
@@ -41,34 +40,52 @@ def measure(
     run: bool = True,
     warm_up: bool = True,
 ) -> Ledger:
-    """The ledger of a training step on a batch (with accumulation: on that batch each time).
+    """Return the ledger of a training step of a real model.
 
-    What outlasts a step is the sum of the arrays' own ``nbytes``; what the forward pass keeps, that of the
-    buffers in a real cache. With ``run`` a step is measured in one worker, which changes nothing, since it
-    updates a copy of the largest parameter only; ``warm_up`` takes the same step once before, unless the
-    process has trained already. Without ``run`` only shapes are used, and nothing of size is computed.
-    ``optimizer``: the one that trains; without it its states are those it would have. Raises ValueError for a
-    model in which nothing trains.
+    What outlasts a step is the sum of the arrays' own `nbytes`; what the forward pass keeps, that of the
+    buffers in a real cache.
+
+    Parameters
+    ----------
+    model : Transformer
+        Ready to train.
+    batch : Batch
+        With gradient accumulation this batch is taken each time.
+    config : TrainConfig
+        Shards, checkpointing, optimizer, …
+    optimizer : Optimizer, optional
+        The one that trains; without it the states are those that it would have.
+    title : str
+        By default the batch's shape.
+    run : bool
+        Take a real step in one worker, which updates only a copy of the largest parameter. False looks at
+        shapes alone.
+    warm_up : bool
+        Take the same step once before, unless the process has trained already.
+
+    Raises
+    ------
+    ValueError
+        For a model in which nothing trains.
     """
-    if not model.trainable():
+    parameters = model.trainable()
+    if not parameters:
         raise ValueError(
             "model: nothing is trainable; use full(model), subset(model, ...) or inject_lora(model, ...)"
         )
-    accumulation = min(config.gradient_accumulation_steps, SAME)
-    twin = twin_of(model)
+    twin, shards = twin_of(model), config.shards
     found = profile(
         twin,
         batch,
-        shards=config.shards,
-        accumulation=accumulation,
+        shards=shards,
+        accumulation=min(config.gradient_accumulation_steps, BATCHES_ALIKE),
         checkpoint=config.gradient_checkpointing,
         logits_chunk=config.logits_chunk,
     )
-    parameters, paged = model.trainable(), config.optimizer.startswith("paged")
-    own = (
-        make_optimizer(twin.trainable(), config) if optimizer is None else optimizer
-    )  # zeros, made when they are touched
-    held = held_entries(model, {} if paged else own.state(), state_maps(own.state()))
+    # without an optimizer: zeros, which take memory only once they are touched
+    states = (optimizer or make_optimizer(twin.trainable(), config)).state()
+    paged = config.optimizer.startswith("paged")
+    held = held_entries(model, {} if paged else states, state_maps(states))
     tile = tile_bytes(twin)
     if tile:
         held.append(Entry("tiles", "worker", "decoded weights", tile))
@@ -79,53 +96,61 @@ def measure(
     if run:
         kept = _kept(model, batch, config)
         reserve_tile(tile // 4)
-        largest = max(parameters, key=lambda p: p.data.size)
-        copied = largest.thaw()
-        update = make_optimizer([copied], replace(config, optimizer=config.optimizer.removeprefix("paged_")))
-        with single_blas(), Workers(1) as one:
-            batches = [batch] * accumulation
-
-            def step() -> None:
-                _, grads = loss_and_grads(
-                    model,
-                    batches,
-                    one,
-                    shards=config.shards,
-                    stream=(config.seed, 0),
-                    checkpoint=config.gradient_checkpointing,
-                    logits_chunk=config.logits_chunk,
-                )
-                clip_(grads, config.max_grad_norm)
-                of_copy = Gradients(())
-                of_copy[copied] = grads[largest]
-                update.step(of_copy, 0.0)
-
-            if warm_up:  # what is compiled, loaded or looked up once is there afterwards
-                step()
-            measured = sum(e.nbytes for e in held) + peak_bytes(step)
+        measured = sum(e.nbytes for e in held) + _step_peak(model, batch, config, warm_up)
     trainable, total = count_parameters(model)
     resident, highest = resident_bytes()
     return Ledger(
-        title or f"batch {batch.ids.shape[0]} × {batch.ids.shape[1]} tokens",
-        (*held, *entries),
-        tuple(kept),
-        moment,
-        trainable,
-        total,
-        effective_bits(model),
-        min(config.shards, len(batch.ids)),
-        found.shard,
-        gradients,
-        gradients * (config.gradient_accumulation_steps > 1),
-        sum(a.nbytes for a in own.state().values()) * paged,
-        measured,
-        resident,
-        highest,
+        title=title or f"batch {batch.ids.shape[0]} × {batch.ids.shape[1]} tokens",
+        entries=(*held, *entries),
+        kept=tuple(kept),
+        moment=moment,
+        trainable=trainable,
+        parameters=total,
+        effective_bits=effective_bits(model),
+        shards=min(shards, len(batch.ids)),
+        shard=found.shard,
+        gradients=gradients,
+        accumulated=gradients if config.gradient_accumulation_steps > 1 else 0,
+        on_disk=sum(a.nbytes for a in states.values()) if paged else 0,
+        measured=measured,
+        resident=resident,
+        resident_peak=highest,
     )
 
 
+def _step_peak(model: Transformer, batch: Batch, config: TrainConfig, warm_up: bool) -> int:
+    """Return the bytes that a real step of one worker adds, as tracemalloc sees them.
+
+    The update is of a copy of the largest parameter, so the model is not changed.
+    """
+    batches = [batch] * min(config.gradient_accumulation_steps, BATCHES_ALIKE)
+    largest = max(model.trainable(), key=lambda p: p.data.size)
+    copied = largest.thaw()
+    optimizer = make_optimizer([copied], replace(config, optimizer=config.optimizer.removeprefix("paged_")))
+    with single_blas(), Workers(1) as one:
+
+        def step() -> None:
+            _, grads = loss_and_grads(
+                model,
+                batches,
+                one,
+                shards=config.shards,
+                stream=(config.seed, 0),
+                checkpoint=config.gradient_checkpointing,
+                logits_chunk=config.logits_chunk,
+            )
+            clip_(grads, config.max_grad_norm)
+            of_copy = Gradients(())
+            of_copy[copied] = grads[largest]
+            optimizer.step(of_copy, 0.0)
+
+        if warm_up:  # what is compiled, loaded or looked up once is there afterwards
+            step()
+        return peak_bytes(step)
+
+
 def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Entry]:
-    """What a real forward pass of the largest shard keeps."""
+    """Return what a real forward pass of the largest shard keeps."""
     piece = split_batch(batch, config.shards)[0]
     with single_blas():
         _, cache = model.forward(
@@ -136,22 +161,23 @@ def _kept(model: Transformer, batch: Batch, config: TrainConfig) -> Sequence[Ent
 
 
 def trainer_bytes() -> int:
-    """What a process that trains has in memory before its model: Python, NumPy, Numba and the kernels; 0 if
-    unknown."""
+    """Return the memory of a process that trains before its model: Python, NumPy, Numba and the kernels.
+
+    0 if the system does not tell.
+    """
     compile_kernels()
     return resident_bytes()[0] or 0
 
 
 def resident_line() -> str:
-    """The process's memory in words."""
+    """Return the process's memory in words."""
     now, highest = resident_bytes()
     parts = [f"{format_bytes(n)} {what}" for n, what in ((now, "now"), (highest, "at most")) if n is not None]
     return "the process, Python and libraries included: " + (", ".join(parts) or "the system does not tell")
 
 
 def resident_bytes() -> tuple[int | None, int | None]:
-    """(now, the most so far) of this process's memory that lies in RAM, libraries included, where the system
-    tells."""
+    """Return this process's memory in RAM, (now, the most so far); None where the system does not tell."""
     try:
         lines = dict(
             line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines()

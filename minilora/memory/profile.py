@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,8 @@ import numpy as np
 
 from minilora.data.tasks import Batch
 from minilora.layers import Array
-from minilora.memory.ledger import Entry, deepen, kept_entries, name_gradients, passing_entries
-from minilora.memory.reasons import kept_by_attention, kept_by_mlp, kept_by_model
+from minilora.memory.entries import Entry, deepen, kept_entries, name_gradients, passing_entries
+from minilora.memory.reasons import Kept, kept_by_attention, kept_by_mlp, kept_by_model
 from minilora.memory.shapes import Meter
 from minilora.memory.twin import run_step
 from minilora.transformer import Transformer
@@ -19,8 +20,21 @@ from minilora.transformer import Transformer
 
 @dataclass(frozen=True)
 class Profile:
-    """The peak of a step: what is alive, where that is, what the largest shard adds by itself, what its
-    forward pass keeps."""
+    """The peak of a step.
+
+    Attributes
+    ----------
+    entries : list of Entry
+        What is alive at the peak.
+    moment : str
+        What is at work then.
+    shard : int
+        Most bytes that the largest shard adds by itself.
+    kept : list of Entry
+        What the largest shard's forward pass keeps.
+    meter : Meter
+        All births and deaths of the step.
+    """
 
     entries: list[Entry]
     moment: str
@@ -46,31 +60,19 @@ def profile(
 ) -> Profile:
     """Run a step of a twin in one worker and look at its peak.
 
-    With ``layers`` the twin stands for a model of so many blocks, all alike: what lives while the first or
-    the last block, the head or the loss is at work is counted with the second block repeated. No other moment
-    can be the peak, since what lives while block i is at work rises or falls steadily with i.
+    Parameters
+    ----------
+    twin : Transformer
+        A model over arrays without data.
+    shards, accumulation, checkpoint, logits_chunk
+        As in training; `accumulation` batches of the same shape.
+    layers : int, optional
+        Depth of the model that the twin stands for, if it has fewer blocks, all alike. The second block is
+        then counted for all in the middle. What lives while block i is at work rises or falls steadily with
+        i, so the peak is at the first block, the last one, the head or the loss.
     """
     depth = len(twin.blocks)
-    first_kept: list[Entry] = []
-
-    def watch(what: str, value: Any) -> None:
-        if what == "forward":
-            kept = [
-                k for k in kept_by_model(twin, value[1]) if not isinstance(k[0], np.ndarray)
-            ]  # token ids are the batch's own
-            if not first_kept:
-                first_kept.extend(kept_entries(kept, set()))
-            _name(kept, "activations")
-        elif what.startswith("restored"):
-            _, half, i = what.split()
-            by_half = kept_by_mlp if half == "mlp" else kept_by_attention
-            _name(by_half(twin.blocks[int(i)], value, f"layers.{i}"), "recomputed")
-        elif what == "head":
-            value[0].buffer.kind, value[0].buffer.reason = (
-                "logits",
-                "of the rows at hand, then their gradient",
-            )
-
+    watch = _Watch(twin)
     meter = run_step(
         twin,
         batch,
@@ -80,40 +82,57 @@ def profile(
         logits_chunk=logits_chunk,
         watch=watch,
     )
-    trainable = twin.trainable()
-    name_gradients(meter.log, trainable)
-    gradients = [b.born for b in meter.log if b.kind == "gradients"]
-    starts = gradients[:: len(trainable)]  # of each shard
+    gradients = name_gradients(meter.log, twin)
+    starts = [b.born for b in gradients[:: len(twin.trainable())]]  # of each shard
+    curve = meter.curve()
+
+    def as_deep(entries: list[Entry]) -> list[Entry]:
+        return entries if layers is None else deepen(entries, depth, layers)
 
     def entries_at(moment: int, since: int = 0) -> list[Entry]:
-        found = passing_entries(b for b in meter.alive(moment) if b.born >= since)
-        return found if layers is None else deepen(found, depth, layers)
-
-    def objects_at(moment: int) -> list[Entry]:
-        found = [
-            Entry("objects", owner, "array objects, 96 bytes and 16 an axis", n)
-            for owner, n in meter.headers_at(moment).items()
-        ]
-        return found if layers is None else deepen(found, depth, layers)
-
-    curve = meter.curve()
+        return as_deep(passing_entries(b for b in meter.alive(moment) if b.born >= since))
 
     def live(moment: int, since: int = 0) -> int:
         if layers is not None:
             return sum(e.nbytes for e in entries_at(moment, since))
-        return int(
-            curve[moment] - (curve[since - 1] if since else 0)
-        )  # what was there before stays: other shards' gradients
+        # what was there before stays: other shards' gradients
+        return int(curve[moment] - (curve[since - 1] if since else 0))
 
     moments = _moments(meter, curve, depth, layers)
     peak, name = max(moments, key=lambda m: live(m[0]))
     latest = max((b for b in meter.alive(peak) if b.nbytes), key=lambda b: b.born)
-    own = max(live(m, max((s for s in starts if s <= m), default=0)) for m, _ in moments)
-    kept = first_kept if layers is None else deepen(first_kept, depth, layers)
-    return Profile(entries_at(peak) + objects_at(peak), f"{name}, {latest.site}", own, kept, meter)
+    shard = max(live(m, max((s for s in starts if s <= m), default=0)) for m, _ in moments)
+    objects = [
+        Entry("objects", owner, "array objects, 96 bytes and 16 for each axis", n)
+        for owner, n in meter.headers_at(peak).items()
+    ]
+    entries = entries_at(peak) + as_deep(objects)
+    return Profile(entries, f"{name}, {latest.site}", shard, as_deep(watch.kept), meter)
 
 
-def _name(kept: Any, kind: str) -> None:
+class _Watch:
+    """Names the buffers behind caches and logits as they come, and notes the first shard's cache."""
+
+    def __init__(self, twin: Transformer):
+        self.twin, self.kept = twin, list[Entry]()
+
+    def __call__(self, what: str, value: Any) -> None:
+        if what == "forward":
+            # token ids are real arrays, the batch's own
+            kept = [k for k in kept_by_model(self.twin, value[1]) if not isinstance(k[0], np.ndarray)]
+            if not self.kept:
+                self.kept = kept_entries(kept, set())
+            _name(kept, "activations")
+        elif what.startswith("restored"):
+            _, half, i = what.split()
+            by_half = kept_by_mlp if half == "mlp" else kept_by_attention
+            _name(by_half(self.twin.blocks[int(i)], value, f"layers.{i}"), "recomputed")
+        elif what == "head":
+            buffer = value[0].buffer
+            buffer.kind, buffer.reason = "logits", "of the rows at hand, then their gradient"
+
+
+def _name(kept: Iterable[Kept], kind: str) -> None:
     for array, layer, reason in kept:
         buffer = array.buffer
         if not buffer.kind:
@@ -121,8 +140,7 @@ def _name(kept: Any, kind: str) -> None:
 
 
 def _moments(meter: Meter, curve: Array, depth: int, layers: int | None) -> list[tuple[int, str]]:
-    """(time of the most live bytes, what is at work) in each stretch between two marks that can hold the
-    peak."""
+    """Return (time of the most live bytes, what is at work) of each stretch that can hold the peak."""
     found = []
     ends = [start for start, _ in meter.marks[1:]] + [meter.clock]
     for (start, name), end in zip(meter.marks, ends, strict=True):

@@ -1,7 +1,6 @@
-"""Figures that papers print, beside what the planner says of the same setting, each with the assumption that
-it needs.
+"""Figures from papers beside the planner's figures for the same setting, with the assumptions of each.
 
-Of a paper only its own number stands here; ours all come from ``plan``, and none is tuned to come nearer.
+Only the papers' own numbers are written here. Ours all come from `plan`, and none is tuned to come nearer.
 """
 
 from __future__ import annotations
@@ -17,14 +16,29 @@ from minilora.memory.planner import plan
 from minilora.tables import html_table, text_table
 
 LORA, QLORA, QALORA = "LoRA, 2106.09685", "QLoRA, 2305.14314", "QA-LoRA, 2309.14717"
+QUANTIZED_KINDS = ("codes", "absmax", "nested", "code maps")
+"""The ledger's kinds that make up a 4-bit base."""
 GPT3_PARAMETERS = 175_255_800_000
-"""The LoRA paper's count (its table of results with GPT-3)."""
+"""The LoRA paper's count, from its table of results with GPT-3."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One figure: what, by whom, as printed there, ours (a number and how it is printed), and what ours
-    assumes."""
+    """One figure of a paper, and ours.
+
+    Attributes
+    ----------
+    what : str
+        The quantity.
+    paper : str
+        The paper, and the place in it.
+    published, ours : str
+        Both figures, as printed.
+    value : float
+        Our figure.
+    assumption : str
+        What ours assumes.
+    """
 
     what: str
     paper: str
@@ -36,42 +50,40 @@ class Row:
 
 @dataclass(frozen=True, repr=False)
 class Published:
-    """Rows that print as one table, their assumptions below it."""
+    """Rows that print as one table, with their assumptions below it."""
 
     rows: tuple[Row, ...]
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """(heads, rows), the assumptions by number."""
+        """Return (heads, rows); assumptions are referred to by number."""
         rows = [[str(i), row.what, row.paper, row.published, row.ours] for i, row in enumerate(self.rows, 1)]
         return ["", "figure", "whose", "published", "ours"], rows
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the rows as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        below = [
-            textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    ")
-            for i, row in enumerate(self.rows, 1)
-        ]
+        below = []
+        for i, row in enumerate(self.rows, 1):
+            below.append(textwrap.fill(f"{i:>2}  {row.assumption}", 130, subsequent_indent="    "))
         return "\n".join([text_table(*self.table()), "", *below])
 
     __repr__ = __str__  # a prompt shows the table
 
     def _repr_html_(self) -> str:
         heads = ["figure", "whose (arXiv)", "published", "ours", "assumption"]
-        table = html_table(
-            "Published figures",
-            heads,
-            [[r.what, r.paper, r.published, r.ours, r.assumption] for r in self.rows],
-        )
+        rows = [[row.what, row.paper, row.published, row.ours, row.assumption] for row in self.rows]
+        table = html_table("Published figures", heads, rows)
         return f"{table}<p>{html.escape('GB are 10⁹ bytes, GiB 2³⁰.')}</p>"
 
 
 @cache
 def published() -> Published:
-    """The table; takes a few seconds, once.
+    """Return the table; the first call takes a few seconds.
 
+    Examples
+    --------
     >>> published().rows[0].ours
     '159,907,840'
     """
@@ -104,23 +116,24 @@ def _counts() -> list[Row]:
 def _bits() -> list[Row]:
     double = plan("llama-65b", method="qlora", r=64)
     single = plan("llama-65b", method="qlora", r=64, double_quant=False)
-    saved, bits = single.held - double.held, single.effective_bits - double.effective_bits
+    saved = single.held - double.held
+    saved_bits = single.effective_bits - double.effective_bits
     return [
         Row(
-            "NF4, double quantization: bits a weight",
+            "NF4, double quantization: bits per weight",
             QLORA + ", section 3",
             "4 + 0.127",
             f"{double.effective_bits:.4f}",
             double.effective_bits,
-            "LLaMA-65B's block projections, blocks of 64, 256 of them under one float32; ours counts the "
-            "mean of each matrix too, but not the table of 16 values, which all share",
+            "LLaMA-65B's block projections, blocks of 64, one float32 per 256 blocks; ours also counts the "
+            "mean of each matrix, but not the table of 16 values, which all share",
         ),
         Row(
-            "what double quantization saves: bits a weight",
+            "what double quantization saves: bits per weight",
             QLORA + ", section 3",
             "0.373",
-            f"{bits:.4f}",
-            bits,
+            f"{saved_bits:.4f}",
+            saved_bits,
             "as above",
         ),
         Row(
@@ -136,10 +149,8 @@ def _bits() -> list[Row]:
 
 def _gpt3() -> list[Row]:
     small: dict[str, Any] = {"target_modules": "q_proj,v_proj", "dtype": "float16"}
-    full, r4 = (
-        plan("gpt3-175b", method="full", dtype="float16"),
-        plan("gpt3-175b", method="lora", r=4, **small),
-    )
+    full = plan("gpt3-175b", method="full", dtype="float16")
+    r4 = plan("gpt3-175b", method="lora", r=4, **small)
     r1 = plan("gpt3-175b", method="lora", r=1, **small)
     kinds = full.by_kind()
     states = kinds["weights"] + kinds["optimizer"]
@@ -147,8 +158,8 @@ def _gpt3() -> list[Row]:
     frozen = r4.held
     adapter = r4.by_kind()["adapters"]
     stand_in = (
-        "GPT-3's matrices without biases and its table of positions (0.02 %; the paper counts 0.39 % more, and does not "
-        "say of what)"
+        "GPT-3's matrices without biases and position table (0.02 %; the paper counts 0.39 % more, and does "
+        "not say what)"
     )
     return [
         Row(
@@ -182,8 +193,8 @@ def _gpt3() -> list[Row]:
             "1.2 TB",
             f"{_tb(states)} to {_tb(all_of_it)}",
             states,
-            "float16 throughout, no activations: the lower number is weights and "
-            "Adam's two means, the higher one has the gradients too; the paper does not say, and its number lies between",
+            "float16 throughout, no activations: the lower number is weights and Adam's two means, the "
+            "higher one adds the gradients; the paper does not say which, and its number lies between",
         ),
         Row(
             "GPT-3 175B, LoRA",
@@ -191,7 +202,7 @@ def _gpt3() -> list[Row]:
             "350 GB",
             _gb(frozen),
             frozen,
-            "float16 weights, r = 4 on q and v with its states; no activations",
+            "float16 weights, r = 4 on q and v with optimizer states; no activations",
         ),
         Row(
             "full / LoRA",
@@ -199,7 +210,7 @@ def _gpt3() -> list[Row]:
             "3 (by up to 2/3), 3.4",
             f"{states / frozen:.2f} to {all_of_it / frozen:.2f}",
             states / frozen,
-            "the two rows above: three numbers a parameter give a third, with gradients a quarter",
+            "the two rows above: three numbers per parameter give a third, four with gradients a quarter",
         ),
         Row(
             "GPT-3 175B: checkpoint of all weights",
@@ -233,8 +244,8 @@ def _llama65() -> list[Row]:
             "more than 780 GB",
             _gb(mixed),
             mixed,
-            "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes a parameter, no activations; ours in "
-            f"float32 takes 16, {_gb(all_float32)}",
+            "weights and gradients in 16 bits, Adam's two means in float32: 12 bytes per parameter, no "
+            f"activations; ours in float32 takes 16, {_gb(all_float32)}",
         )
     ]
     for optimizer in ("adamw", "adamw_8bit", "paged_adamw"):
@@ -255,16 +266,14 @@ def _llama65() -> list[Row]:
                 "less than 48 GB",
                 _gb(need),
                 need,
-                "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks checkpointed, logits by 128 rows, "
-                f"all that is dense in float32{paged}; a GPU of 48 GB has 2³⁰ bytes in each: {_fits(need)}",
+                "NF4 with double quantization, r = 64 on all linear layers, 1 × 512 tokens, blocks "
+                f"checkpointed, logits by 128 rows, dense arrays in float32{paged}; a GPU of 48 GB has 2³⁰ "
+                f"bytes in each: {_fits(need)}",
             )
         )
         if optimizer == "paged_adamw":
-            dense = need - sum(
-                n
-                for kind, n in ledger.by_kind().items()
-                if kind in ("codes", "absmax", "nested", "code maps")
-            )
+            kinds = ledger.by_kind()
+            dense = need - sum(kinds.get(kind, 0) for kind in QUANTIZED_KINDS)
             rows.append(
                 Row(
                     "the same, dense arrays in 16 bits",
@@ -285,7 +294,7 @@ def _llama7() -> list[Row]:
     inputs = sum(e.nbytes for e in plain.kept if "kept for dA" in e.what) // 2
     left = sum(e.nbytes for e in checkpointed.kept if e.layer.startswith("layers.")) // 2
     kinds = plain.by_kind()
-    base = kinds["weights"] // 2 + sum(kinds[kind] for kind in ("codes", "absmax", "nested", "code maps"))
+    base = kinds["weights"] // 2 + sum(kinds[kind] for kind in QUANTIZED_KINDS)
     return [
         Row(
             "LLaMA-7B, LoRA's input gradients",
@@ -293,17 +302,18 @@ def _llama7() -> list[Row]:
             "567 MB",
             f"{inputs / 1e6:,.0f} MB",
             inputs,
-            "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, at 2 bytes a number; "
-            "the paper does not say which arrays it counts, and the number is not tuned",
+            "1 × 512 tokens; ours: the distinct inputs that adapters on all linear layers keep for dA, at 2 "
+            "bytes per number; the paper does not say which arrays it counts",
         ),
         Row(
-            "the same with checkpointing, a sequence",
+            "the same with checkpointing, per sequence",
             QLORA + ", section 2",
             "18 MB",
             f"{left / 1e6:,.0f} MB",
             left,
-            "all that ours keeps between the passes, at 2 bytes a number: of each block its two inputs and q, k, v, so that no "
-            f"product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB a block, the paper counts otherwise",
+            "all that ours keeps between the passes, at 2 bytes per number: each block's two inputs and q, "
+            f"k, v, so no product with the quantized base is done twice; {left / 32 / 1e6:.0f} MB per block; "
+            "the paper counts otherwise",
         ),
         Row(
             "LLaMA-7B, base in 4 bits",
@@ -311,14 +321,17 @@ def _llama7() -> list[Row]:
             "5,048 MB",
             f"{base / 1e6:,.0f} MB",
             base,
-            "NF4 with double quantization, embedding, head and norms in 16 bits: nothing else is in our base, what else is in "
-            "the paper's it does not say",
+            "NF4 with double quantization; embedding, head and norms in 16 bits; nothing else is in our "
+            "base, and the paper does not say what else is in its",
         ),
     ]
 
 
 def _fits(n: float) -> str:
-    return f"{format_bytes(n)}, {'below' if n < 48 * 2**30 else 'above'} 48 GiB, {'below' if n < 48e9 else 'above'} 48·10⁹"
+    """Compare a number of bytes with both readings of 48 GB."""
+    binary = "below" if n < 48 * 2**30 else "above"
+    decimal = "below" if n < 48e9 else "above"
+    return f"{format_bytes(n)}, {binary} 48 GiB, {decimal} 48·10⁹"
 
 
 def _gb(n: float) -> str:

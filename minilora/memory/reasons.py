@@ -1,24 +1,23 @@
-"""Why a forward pass keeps what it keeps: each array of a cache, the layer that holds it, and the gradient
-that needs it."""
+"""Why a forward pass keeps what it keeps: each array, its layer, and the gradient that needs it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from minilora.layers import AnyLinear, Block, BlockCache, Cache, Checkpoint, HalfCache, Linear
-from minilora.lora import LoraCache, LoraLinear
+from minilora.adapter import AnyLinear
+from minilora.layers import Block, BlockCache, Cache, Checkpoint, HalfCache, Linear
+from minilora.lora import LoraCache
 from minilora.memory.counting import arrays_in
 from minilora.transformer import ForwardCache, Transformer
-from minilora.variants import DoraCache, lora_of
+from minilora.variants import DoraCache
 
 Kept = tuple[Any, str, str]
 """(array, layer, reason)."""
 
 
 def kept_by_model(model: Transformer, cache: ForwardCache) -> Iterator[Kept]:
-    """Everything in the cache of ``Transformer.forward``, from the bottom up; an array may come several
-    times."""
+    """Yield all arrays in the cache of `Transformer.forward`, from the bottom up; some come several times."""
     for ids in cache.embedding:
         yield ids, "embed_tokens", "token ids kept for dW"
     for table in cache.rope:
@@ -32,32 +31,29 @@ def kept_by_model(model: Transformer, cache: ForwardCache) -> Iterator[Kept]:
 
 
 def kept_by_checkpoint(kept: Checkpoint, name: str) -> Iterator[Kept]:
-    """What ``Block.checkpoint`` leaves."""
+    """Yield what `Block.checkpoint` leaves."""
     yield kept.x, name, "input of the block kept to compute the norm again"
     yield kept.mixed, name, "input of its MLP half kept to compute that again"
     for array, letter in zip((kept.q, kept.k, kept.v), "qkv", strict=True):
-        yield (
-            array,
-            f"{name}.self_attn",
-            f"{letter} kept, which would cost a product with the base to compute again",
-        )
+        reason = f"{letter} kept, which would cost a product with the base to compute again"
+        yield array, f"{name}.self_attn", reason
 
 
 def kept_by_block(block: Block, cache: BlockCache, name: str) -> Iterator[Kept]:
-    """The whole cache of ``Block.forward``."""
+    """Yield the whole cache of `Block.forward`."""
     yield from kept_by_attention(block, cache.attention, name)
     yield from kept_by_mlp(block, cache.mlp, name)
 
 
 def kept_by_norm(cache: Cache, name: str) -> Iterator[Kept]:
-    """The cache of an RMSNorm."""
+    """Yield the cache of an RMSNorm."""
     x, rstd = cache
     yield x, name, "input kept for dx"
     yield rstd, name, "1/rms kept for dx"
 
 
 def kept_by_attention(block: Block, half: HalfCache, name: str) -> Iterator[Kept]:
-    """The cache of a block's first half."""
+    """Yield the cache of a block's first half."""
     attention, cache = block.attention, half.inner
     yield from kept_by_norm(half.norm, f"{name}.input_layernorm")
     for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -75,7 +71,7 @@ def kept_by_attention(block: Block, half: HalfCache, name: str) -> Iterator[Kept
 
 
 def kept_by_mlp(block: Block, half: HalfCache, name: str) -> Iterator[Kept]:
-    """The cache of a block's second half."""
+    """Yield the cache of a block's second half."""
     mlp, cache = block.mlp, half.inner
     yield from kept_by_norm(half.norm, f"{name}.post_attention_layernorm")
     if mlp.gate_proj is None:
@@ -97,23 +93,33 @@ def kept_by_linear(linear: AnyLinear, cache: Cache) -> Iterator[Kept]:
     if isinstance(linear, Linear):
         for x in cache:
             yield x, name, "input kept for dW"
+    elif isinstance(cache, LoraCache):
+        yield from _kept_by_lora(cache, linear.pool, name)
     elif isinstance(cache, DoraCache):
-        lora = lora_of(linear)
-        if lora is not None:
-            yield from kept_by_lora(lora, cache.lora, name)
+        yield from _kept_by_lora(cache.lora, linear.pool, name)
         yield cache.z, name, "result before it takes DoRA's lengths kept for dm"
         yield cache.n, name, "length of each row of W + ΔW"
-    elif isinstance(linear, LoraLinear) and isinstance(cache, LoraCache):
-        yield from kept_by_lora(linear, cache, name)
     else:
-        for array in arrays_in(cache):
-            yield array, name, f"kept by {type(linear).__name__}"
+        yield from _kept_by_any(cache, type(linear).__name__, name)
 
 
-def kept_by_lora(linear: LoraLinear, cache: LoraCache, name: str) -> Iterator[Kept]:
-    """Yield what a LoraLinear keeps."""
-    what = "input" if linear.pool == 1 else f"input, {linear.pool} neighbours summed,"
-    yield cache.p, name, f"{what} kept for dA" if cache.mask is None else f"{what} after dropout kept for dA"
+def _kept_by_lora(cache: LoraCache, pool: int, name: str) -> Iterator[Kept]:
+    what = "input" if pool == 1 else f"input, {pool} neighbours summed,"
+    if cache.mask is not None:
+        what += " after dropout"
+    yield cache.p, name, f"{what} kept for dA"
     yield cache.h, name, "h = x Aᵀ kept for dB"
     if cache.mask is not None:
         yield cache.mask, name, "one bit an element: what dropout left"
+
+
+def _kept_by_any(cache: Cache, adapter: str, name: str) -> Iterator[Kept]:
+    """Yield what an adapter of another class keeps, by field if its cache is a NamedTuple."""
+    fields = getattr(cache, "_fields", None)
+    if fields is None:
+        for array in arrays_in(cache):
+            yield array, name, f"kept by {adapter}"
+        return
+    for field, value in zip(fields, cache, strict=True):
+        for array in arrays_in(value):
+            yield array, name, f"{field} kept by {adapter}"

@@ -13,25 +13,16 @@ from minilora.quant.switch import implementation
 class AffineWeight(CodedWeight):
     """W (out, in) as w = scale·q + offset, q a whole number of few bits, for each group of inputs of a row.
 
-    It is QA-LoRA's W̃ = α·q + β and GGUF's Q4_1. Because the offset is a real number, a ΔW that is constant within
-    each group merges into it exactly. `quant.zero_points` has whole zero points instead, as GPTQ files do.
+    It is QA-LoRA's W̃ = α·q + β (arXiv 2309.14717, eq. 1) and GGUF's Q4_1. Because the offset is a real
+    number, a ΔW that is constant within each group merges into it exactly. `quant.zero_points` has whole zero
+    points instead, as GPTQ files do.
 
     Parameters
     ----------
-    codes : Array
-        (bytes,) uint8, packed.
-    scale, offset : Array
-        (out, in/group_size) float16; after a merge the offset is float32.
-    shape : tuple of int
-        (out, in).
-    bits : int
-        2, 3, 4 or 8.
-    group_size : int
-        Inputs that share a scale and an offset; it must divide `in`.
-
-    References
-    ----------
-    QA-LoRA, arXiv 2309.14717, equation 1.
+    codes, scale, offset : Array
+        (bytes,) uint8, packed; (out, in/group_size) float16, the offset after a merge float32.
+    bits, group_size : int
+        2, 3, 4 or 8; inputs that share a scale and an offset, a divisor of `in`.
 
     Examples
     --------
@@ -77,15 +68,11 @@ class AffineWeight(CodedWeight):
 
             q = clip(rint((w − offset)/scale), 0, 2^bits − 1)
 
-        Scale and offset are rounded first to what is stored. A group whose scale rounds to 0 (all its weights are
-        equal) gets scale 1.
+        Scale and offset are rounded first to what is stored. A group whose scale rounds to 0 (all its weights
+        are equal) gets scale 1.
 
         Parameters
         ----------
-        w : Array
-            (out, in), converted to float32.
-        bits, group_size : int
-            As for the class.
         fit : str
             `minmax`, `symmetric`, `mse` or `hqq` (`quant.fits`).
         store : str
@@ -94,8 +81,8 @@ class AffineWeight(CodedWeight):
         Raises
         ------
         ValueError
-            For a weight that is not finite or beyond float16, for other `bits`, and for a `group_size` that does not
-            divide `in`.
+            For a weight that is not finite or beyond float16, for other `bits`, and for a `group_size` that
+            does not divide `in`.
         """
         require_in(bits, (2, 3, 4, 8), "bits")
         w = checked(w)
@@ -122,7 +109,7 @@ class AffineWeight(CodedWeight):
         """Inputs that share one scale and one offset."""
         return self.block_size
 
-    offset_group = group_size  # type: ignore[assignment]  # QA-LoRA pools as many inputs
+    offset_group = group_size  # QA-LoRA pools as many inputs
 
     @property
     def offset(self) -> Array:
@@ -130,18 +117,19 @@ class AffineWeight(CodedWeight):
         return self._offset
 
     def with_offset(self, offset: Array) -> AffineWeight:
-        """Return a weight with other float32 offsets (out, in/group_size) and the very same codes and scales."""
+        """Return a weight with other float32 offsets and the very same codes and scales (not copies)."""
         new = frozen(offset, np.float32)
         return AffineWeight(self.codes, self.scale, new, self.shape, self.bits, self.group_size)
 
     def stored(self, store: str) -> tuple[AffineWeight, float]:
-        """Return the same codes and scales with the offsets stored otherwise, and the largest change of a weight.
+        """Return the same weight with its offsets stored otherwise, and the largest change of an offset.
 
-        `float32` changes nothing; `float16` rounds to 11 bits; `zero` rounds to whole multiples of the scale, all
-        weights of a group alike, and clips to what `bits` bits hold.
+        `float32` changes nothing; `float16` rounds to 11 bits; `zero` rounds to whole multiples of the scale,
+        all weights of a group alike, and clips to what `bits` bits hold.
 
-        >>> q = AffineWeight.quantize(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), 2, 4).with_offset([[-0.75]])
-        >>> q.stored("zero")[0].zeros.tolist(), q.stored("zero")[1]
+        >>> q = AffineWeight.quantize(np.array([[0.0, 1.0, 2.0, 3.0]], np.float32), 2, 4)
+        >>> rounded, change = q.with_offset([[-0.75]]).stored("zero")
+        >>> rounded.zeros.tolist(), change
         ([[1]], 0.25)
         """
         require_in(store, fits.OFFSET_STORES, "store")

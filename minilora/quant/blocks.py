@@ -2,12 +2,14 @@
 
 A block is one scale d, for Q4_1 also one minimum m, both little-endian float16, and then 32 codes:
 
-    Q4_0   d, 16 bytes           w = d·(q - 8)     4.5 bits per weight    byte j holds q of weight j in its low half
-    Q4_1   d, m, 16 bytes        w = d·q + m       5.0                    and q of weight j + 16 in its high half
+    Q4_0   d, 16 bytes           w = d·(q - 8)     4.5 bits per weight
+    Q4_1   d, m, 16 bytes        w = d·q + m       5.0
     Q8_0   d, 32 signed bytes    w = d·q           8.5
 
-d has 11 significant bits and q at most 8, so d·q is exact in float32, and each weight is rounded once at most. That is
-why a fused multiply-add, NumPy, the gguf package and our kernels all give the same bits.
+Of the 16 bytes, byte j holds q of weight j in its low half and q of weight j + 16 in its high half.
+
+d has 11 significant bits and q at most 8, so d·q is exact in float32, and each weight is rounded once at
+most. That is why a fused multiply-add, NumPy, the gguf package and our kernels all give the same bits.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ class BlockWeight(PackedWeight):
     def _part(self, at: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
         """Return a view of what begins at byte `at` of each block.
 
-        It is no slice: a ledger that counts bytes by the array behind a view would count all blocks for each part.
+        It is no slice: a ledger that counts bytes by the array behind a view would count all blocks for each
+        part.
         """
         size = BLOCK_BYTES[self.quant_type]
         first = self._flat_blocks[0, at : at + dtype.itemsize].view(dtype)
@@ -126,10 +129,10 @@ class BlockWeight(PackedWeight):
 
     @classmethod
     def from_affine(cls, weight: AffineWeight) -> tuple[BlockWeight, float]:
-        """Return int4 groups of 32 as Q4_1 with the same codes, and how much float16 changed an offset at most.
+        """Return int4 groups of 32 as Q4_1 with the same codes, and the largest change of an offset.
 
-        The change is 0 for a float16 offset. After a QA-LoRA merge it is at most 2^-11 of the largest offset
-        (2^-25 for offsets below 2^-14).
+        Q4_1 has float16 offsets. After a QA-LoRA merge the change is at most 2^-11 of the largest offset
+        (2^-25 for offsets below 2^-14); without one it is 0.
 
         Raises
         ------
@@ -149,10 +152,11 @@ class BlockWeight(PackedWeight):
         return result, float(np.abs(offset.astype(np.float64) - weight.offset).max())
 
     def affine(self) -> AffineWeight:
-        """Return a Q4_1 weight as int4 groups of 32, bit by bit the same numbers: QA-LoRA can merge into them."""
+        """Return a Q4_1 weight as int4 groups of 32: the same numbers, into which QA-LoRA can merge."""
         if self.offsets is None:
             raise ConfigError(
-                f"quant_type={self.quant_type!r}: only Q4_1 has an offset for each group; quantize the weight to int4"
+                f"quant_type={self.quant_type!r}: only Q4_1 has an offset for each group; "
+                "quantize the weight to int4"
             )
         codes = np.concatenate([self.codes & 15, self.codes >> 4], axis=-1)
         flat, offsets = packed(codes.reshape(-1), 4), np.asarray(self.offsets)
@@ -181,7 +185,7 @@ class BlockWeight(PackedWeight):
 
 
 def _check_finite(values: Array, what: str) -> None:
-    """Refuse float16 infinity and NaN by row and block; 1 MiB at a time, to keep a memory map out of memory."""
+    """Refuse float16 infinity and NaN by row and block; a piece at a time, to spare memory."""
     step = max(1, PIECE // values.shape[1])
     for first in range(0, len(values), step):
         bad = ~np.isfinite(values[first : first + step])
@@ -217,8 +221,7 @@ def _quantize(x: Array, quant_type: str, out: Array) -> None:
     else:
         shifted = x * inverse + np.float32(8.5) if low is None else (x - low) * inverse + np.float32(0.5)
         codes = np.minimum(np.trunc(shifted), 15).astype(np.uint8)
-    # Where d is so small that 1/d = ∞, the gguf package's product converts to 0, on x86 at least. The scale is 0
-    # in float16 anyway.
+    # where 1/d = ∞, the gguf package's codes are 0, on x86 at least; such a d is 0 in float16 anyway
     codes[((inverse == 0) & (d != 0))[:, 0]] = 0
     out[:, : 2 * header.shape[1]] = header.view(np.uint8)
     out[:, 2 * header.shape[1] :] = codes if quant_type == "Q8_0" else codes[:, :16] | codes[:, 16:] << 4

@@ -1,15 +1,13 @@
 """Codebooks: which 2^k values a k-bit code stands for. Derived step by step, then frozen.
 
-A code map is a float32 array of 2^k values in [-1, 1], indexed by the code. Three kinds, each derived by a
-function below:
+A code map is a float32 array of 2^k values in [-1, 1], indexed by the code. There are three kinds:
 
-- NormalFloat (NF-k): quantiles of the normal distribution (``normal_float_quantiles``) over the largest
-  (``normal_float``);
-- FP4: sign, exponent and mantissa of the code itself (``fp4_value``);
-- dynamic 8 bits: more and more values a decade, the larger the decade (``dynamic_map``); it stores block
-  scales.
+- NormalFloat (NF-k): quantiles of the normal distribution (`normal_float_quantiles`) over the largest of them
+  (`normal_float`);
+- FP4: sign, exponent and mantissa of the code itself (`fp4_value`);
+- dynamic 8 bits: the larger the decade, the more values it holds (`dynamic_map`). It stores block scales.
 
-``thresholds`` then turns a code map into the comparisons that quantize. NF4 and FP4 are also written out as
+`thresholds` turns a code map into the comparisons that quantize. NF4 and FP4 are also written out as
 bitsandbytes' tables; the tests hold that the derivations end in the same bits.
 """
 
@@ -29,32 +27,20 @@ Float32 = NDArray[np.float32]
 # QLoRA (arXiv 2305.14314), appendix E. Bit by bit normal_float(4, LOFTQ_OFFSET, np.float32); the exact
 # normal_float(4) is up to 1.8e-7 away, because bitsandbytes rounds the probabilities to float32.
 NF4 = (
-    -1.0,
-    -0.6961928009986877,
-    -0.5250730514526367,
-    -0.39491748809814453,
-    -0.28444138169288635,
-    -0.18477343022823334,
-    -0.09105003625154495,
-    0.0,
-    0.07958029955625534,
-    0.16093020141124725,
-    0.24611230194568634,
-    0.33791524171829224,
-    0.44070982933044434,
-    0.5626170039176941,
-    0.7229568362236023,
-    1.0,
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
-# fp4_value(0), …, fp4_value(15). The largest is 12, by which the code map divides. Code 8 is +0, as in
-# bitsandbytes' table.
+# fp4_value(0), …, fp4_value(15); the code map divides by 12, the largest. Code 8 is +0, as in bitsandbytes.
 FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0, 0.0, -0.0625, -8.0, -12.0, -4.0, -6.0, -2.0, -3.0)
 
 LOFTQ_OFFSET = 0.9677083
-"""offset_4, rounded: the constant of bitsandbytes' ``create_normal_map``. LoftQ (arXiv 2310.08659) keeps it
-for 2 and 3 bits too, where offset_k is .854167 and .933036: its NF2 is -1 0 .3379 1, the formula's -1 0 .4358
-1."""
+"""offset_4, rounded: the constant of bitsandbytes' `create_normal_map`.
+
+LoftQ (arXiv 2310.08659) keeps it for 2 and 3 bits too, where offset_k is .854167 and .933036. Its NF2 is
+-1 0 .3379 1, and the formula's is -1 0 .4358 1."""
 
 
 # ---- NormalFloat
@@ -70,20 +56,20 @@ def normal_float_offset(bits: int) -> float:
     [0.854167, 0.933036, 0.967708]
     """
     require(2 <= bits <= 8, "bits", bits, "must be from 2 to 8")
-    levels = 2**bits
+    levels: int = 2**bits
     return 1.0 - 0.5 * (1.0 / (2 * levels) + 1.0 / (2 * (levels - 1)))
 
 
 def normal_float_quantiles(
     bits: int, offset: float | None = None, dtype: DTypeLike = np.float64
 ) -> tuple[list[float], list[float]]:
-    """Return NF-k's (negative, positive) values in ascending order, in units of the standard deviation.
+    """Return NF-k's negative and positive values, ascending, in units of the standard deviation.
 
-    2^(k-1) positive values are quantiles at evenly spaced probabilities from ``offset`` (None: offset_k) down
-    to 1/2, where 1/2 itself (the value 0) is left out; 2^(k-1) - 1 negative values are made alike. With one
-    exact zero that is 2^k values: asymmetric, so that zero, the commonest weight, has no error (arXiv
-    2305.14314, section 3). ``dtype`` is that of the probabilities: float32 for bitsandbytes' and LoftQ's
-    bits, float64 for the formula.
+    The 2^(k-1) positive values are quantiles at evenly spaced probabilities from `offset` (None: offset_k)
+    down to 1/2, without 1/2 itself, whose quantile is 0. The 2^(k-1) - 1 negative values are made likewise.
+    With one exact zero that is 2^k values: asymmetric, so that zero, the commonest weight, has no error
+    (QLoRA, arXiv 2305.14314, section 3). `dtype` is that of the probabilities: float32 makes the bits of
+    bitsandbytes and LoftQ, float64 those of the formula.
 
     >>> negative, positive = normal_float_quantiles(2)
     >>> [round(q, 3) for q in negative + positive]
@@ -103,9 +89,9 @@ def normal_float_quantiles(
 
 
 def normal_float(bits: int, offset: float | None = None, dtype: DTypeLike = np.float64) -> Float32:
-    """Return the NF-k code map: the quantiles and 0, divided by the largest, ascending; float32 (2^k,).
+    """Return the NF-k code map (2^k,) float32: the quantiles and 0, divided by the largest, ascending.
 
-    ``offset`` and ``dtype`` as for ``normal_float_quantiles``; ``dtype`` is that of the division, too.
+    Arguments as for `normal_float_quantiles`; `dtype` is that of the division, too.
 
     >>> print(normal_float(2).round(3), normal_float(2, LOFTQ_OFFSET).round(3))
     [-1.     0.     0.436  1.   ] [-1.     0.     0.338  1.   ]
@@ -114,19 +100,18 @@ def normal_float(bits: int, offset: float | None = None, dtype: DTypeLike = np.f
     """
     negative, positive = normal_float_quantiles(bits, offset, dtype)
     values = np.array([*negative, 0.0, *positive], dtype)
-    return (values / values[-1]).astype(np.float32)
+    return np.asarray(values / values[-1], np.float32)
 
 
 # ---- FP4
 
 
 def fp4_value(code: int, bias: int = 3) -> float:
-    """Return the number that an FP4 code stands for, from its bits: sign s, two exponent bits e, one mantissa
-    bit m.
+    """Return what an FP4 code stands for, from its bits: sign, two exponent bits e, one mantissa bit m.
 
-    e = 0 (subnormal): ±m/2·2^-bias; else ±(1 + m/2)·2^(bias + 1 - e): a larger e is a smaller number,
-    contrary to IEEE 754. ``bias`` 3 is bitsandbytes' table; its ``create_fp8_map`` has 2, whose smallest
-    value is 1/48 of the largest instead of 1/192.
+    For e = 0 (subnormal) that is ±m/2·2^-bias, else ±(1 + m/2)·2^(bias + 1 - e). Contrary to IEEE 754 a
+    larger e is a smaller number. A bias of 3 makes bitsandbytes' table. Its `create_fp8_map` has 2: the
+    smallest value is then 1/48 of the largest instead of 1/192.
 
     >>> [fp4_value(code) for code in (0b0000, 0b0001, 0b0010, 0b0011, 0b0110, 0b1011)]
     [0.0, 0.0625, 8.0, 12.0, 2.0, -12.0]
@@ -142,9 +127,7 @@ def fp4_value(code: int, bias: int = 3) -> float:
 
 @cache
 def code_map(quant_type: str) -> Float32:
-    """Return the shared, read-only float32 code map of a codebook type: ``nf2 nf3 nf4 nf8 fp4``.
-
-    Raises ``ValueError`` for any other name.
+    """Return the shared, read-only float32 code map of `nf2`, `nf3`, `nf4`, `nf8` or `fp4`.
 
     >>> code_map("nf4")[[0, 7, 15]].tolist()
     [-1.0, 0.0, 1.0]
@@ -161,12 +144,12 @@ def code_map(quant_type: str) -> Float32:
 
 
 def dynamic_map(signed: bool = True) -> Float32:
-    """Return the 8-bit dynamic map, 256 ascending values: signed for block scales around their mean, unsigned
-    for Adam's v.
+    """Return the 8-bit dynamic map, 256 ascending values: signed, or unsigned for Adam's v.
 
     Decade 10^(i-6), for i = 0..6, holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1) with both signs; 0 and
-    +1 complete it (arXiv 1511.04561; bitsandbytes' ``create_dynamic_map``, bit by bit). It is asymmetric: the
-    smallest value is -0.993. Unsigned, the sign's bit goes to the fraction: 2^(i+1) midpoints a decade.
+    +1 complete it. It is asymmetric: the smallest value is -0.993. Unsigned, the sign's bit goes to the
+    fraction: 2^(i+1) midpoints a decade. Both are bitsandbytes' `create_dynamic_map`, bit by bit
+    (arXiv 1511.04561; 8-bit optimizers, arXiv 2110.02861, section 2).
 
     >>> print(dynamic_map()[[0, 127, -1]].round(3), dynamic_map(signed=False)[[0, 1, -2]])
     [-0.993  0.     1.   ] [0.0000000e+00 3.2500003e-07 9.9648440e-01]
@@ -188,11 +171,10 @@ def _dynamic_map(signed: bool) -> Float32:  # one array, however it is asked for
 
 
 def thresholds(values: Float32) -> tuple[Float32, NDArray[np.uint8]]:
-    """Return the (2^k - 1,) midpoints between neighbouring values and the code of each of the 2^k ranks.
+    """Return the (2^k - 1,) midpoints between neighbouring values, and the code of each of the 2^k ranks.
 
-    A number x has as many thresholds t with x > t below it as its rank says; ``order[rank]`` is its code. A
-    tie takes the lower rank. ``order`` is the identity except for FP4, whose codes are not in the order of
-    their values.
+    The rank of a number x is how many midpoints t have x > t, so a tie takes the lower rank. `order[rank]` is
+    its code. The order is the identity except for FP4, whose codes are not in the order of their values.
 
     >>> midpoints, order = thresholds(np.array([0, 1, -1, -0.5], np.float32))
     >>> midpoints.tolist(), order.tolist()
@@ -204,12 +186,9 @@ def thresholds(values: Float32) -> tuple[Float32, NDArray[np.uint8]]:
 
 
 def _linspace_float32(low: float, high: float, count: int) -> Float32:
-    """Return evenly spaced float32 values, each half stepped from its own end with one rounding, as
-    ``torch.linspace`` does."""
+    """Return evenly spaced float32 values as `torch.linspace` does: each half steps from its own end."""
     a, b = np.float32(low), np.float32(high)
-    step = np.float64(
-        (b - a) / np.float32(count - 1)
-    )  # the step is rounded to float32; the product below is then exact
+    step = np.float64((b - a) / np.float32(count - 1))  # rounded to float32, so that products below are exact
     i = np.arange(count)
     return np.where(i < count // 2, a + step * i, b - step * (count - 1 - i)).astype(np.float32)
 

@@ -14,8 +14,8 @@ from minilora.quant.weights import CodebookWeight
 def compile_kernels() -> float:
     """Compile every kernel that Numba's cache on disk does not hold yet, and return the seconds it took.
 
-    With a full cache it takes about 0.2 s. Call it before worker processes start: otherwise each of them compiles
-    the same kernels.
+    With a full cache it takes about 0.2 s. Call it before worker processes start: otherwise each of them
+    compiles the same kernels.
     """
     start = time.perf_counter()
     for width in (8, 64):  # the loops, and, where the processor has them, the vectors

@@ -2,9 +2,9 @@
 
     w = scale·q + offset,    q = clip(rint((w − offset)/scale), 0, 2^k − 1)
 
-Arrays are (groups, g) weights and (groups,) parameters. ``scale`` is float16 always. The offset is stored as
-``float16``, as ``float32``, or as ``zero``: a whole number z of k bits, w = scale·(q − z), which is what GPTQ
-files hold.
+Arrays are (groups, g) weights and (groups,) parameters. The scale is float16 always. The offset is stored as
+`float16`, as `float32`, or as `zero`: a whole number z of k bits, w = scale·(q − z), which is what GPTQ files
+hold.
 """
 
 from __future__ import annotations
@@ -20,26 +20,47 @@ from minilora.quant.switch import implementation
 
 Array = NDArray[Any]
 
-MSE_GRID, MSE_SHRINK, MSE_NORM = (
-    100,
-    0.8,
-    2.4,
-)  # GPTQ's Quantizer.configure (arXiv 2210.17323, the authors' code)
-HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 20  # hqq's optimize_weights_proximal
+# the defaults of the authors' code: GPTQ's Quantizer.configure and hqq's optimize_weights_proximal
+MSE_GRID, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
+HQQ_NORM, HQQ_BETA, HQQ_GROWTH, HQQ_STEPS = 0.7, 10.0, 1.01, 20
 
 
 def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16") -> tuple[Array, Array]:
-    """Return (scale float16 (groups,), offset as it is stored (groups,)) of float32 weights w (groups, g).
+    """Fit a scale and an offset to each group.
 
-    ``minmax``: offset = min, scale = (max − min)/(2^k − 1) · ``symmetric``: zero point 2^(k−1) · ``mse``: the
-    min/max range, shrunk by the factor that makes Σ|error|^2.4 least · ``hqq``: the min/max scale with the
-    offset that half-quadratic splitting finds. An offset that is a zero point needs a range that holds 0, so
-    ``zero`` widens the range to it. Raises ``ValueError`` for a scale or offset beyond float16.
+    Parameters
+    ----------
+    w : Array
+        (groups, g) float32.
+    bits : int
+        k, of a code.
+    how : str
+        - `minmax`: offset = min, scale = (max − min)/(2^k − 1);
+        - `symmetric`: zero point 2^(k−1);
+        - `mse`: the min/max range, shrunk by the factor for which Σ|error|^2.4 is least;
+        - `hqq`: the min/max scale, with the offset that half-quadratic splitting finds.
+    store : str
+        `float16`, `float32` or `zero`. A zero point needs a range that holds 0, so `zero` widens the range to
+        it.
 
-    >>> scale, offset = fit_groups(np.array([[-1.0, 0.0, 2.0, 5.0]], np.float32), 2)
-    >>> scale.tolist(), offset.tolist()
-    ([2.0], [-1.0])
-    >>> fit_groups(np.array([[-1.0, 0.0, 2.0, 5.0]], np.float32), 2, store="zero")[1].tolist()  # 0.5 goes to even
+    Returns
+    -------
+    scale : Array
+        (groups,) float16.
+    offset : Array
+        (groups,), as it is stored: zero points are uint8.
+
+    Raises
+    ------
+    ValueError
+        For a scale or offset beyond float16.
+
+    Examples
+    --------
+    >>> w = np.array([[-1.0, 0.0, 2.0, 5.0]], np.float32)
+    >>> [a.tolist() for a in fit_groups(w, 2)]
+    [[2.0], [-1.0]]
+    >>> fit_groups(w, 2, store="zero")[1].tolist()  # 0.5 goes to even
     [0]
     """
     require_in(how, FITS, "fit")
@@ -48,9 +69,8 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
     if how == "symmetric":
         high = np.maximum(np.abs(low), np.abs(high))
         scale = stored_scale(high * np.float32(2), bits)
-        return scale, stored_offset(
-            -np.float32(2 ** (bits - 1)) * scale.astype(np.float32), scale, bits, store
-        )
+        offset = -np.float32(2 ** (bits - 1)) * scale.astype(np.float32)
+        return scale, stored_offset(offset, scale, bits, store)
     if store == "zero":
         low, high = np.minimum(low, 0), np.maximum(high, 0)
     if how == "mse":
@@ -61,9 +81,8 @@ def fit_groups(w: Array, bits: int, how: str = "minmax", store: str = "float16")
 
 
 def stored_scale(width: Array, bits: int) -> Array:
-    """Return width/(2^k − 1) as float16; 1 where it rounds to 0: the weights are equal as far as float16
-    tells."""
-    with np.errstate(over="ignore"):  # too large becomes inf, which the check names
+    """Return width/(2^k − 1) as float16, or 1 where it rounds to 0: there all weights are equal."""
+    with np.errstate(over="ignore"):  # what is too large becomes infinite, and is refused
         scale = (width / np.float32(2**bits - 1)).astype(np.float16)
     _refuse_infinite(scale, "scale")
     scale[scale == 0] = 1
@@ -71,12 +90,10 @@ def stored_scale(width: Array, bits: int) -> Array:
 
 
 def stored_offset(offset: Array, scale: Array, bits: int, store: str) -> Array:
-    """Return float32 offsets as they are stored: float16, float32, or zero points rint(−offset/scale),
-    clipped to k bits."""
+    """Return float32 offsets as stored: float16, float32, or zero points rint(−offset/scale) of k bits."""
     if store == "zero":
-        steps = -offset / np.where(scale == 0, 1, scale).astype(
-            np.float32
-        )  # a file may hold scale 0, which no zero point moves
+        # a file may hold scale 0, which no zero point moves
+        steps = -offset / np.where(scale == 0, 1, scale).astype(np.float32)
         return np.clip(np.rint(steps), 0, 2**bits - 1).astype(np.uint8)
     with np.errstate(over="ignore"):
         stored = offset.astype(store)
@@ -85,23 +102,20 @@ def stored_offset(offset: Array, scale: Array, bits: int, store: str) -> Array:
 
 
 def offset_of(stored: Array, scale: Array) -> Array:
-    """Return the float32 offset that a stored one stands for: itself, or −scale·z, which float32 holds
-    exactly."""
+    """Return what a stored offset stands for, float32: itself, or −scale·z, which is exact."""
     if stored.dtype == np.uint8:
         return -scale.astype(np.float32) * stored
     return stored.astype(np.float32)
 
 
 def decoded(w: Array, scale: Array, offset: Array, bits: int) -> Array:
-    """Return scale·q + offset for the nearest codes q: what is left of w (groups, g); float32 parameters
-    (groups,)."""
+    """Return scale·q + offset for the nearest codes q of w (groups, g); parameters (groups,) float32."""
     codes = np.clip(np.rint((w - offset[:, None]) / scale[:, None]), 0, 2**bits - 1)
     return codes * scale[:, None] + offset[:, None]
 
 
 def _fit_mse(w: Array, low: Array, high: Array, bits: int, store: str) -> tuple[Array, Array]:
-    """Try the range times 1, 0.99, …, 0.21 and keep, for each group, the one with the least Σ|error|^2.4;
-    ties keep the wider."""
+    """Try the range times 1, 0.99, …, 0.21, and keep the one with the least Σ|error|^2.4; ties: the wider."""
     best = np.full(len(w), np.inf)
     scale, offset = np.ones(len(w), np.float16), np.zeros(len(w), np.uint8 if store == "zero" else store)
     for i in range(int(MSE_SHRINK * MSE_GRID)):
@@ -118,9 +132,9 @@ def _fit_mse(w: Array, low: Array, high: Array, bits: int, store: str) -> tuple[
 def _fit_hqq(w: Array, scale: Array, low: Array, bits: int) -> Array:
     """Return HQQ's offset: alternate a sparse error e ≈ w − ŵ with the offset that is best for w − e.
 
-    min over offset and e of ‖e‖_p^p + β/2·‖w − e − ŵ(offset)‖²: the e-step shrinks towards 0, e =
-    sign(d)·max(|d| − |d|^(p−1)/β, 0), and the offset-step is a mean over the group (half-quadratic splitting;
-    HQQ, Badri and Shaji 2023). Stops when the mean error of the whole matrix rises.
+    Half-quadratic splitting (HQQ, Badri and Shaji 2023) minimises ‖e‖_p^p + β/2·‖w − e − ŵ(offset)‖². The
+    e-step shrinks d = w − ŵ towards 0: e = sign(d)·max(|d| − |d|^(p−1)/β, 0). The offset-step is a mean over
+    the group. It stops when the mean error of the whole matrix rises.
     """
     offset, best, least, beta = low, low, np.inf, HQQ_BETA
     for _ in range(HQQ_STEPS):

@@ -1,15 +1,16 @@
 """GPTQ: round one column after another, and let the columns still to come make up for each error.
 
-The layer's inputs X (n, in) say what matters: rounding changes the output by ‖X(W − Ŵ)ᵀ‖². For every row of W its
-Hessian is H = 2·XᵀX/n. With U the upper Cholesky factor of H⁻¹, column i leaves the error e = (w − ŵ)/U[i, i], and
-the columns j > i move by −e·U[i, j]:
+The layer's inputs X (n, in) say what matters: rounding changes the output by ‖X(W − Ŵ)ᵀ‖². For every row of W
+its Hessian is H = 2·XᵀX/n. With U the upper Cholesky factor of H⁻¹, column i leaves the error e = (w −
+ŵ)/U[i, i], and the columns j > i move by −e·U[i, j]:
 
-    for each group of columns:  fit scale and offset to the *updated* weights (with `static_groups`: to the first)
+    for each group of columns:  fit scale and offset to the *updated* weights
         for each column i:      ŵ = round(w);  e = (w − ŵ)/U[i, i];  w[i+1:] −= e·U[i, i+1:]
 
-The authors' code fits a group from weights that its current block of 128 columns has not updated yet. Here a block is
-one group, so the fit sees all updates. All is float64, so that an independent oracle finds the same codes. Only the
-rounding takes the float32 steps of round-to-nearest: with H diagonal the two agree bit by bit.
+With `static_groups` all groups are fitted to the first weights. The authors' code fits a group from weights
+that its current block of 128 columns has not updated yet. Here a block is one group, so the fit sees all
+updates. All is float64, so that an independent oracle finds the same codes. Only the rounding takes the
+float32 steps of round-to-nearest: with H diagonal the two agree bit by bit.
 
 Reference: Frantar et al., "GPTQ", arXiv 2210.17323, section 3 and Algorithm 1.
 """
@@ -67,9 +68,9 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
     hessian : Array
         (in, in), that of the layer's inputs. An input that is always 0 gets the value nearest to 0.
     config : QuantConfig
-        `damp_percent` of the mean diagonal is added to the Hessian's diagonal. `desc_act` takes the columns with
-        the largest diagonal first; it needs `static_groups`. Double-quantized scales are always static, because all
-        of them must be known before the first is stored.
+        `damp_percent` of the mean diagonal is added to the Hessian's diagonal. `desc_act` takes the columns
+        with the largest diagonal first; it needs `static_groups`. Double-quantized scales are always static,
+        because all of them must be known before the first is stored.
 
     Returns
     -------
@@ -123,8 +124,8 @@ def inverse_factor(hessian: Array, damp_percent: float) -> Array:
         return np.ascontiguousarray(np.linalg.cholesky((inverse + inverse.T) / 2).T)
     except np.linalg.LinAlgError:
         raise ConfigError(
-            f"damp_percent={damp_percent}: leaves a Hessian of {len(hessian)} inputs without an inverse; raise it "
-            "or calibrate on more tokens"
+            f"damp_percent={damp_percent}: leaves a Hessian of {len(hessian)} inputs without an inverse; "
+            "raise it or calibrate on more tokens"
         ) from None
 
 

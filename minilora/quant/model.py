@@ -1,5 +1,4 @@
-"""Quantize a whole model: its block projections one by one, or, with GPTQ, layer by layer with calibration
-data.
+"""Quantize a whole model: its block projections one by one, or layer by layer with GPTQ and calibration data.
 
 Embedding, norms and head stay as they are, as in bitsandbytes and GPTQ.
 """
@@ -15,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig, matches, require
-from minilora.layers import Array, Block, Cache, Embedding, Key, Linear
+from minilora.layers import Block, Cache, Embedding, Key, Linear
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.gptq import Hessian, gptq
+from minilora.quant.packed import Array
 from minilora.quant.weights import quantize_weight
 from minilora.threads import single_blas
 
@@ -26,8 +26,7 @@ if TYPE_CHECKING:
     from minilora.transformer import Transformer
 
 STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-"""Projections that read the same input; a later stage's input has passed through the earlier ones as they are
-quantized."""
+"""Projections that read the same input. A later input has passed through the quantized earlier stages."""
 
 
 def quantize_model(
@@ -37,11 +36,25 @@ def quantize_model(
     progress: bool = False,
     only: Collection[str] | None = None,
 ) -> Transformer:
-    """A new model whose block projections (``only`` those of these names) are stored in few bits; embedding,
-    norms and head stay.
+    """Return a new model whose block projections are stored in few bits.
 
-    ``calibration``, token ids (B, T) batch by batch, is for ``quantizer="gptq"`` alone. Raises ConfigError
-    for a model with adapters and for GPTQ without data.
+    Parameters
+    ----------
+    model : Transformer
+        Without adapters. It stays as it is.
+    config : QuantConfig
+        The type, block or group size, and quantizer.
+    calibration : sequence of Array
+        Token ids (B, T), batch by batch; for `quantizer="gptq"` alone.
+    progress : bool
+        Show a bar over the layers of GPTQ.
+    only : collection of str, optional
+        Names of the projections to quantize; all by default.
+
+    Raises
+    ------
+    ConfigError
+        For a model with adapters, and for GPTQ without data.
     """
     if any(not isinstance(linear, Linear) for _, linear in model.linears()):
         raise ConfigError(
@@ -49,9 +62,13 @@ def quantize_model(
         )
     if config.quantizer != "gptq":
         names = set(_names(model)) if only is None else set(_names(model)) & set(only)
-        return model.map_linears(
-            lambda x: Linear(x.name, quantize_weight(x.weight.dense(), config)) if x.name in names else x
-        )
+
+        def quantized(linear: Linear) -> Linear:
+            if linear.name not in names:
+                return linear
+            return Linear(linear.name, quantize_weight(linear.weight.dense(), config))
+
+        return model.map_linears(quantized)
     for ids in calibration:
         ok = (
             ids.ndim == 2
@@ -64,7 +81,8 @@ def quantize_model(
             bool(ok) and ids.shape[1] <= model.config.context_length,
             "calibration",
             f"{ids.dtype} {ids.shape}",
-            f"token ids (B, T) from 0 to {model.config.vocab_size - 1}, T up to {model.config.context_length}",
+            f"token ids (B, T) from 0 to {model.config.vocab_size - 1}, "
+            f"T up to {model.config.context_length}",
         )
     require(
         sum(ids.size for ids in calibration) > 0,
@@ -77,11 +95,10 @@ def quantize_model(
 
 
 def dequantize_model(model: Transformer, table: bool = True) -> Transformer:
-    """A new model with every weight dense in float32: what a file of 4-bit blocks stands for. A tied head
-    stays tied.
+    """Return a new model with every weight dense in float32; a tied head stays tied.
 
-    Without ``table`` embedding and head keep the blocks they are stored in, which are the same numbers in a
-    quarter of the memory; copied, so that the file need not stay mapped for them.
+    With `table=False` embedding and head keep their blocks, the same numbers in a quarter of the memory. They
+    are copied, so that the file need not stay mapped.
     """
     dense: dict[int, Any] = {}
     tables = (model.embedding.weight, getattr(model.head, "weight", None))
@@ -110,11 +127,14 @@ def quantize_by_layer(
     progress: bool = False,
     only: Collection[str] | None = None,
 ) -> dict[str, Linear]:
-    """GPTQ through the model's own forward pass; returns the quantized linears by name.
+    """Run GPTQ through the model's own forward pass; return the quantized linears by name.
 
-    Held at once: the hidden states of the calibration data, one block, and the Hessian of one input. Each
-    block reads what the quantized blocks below it compute, so that later layers also make up for earlier ones
-    (arXiv 2210.17323, section 4).
+    Each block reads what the quantized blocks below it compute, so that later layers also make up for earlier
+    ones. Memory holds the hidden states of the calibration data, one block, and the Hessian of one input.
+
+    References
+    ----------
+    GPTQ, arXiv 2210.17323, section 4.
     """
     hidden = [model.embedding.forward(ids)[0] for ids in calibration]
     ropes = [model.rope(np.arange(ids.shape[1])) for ids in calibration]
@@ -146,8 +166,7 @@ def quantize_by_layer(
 
 @single_blas()
 def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -> Array:
-    """H = 2·XᵀX/n (in, in) of the inputs that one projection, named by the end of its name, sees in the model
-    as it is."""
+    """Return H = 2·XᵀX/n (in, in) of the inputs X of one projection, named by the end of its name."""
     linear = find_linear(model, name)
     recorder = _Recorder(linear)
     watched = model.map_linears(lambda other: recorder if other is linear else other)
@@ -157,7 +176,7 @@ def input_hessian(model: Transformer, name: str, calibration: Sequence[Array]) -
 
 
 def find_linear(model: Transformer, name: str) -> Any:
-    """The one block projection whose name ends in ``name``; raises ConfigError if none or several do."""
+    """Return the one block projection whose name ends in `name`; `ConfigError` if none or several do."""
     names = _names(model)
     found = [
         linear for block in model.blocks for _, _, linear in block.linears() if matches(linear.name, name)
@@ -193,7 +212,7 @@ class _Recorder(Linear):
 
 
 def _copy(block: Block) -> Any:
-    """A block whose linears can be replaced without touching the model's."""
+    """Return a block whose linears can be replaced without touching the model's."""
     new = copy.copy(block)
     new.attention, new.mlp = copy.copy(block.attention), copy.copy(block.mlp)
     return new

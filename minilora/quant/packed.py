@@ -1,6 +1,7 @@
 """What all packed weights share: products that decode one tile of rows at a time, never the dense matrix.
 
-To keep the dense matrix would silently undo QLoRA. A tile lies in its thread's scratch, and is multiplied there.
+To keep the dense matrix would silently undo QLoRA. A tile lies in its thread's scratch, and is multiplied
+there.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def reserve_tile(size: int) -> None:
 
 @cache
 def levels_of(quant_type: str) -> Array:
-    """Return what the codes of a type stand for before scaling: a code map, or 0, 1, 2, … for `int2` to `int8`."""
+    """Return what codes stand for before scaling: a code map, or 0, 1, 2, … for `int2` to `int8`."""
     if quant_type.startswith("int"):
         return frozen(np.arange(2 ** int(quant_type[-1])), np.float32)
     return codebooks.code_map(quant_type)
@@ -162,7 +163,7 @@ class PackedWeight(ABC):
 
     @abstractmethod
     def arrays(self) -> dict[str, list[Array]]:
-        """Return the stored arrays by class: codes, scales, offsets, code_maps (constants that weights share)."""
+        """Return the stored arrays by class: codes, scales, offsets, code_maps (shared constants)."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -197,7 +198,7 @@ class PackedWeight(ABC):
         return tile.reshape(last - first, self.shape[1])
 
     def _tiles(self, size: int) -> list[tuple[int, int]]:
-        """Cut the rows into tiles of about `size` weights: multiples of 8 rows, so each begins with a whole byte."""
+        """Cut the rows into tiles of about `size` weights: whole 8 rows, so that each begins with a byte."""
         step = max(8, size // self.shape[1] // 8 * 8)
         return [(first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step)]
 
@@ -232,7 +233,7 @@ class CodedWeight(PackedWeight):
 
     @abstractmethod
     def _block_values(self, first: int, last: int) -> tuple[Array, Array]:
-        """Return the scales and offsets of blocks first … last - 1: float32 or float16; empty offsets are 0."""
+        """Return scales and offsets of blocks first … last - 1, float32 or float16; no offsets are 0."""
 
     def _window(self, start: int, stop: int) -> tuple[Array, Array]:
         """Return the scales and offsets of the blocks that hold the flattened weights start … stop - 1."""
@@ -281,7 +282,7 @@ def as_matrix(w: Array) -> Array:
 
 
 def require_finite(w: Array) -> None:
-    """Raise a `ValueError` that names the first element of w (out, in) that is not finite, if there is one."""
+    """Raise a `ValueError` that names the first element of w (out, in) that is not finite."""
     finite = np.isfinite(w)
     if not finite.all():
         row, column = np.argwhere(~finite)[0].tolist()

@@ -15,8 +15,8 @@ NF4 with double quantization (QLoRA), from 32-bit weights to bytes and back:
 >>> packed.nbytes + codes2.nbytes + absmax2.nbytes + 4, bool(np.abs(decoded - w).mean() < 0.075)
 (9912, True)
 
-`minilora.kernels` has the same functions compiled, in `codes`, `block_codes` and `gptq_columns`: the same bits,
-and products up to rounding. `minilora.quant.switch` chooses.
+`minilora.kernels` has the same functions compiled, in `codes`, `block_codes` and `gptq_columns`, for the same
+bits. `minilora.quant.switch` chooses.
 """
 
 from __future__ import annotations
@@ -28,38 +28,30 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-SMALLEST_ABSMAX = np.float32(1e-38)
-"""Divisor of a block of zeros."""
+SMALLEST_ABSMAX = np.float32(1e-38)  # divides a block of zeros
 
 
 # ---- codes with a scale for each block: from weights to bytes and back
 
 
 def quantize_codebook(w: Array, midpoints: Array, block_size: int) -> tuple[Array, Array]:
-    """Divide each block by its max|w|, and find each weight's rank among the values of a code map.
+    """Divide each block by its max|w|, and rank each weight among the values of a code map.
 
-    rank = number of midpoints below w·(1/absmax), so a tie takes the lower value. The reciprocal is part of the
-    format: w/absmax would round otherwise.
+    rank = number of midpoints below w·(1/absmax), so a tie takes the lower value. The reciprocal is part of
+    the format: w/absmax would round otherwise. (QLoRA, arXiv 2305.14314, section 3; block-wise quantization:
+    8-bit optimizers, arXiv 2110.02861, section 2.)
 
     Parameters
     ----------
     w : Array
-        (n,) float32, the flattened tensor.
+        (n,) float32, the flattened tensor. Its last block may be short.
     midpoints : Array
-        (2^k - 1,) float32, ascending: `codebooks.thresholds` of the code map.
-    block_size : int
-        Weights that share a scale; the last block may be short.
+        (2^k - 1,) float32, ascending, what `codebooks.thresholds` returns.
 
     Returns
     -------
-    ranks : Array
-        (n,) uint8.
-    absmax : Array
-        (⌈n/block_size⌉,) float32.
-
-    References
-    ----------
-    QLoRA, arXiv 2305.14314, section 3; 8-bit optimizers, arXiv 2110.02861, section 2.
+    ranks, absmax : Array
+        (n,) uint8, and (⌈n/block_size⌉,) float32.
     """
     absmax = np.maximum.reduceat(np.abs(w), np.arange(0, w.size, block_size))
     inverse = np.float32(1) / np.maximum(absmax, SMALLEST_ABSMAX)
@@ -103,16 +95,13 @@ def dequantize(
     Parameters
     ----------
     packed : Array
-        The whole tensor's codes, uint8.
+        All codes of the tensor, uint8.
     levels : Array
         (2^bits,) float32: a code map, or 0, 1, 2, … for affine groups.
     scales, offsets : Array
-        float16 or float32, one a block; the first ones belong to the block that holds weight `start`. Empty
-        offsets are 0.
-    start : int
-        First weight to decode.
-    out : Array
-        (n,) float32, written.
+        float16 or float32, one a block, from the block of weight `start` on. Empty offsets are 0.
+    start, out : int, Array
+        First weight to decode, and (n,) float32 to write n weights to.
     """
     i = np.arange(start, start + out.size)
     block = i // block_size - start // block_size
@@ -120,22 +109,6 @@ def dequantize(
     out[:] = levels[codes] * scales[block].astype(np.float32)
     if offsets.size:
         out += offsets[block].astype(np.float32)
-
-
-def matvec(
-    packed: Array,
-    levels: Array,
-    scales: Array,
-    offsets: Array,
-    block_size: int,
-    start: int,
-    x: Array,
-    out: Array,
-) -> None:
-    """Write W x of the rows that begin at weight `start`: x (in,), `out` (rows,); the rest as in `dequantize`."""
-    w = np.empty(out.size * x.size, np.float32)
-    dequantize(packed, levels, scales, offsets, block_size, start, w)
-    out[:] = w.reshape(out.size, x.size) @ x
 
 
 # ---- affine groups: w = scale·q + offset
@@ -150,8 +123,8 @@ def group_range(w: Array, group_size: int) -> tuple[Array, Array]:
 def quantize_affine(w: Array, scales: Array, offsets: Array, bits: int) -> Array:
     """Return q = clip(rint((w - offset)/scale), 0, 2^bits - 1), uint8 (n,); a half rounds to even.
 
-    `scales` and `offsets` (groups,) are float32 numbers that are rounded already to what is stored (`quant.fits`),
-    so q is the nearest code for the numbers that decode it.
+    `scales` and `offsets` (groups,) are float32 numbers that are rounded already to what is stored
+    (`quant.fits`), so q is the nearest code for the numbers that decode it.
     """
     codes = np.rint((w.reshape(scales.size, -1) - offsets[:, None]) / scales[:, None])
     return np.clip(codes, 0, 2**bits - 1).reshape(-1).astype(np.uint8)
@@ -162,11 +135,11 @@ def half_to_float(half: Array) -> Array:
     return half.astype(np.float32)
 
 
-# ---- GGUF's blocks of 32 weights, uint8 (blocks, bytes): Q4_0 has 18 bytes, Q4_1 20, Q8_0 34 (`quant.blocks`)
+# ---- GGUF's blocks of 32 weights (`quant.blocks`): 18 bytes are Q4_0, 20 are Q4_1, 34 are Q8_0
 
 
 def dequantize_blocks(blocks: Array, out: Array) -> None:
-    """Decode blocks into `out` (32·n,) float32: w = d·q + m, with d and m as float16 before the codes."""
+    """Decode blocks (n, bytes) uint8 into `out` (32·n,) float32: w = d·q + m, float16 d and m come first."""
     d = blocks[:, :2].view("<f2").astype(np.float32)
     header = 4 if blocks.shape[1] == 20 else 2
     if blocks.shape[1] == 34:
@@ -177,40 +150,29 @@ def dequantize_blocks(blocks: Array, out: Array) -> None:
     out[:] = w.reshape(-1)
 
 
-def multiply_blocks(blocks: Array, x: Array) -> Array:
-    """Return x Wᵀ (B, out) of x (B, in) and a matrix in blocks, row by row."""
-    w = np.empty(32 * len(blocks), np.float32)
-    dequantize_blocks(blocks, w)
-    return x @ w.reshape(-1, x.shape[1]).T
-
-
 # ---- GPTQ
 
 
 def round_columns(
     w: Array, upper: Array, scale: Array, offset: Array, levels: Array, midpoints: Array
 ) -> tuple[Array, Array]:
-    """Round one column after another; the columns to the right make up for each error (GPTQ, Algorithm 1).
+    """Round one column after another, and let the columns to the right make up for each error.
 
-    e = (w[:, i] - ŵ[:, i])/U[i, i], then w[:, j] -= e·U[i, j] for all j > i; w is used up.
+    e = (w[:, i] - ŵ[:, i])/U[i, i], then w[:, j] -= e·U[i, j] for all j > i (arXiv 2210.17323, Algorithm 1).
 
     Parameters
     ----------
     w, upper : Array
-        (out, n) and (n, n) float64: the weights, and the upper Cholesky factor U of the inverse Hessian.
+        (out, n) float64, used up; and (n, n), the upper Cholesky factor U of the inverse Hessian.
     scale, offset : Array
-        (out, n) float32, each weight's.
+        (out, n) float32, those of each weight.
     levels, midpoints : Array
-        Sorted values of a code map and their midpoints, float32; for affine codes 0, 1, 2, … and an empty array.
+        Sorted values of a code map and their midpoints; for affine codes 0, 1, 2, … and an empty array.
 
     Returns
     -------
     ranks, errors : Array
         (out, n) uint8 and float64.
-
-    References
-    ----------
-    Frantar et al., "GPTQ", arXiv 2210.17323, section 3.
     """
     ranks, errors = np.empty(w.shape, np.uint8), np.empty(w.shape)
     for i in range(w.shape[1]):

@@ -1,12 +1,12 @@
 """Codebook weights with double-quantized scales, and `quantize_weight`, which makes these or affine ones.
 
-Both kinds store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
+Both store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
 
     w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
 
-A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine weight's
-levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the flattened tensor.
-The arithmetic is in `quant.reference`.
+A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine
+weight's levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the
+flattened tensor. The arithmetic is in `quant.reference`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,14 @@ from minilora.quant.switch import implementation
 
 @dataclass(frozen=True)
 class DoubleQuant:
-    """Block scales that are quantized themselves: scale = dynamic_map[code]·absmax[block // 256] + offset.
+    """Block scales that are quantized themselves (QLoRA, arXiv 2305.14314, section 3).
+
+    scale = dynamic_map[code]·absmax[block // 256] + offset
 
     Parameters
     ----------
-    codes : Array
-        (blocks,) uint8.
-    absmax : Array
-        (⌈blocks/256⌉,) float32.
-    offset : Array
-        (1,) float32, the mean of the scales.
-
-    References
-    ----------
-    QLoRA, arXiv 2305.14314, section 3.
+    codes, absmax, offset : Array
+        (blocks,) uint8; (⌈blocks/256⌉,) float32; (1,) float32, the mean of the scales.
     """
 
     codes: Array
@@ -70,25 +64,15 @@ class DoubleQuant:
 class CodebookWeight(CodedWeight):
     """W (out, in) as codes of a NormalFloat or FP4 codebook: w = code_map[code]·scale[block].
 
-    The scale is max|w| of a block of the flattened tensor; the last block may be short. Codes, packing and decoding
-    of NF4 and FP4 are bitsandbytes', bit by bit.
+    The scale is max|w| of a block of the flattened tensor; the last block may be short. Codes, packing and
+    decoding of NF4 and FP4 are bitsandbytes', bit by bit.
 
     Parameters
     ----------
-    codes : Array
-        (bytes,) uint8, packed.
-    scales : Array or DoubleQuant
-        (blocks,) float32, or the same in 8 bits.
-    shape : tuple of int
-        (out, in).
-    quant_type : str
-        `nf2`, `nf3`, `nf4`, `nf8` or `fp4`.
-    block_size : int
-        Weights that share a scale.
-
-    References
-    ----------
-    QLoRA, arXiv 2305.14314, section 3.
+    codes, scales : Array, Array or DoubleQuant
+        (bytes,) uint8, packed; (blocks,) float32, or the same in 8 bits.
+    quant_type, block_size : str, int
+        `nf2`, `nf3`, `nf4`, `nf8` or `fp4`; weights that share a scale.
 
     Examples
     --------

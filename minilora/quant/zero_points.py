@@ -13,8 +13,8 @@ from minilora.quant.switch import implementation
 class ZeroPointWeight(AffineWeight):
     """An `AffineWeight` whose offset is −scale·zero, with zeros of `bits` bits, (out, in/group_size).
 
-    The third argument is the zeros, whole numbers from 0 to 2^bits − 1. A merge of QA-LoRA into its offsets makes
-    an `AffineWeight`, because their sum is no whole multiple of the scale.
+    The third argument is the zeros, whole numbers from 0 to 2^bits − 1. A merge of QA-LoRA into its offsets
+    makes an `AffineWeight`, because their sum is no whole multiple of the scale.
     """
 
     def _store_offset(self, offset: Array) -> None:

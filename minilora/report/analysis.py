@@ -265,7 +265,7 @@ def learned(folder: str | Path, module: str) -> tuple[Matrix, Matrix | None]:
     from minilora.config import matches
     from minilora.formats.checkpoint import load_base
     from minilora.lora import LoraLinear
-    from minilora.sweep.run import load_run
+    from minilora.sweep.saved_runs import load_run
 
     model = load_run(folder)[1]
     found = [(name, linear) for name, linear in model.linears() if matches(name, module)]

@@ -144,7 +144,7 @@ def _memory(rows: Rows) -> list[str]:
         mine = [row for row in rows if row["method"] == method and row.get("bytes_weights") is not None]
         if not (mine and full):
             continue
-        row = min(mine, key=lambda row: (abs(row["r"] - 8), abs(row["bits"] - 4)))
+        row = min(mine, key=lambda row: (abs(row["r"] - 8), abs(row["bits"] - 4), row["seed"]))
         sentences.append(
             f"{setting_name(row, rank=True)} holds {total(row, kept):.1f} MiB of frozen weights and "
             f"{total(row, added):.1f} MiB for training; full fine-tuning {total(full[0], kept):.1f} and "

@@ -13,7 +13,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from tqdm import tqdm
 
-from minilora.config import ADAPTERS, PlanConfig
+from minilora.composed import PlanConfig
+from minilora.config import ADAPTERS
 from minilora.formats.files import writable_folder
 from minilora.layers import Array
 from minilora.memory.budget import most_r

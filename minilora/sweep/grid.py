@@ -3,92 +3,129 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-from minilora.config import ADAPTERS, CONTROLS, METHODS, QUANTIZED, require, require_in
-from minilora.sweep.settings import RunConfig
+from minilora.composed import flatten, setting_named, settings_in
+from minilora.config import (
+    ADAPTERS,
+    AFFINE_TYPES,
+    CODEBOOK_TYPES,
+    CONTROLS,
+    METHODS,
+    QUANTIZED,
+    QuantConfig,
+    require,
+    require_in,
+)
+from minilora.sweep.settings import RunConfig, quant_family, reads
 
-ADAPTER_SETTINGS = ("lora_alpha", "lora_dropout", "use_rslora", "lora_plus_ratio", "use_dora")
 BITS = (2, 3, 4, 8)
+FAMILIES = {"nf": CODEBOOK_TYPES, "int": AFFINE_TYPES}
+"""How the types of a method's own kind begin, and all types of that kind."""
+Axes = Mapping[str, tuple[Any, ...]]
+
+
+class Run(Protocol):
+    """What `run_sweep` needs to know of a run: its fingerprint, and its settings as columns of a row."""
+
+    def key(self) -> str:
+        """Return what tells this run from all others, fit for a folder's name."""
+
+    def row(self) -> Mapping[str, Any]:
+        """Return the settings as columns."""
 
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """Axes (tuples) whose every combination is one run, and settings that all runs share.
+    """Axes whose every combination is one run, over settings that all runs share.
 
-    An axis that does not matter to a method is not multiplied: `expand` says which. An empty
-    ``learning_rate`` takes each method's own default. ``bits`` are those of quantized methods; ``lora``
-    always stands on full precision. ``lora_alpha`` is the same at all ranks: then lora_alpha / r keeps the
-    size of the first updates of ΔW, and with it the best learning rate, nearly independent of r.
+    Parameters
+    ----------
+    axes
+        Setting → its values. A setting is called by its flat name (`r`) or its path (`lora.r`), and `bits`
+        stands for the quant_type of each method's own kind. A single value is a setting that all runs share.
+    base
+        The run whose settings hold where no axis says otherwise.
 
-    >>> len(expand(SweepConfig(method=("lora", "qlora"), r=(2, 8), bits=(2, 4), seed=(0,))))
-    6
+    Notes
+    -----
+    An axis that does not matter to a method is not multiplied: `expand` says which. `lora_alpha` is the same
+    at all ranks unless it is an axis. Then α / r keeps the size of the first updates of ΔW, and with it the
+    best learning rate, nearly independent of r.
+
+    Examples
+    --------
+    >>> axes = {"method": ("lora", "qlora"), "r": (2, 8), "bits": (2, 4), "steps": 50}
+    >>> [(run.method, run.lora.r) for run in expand(SweepConfig(axes))]
+    [('lora', 2), ('lora', 8), ('qlora', 2), ('qlora', 2), ('qlora', 8), ('qlora', 8)]
+    >>> base = RunConfig(method="qalora", quant=QuantConfig("int4", group_size=16))
+    >>> [run.storage().quant_type for run in expand(SweepConfig({"bits": (2, 3)}, base))]
+    ['int2', 'int3']
     """
 
-    method: tuple[str, ...] = ("full", "lora", "qlora", "qalora", "base", "quantized_base")
-    r: tuple[int, ...] = (8,)
-    bits: tuple[int, ...] = (4,)
-    group_size: tuple[int, ...] = (32,)
-    target_modules: tuple[str, ...] = ("all-linear",)
-    learning_rate: tuple[float, ...] = ()
-    task: tuple[str, ...] = ("products",)
-    seed: tuple[int, ...] = (0, 1)
-    lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    lora_plus_ratio: float = 1.0
-    use_dora: bool = False
-    quantizer: str = "rtn"
-    subset_modules: str | None = None
-    block_size: int = 64
-    double_quant: bool = True
-    steps: int | None = None
-    batch_size: int | None = None
-    n_train: int | None = None
-    n_eval: int | None = None
-    split: str = "test"
-    write_all: bool = True
-    text_path: str | None = None
-    model: str = "tiny"
-    data: str | None = None
-    max_length: int = 512
-    packing: bool = False
-    gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    logits_chunk: int = 0
-    optimizer: str = "adamw"
-    preset: str = "custom"
-    stage: str = "study"
-    name: str = "sweep"
-    out: str = "runs"
+    axes: Mapping[str, Any] = field(default_factory=dict)
+    base: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        for axis in ("method", "r", "bits", "group_size", "target_modules", "task", "seed"):
-            require(len(getattr(self, axis)) > 0, axis, getattr(self, axis), "give at least one value")
-        for method in self.method:
+        axes: dict[str, tuple[Any, ...]] = {}
+        for name, given in self.axes.items():
+            values = tuple(given) if isinstance(given, (list, tuple, range)) else (given,)
+            short = name.rpartition(".")[2]
+            if name not in ("bits", "quant.bits"):
+                setting_named(RunConfig, name, given)
+            require(len(values) > 0, name, given, "give at least one value")
+            require(short not in axes, name, given, "is given twice, by name and by path")
+            axes[short] = values
+        for method in axes.get("method", ()):
             require_in(method, METHODS, "method")
-        for bits in self.bits:
+        for bits in axes.get("bits", ()):
             require_in(bits, BITS, "bits")
-        for r in self.r:
-            require(r >= 1, "r", r, "must be at least 1")
-        require_in(self.split, ("validation", "test"), "split")
+        require(
+            not {"bits", "quant_type"} <= axes.keys(),
+            "bits",
+            axes.get("bits"),
+            "quant_type says it; give one",
+        )
+        object.__setattr__(self, "axes", axes)
+
+    def all_axes(self) -> Axes:
+        """Return the axes and, as axes of one value, what the base run sets."""
+        own = flatten(self.base)
+        shared = {
+            name: (own[name],)
+            for name, setting in settings_in(RunConfig).items()
+            if own[name] not in (None, setting.default) and name != "quant_type"
+        }
+        return {"method": (self.base.method,)} | shared | dict(self.axes)
 
 
 def expand(config: SweepConfig) -> list[RunConfig]:
-    """Return the runs of a sweep: the full factorial without axes that do not matter, each run once, the
-    longest first.
+    """Return the runs of a sweep, each once, controls last.
 
-    | method         | r, alpha, modules | bits        | learning rate | seed       |
-    | full, subset   | no                | no (32)     | yes           | yes        |
-    | lora           | yes               | no (32)     | yes           | yes        |
-    | qlora          | yes               | NormalFloat | yes           | yes        |
-    | qalora         | yes               | affine, by group size | yes | yes        |
-    | base           | no                | no (32)     | no            | first only |
-    | quantized_base | no                | both kinds, as far as their methods are in the sweep | no | first only |
+    It is the full factorial without the axes that do not matter to a method:
 
-    Every run is validated here, before any work starts.
+    | method         | r, alpha, modules | bits                  | learning rate | seed       |
+    |----------------|-------------------|-----------------------|---------------|------------|
+    | full, subset   | no                | no (32)               | yes           | yes        |
+    | lora           | yes               | no (32)               | yes           | yes        |
+    | qlora          | yes               | NormalFloat           | yes           | yes        |
+    | qalora         | yes               | integers, group sizes | yes           | yes        |
+    | base           | no                | no (32)               | no            | first only |
+    | quantized_base | no                | kinds of the sweep    | no            | first only |
+
+    The kinds of quantized_base are those of qlora and qalora, as far as they are in the sweep, else both.
+
+    Parameters
+    ----------
+    config
+        The sweep.
+
+    Returns
+    -------
+    list of RunConfig
+        Every run is validated here, before any work starts.
 
     Raises
     ------
@@ -96,104 +133,121 @@ def expand(config: SweepConfig) -> list[RunConfig]:
         A value that `RunConfig` refuses.
     """
     runs: dict[str, RunConfig] = {}
-    for task, method in itertools.product(config.task, config.method):
-        for settings in _settings(config, method):
-            run = _run_config(config, task=task, method=method, **settings)
-            runs.setdefault(run.key(), run)
-    # Longest first keeps both cores busy to the end; controls do not train and come last. The sort is stable.
+    axes = config.all_axes()
+    for shared in _combinations(_axes_of(axes, "", "data")):
+        for method in axes["method"]:
+            if shared.get("task", "products") != "text":
+                shared.pop("text_path", None)
+            adapters = _combinations(_axes_of(axes, "lora")) if method in ADAPTERS else [{}]
+            weights = _weights(config, method, axes) if method in QUANTIZED else [{}]
+            training = list(_combinations(_training_axes(axes, method)))
+            for settings in itertools.product(adapters, weights, training):
+                own = {name: value for part in settings for name, value in part.items()}
+                run = RunConfig.of(method=method, **shared, **own)
+                runs.setdefault(run.key(), run)
+    # Controls do not train. Last, they leave no core idle behind a long run. The sort is stable.
     return sorted(runs.values(), key=lambda run: run.method in CONTROLS)
 
 
-def _settings(config: SweepConfig, method: str) -> Iterator[dict[str, Any]]:
-    """Yield the axes that matter to a method; what is left out keeps `RunConfig`'s default, so that equal
-    runs are equal."""
-    trains = method not in CONTROLS
-    adapters: list[dict[str, Any]] = [{}]
-    if method in ADAPTERS:
-        adapters = [
-            {"r": r, "target_modules": modules, **{name: getattr(config, name) for name in ADAPTER_SETTINGS}}
-            for r, modules in itertools.product(config.r, config.target_modules)
-        ]
-    rates: list[dict[str, Any]] = [{"learning_rate": rate} for rate in config.learning_rate] if trains else []
-    seeds = config.seed if trains else config.seed[:1]
-    for adapter, weights, rate, seed in itertools.product(
-        adapters, _weights(config, method), rates or [{}], seeds
-    ):
-        yield {**adapter, **weights, **rate, "seed": seed}
+def _part_of(name: str) -> str:
+    """Return the part of a run that holds a setting, or nothing for the run's own."""
+    return "quant" if name == "bits" else settings_in(RunConfig)[name].path.rpartition(".")[0]
 
 
-def _weights(config: SweepConfig, method: str) -> list[dict[str, Any]]:
-    """Return the ways in which a method stores the frozen base."""
-    codebook = [
-        {
-            "bits": bits,
-            "quant_type": f"nf{bits}",
-            "block_size": config.block_size,
-            "double_quant": config.double_quant,
-            "quantizer": config.quantizer,
-        }
-        for bits in config.bits
+def _axes_of(axes: Axes, *parts: str) -> Axes:
+    """Return the axes of some parts in the order of their fields; the last varies fastest."""
+    order = list(settings_in(RunConfig))
+    names = [
+        name for name in axes if _part_of(name) in parts and name not in ("method", "bits", "quant_type")
     ]
-    affine = [
-        {"bits": bits, "quant_type": f"int{bits}", "group_size": group_size, "quantizer": config.quantizer}
-        for bits, group_size in itertools.product(config.bits, config.group_size)
-    ]
-    if method == "quantized_base":  # the control of each method that stands on a quantized base
-        nearest = [weights | {"quantizer": "rtn"} for weights in codebook]  # as QLoRA's own base is
-        kinds = [nearest] * ("qlora" in config.method) + [affine] * ("qalora" in config.method)
-        return [weights for kind in kinds or [codebook, affine] for weights in kind]
-    return {"qlora": codebook, "qalora": affine}.get(method, [{"bits": 32}])
+    return {name: axes[name] for name in sorted(names, key=order.index)}
 
 
-def _run_config(config: SweepConfig, **settings: Any) -> RunConfig:
-    shared = ["steps", "batch_size", "n_train", "n_eval", "split", "write_all", "preset", "stage"]
-    shared += [
-        "model",
-        "max_length",
-        "packing",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "logits_chunk",
-        "optimizer",
-    ]
-    shared += ["text_path"] * (settings["task"] == "text") + ["data"]
-    shared += ["subset_modules"] * (settings["method"] == "subset")
-    given = {name: getattr(config, name) for name in shared if getattr(config, name) is not None}
-    return RunConfig(**given, **settings)
+def _combinations(axes: Axes) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*axes.values()):
+        yield dict(zip(axes, values, strict=True))
 
 
-def describe(config: Any) -> str:
+def _training_axes(axes: Axes, method: str) -> Axes:
+    """Return the axes of training that matter to a method; a control takes the first value of each."""
+    own = dict(_axes_of(axes, "train"))
+    if method not in ADAPTERS:
+        own = {name: values for name, values in own.items() if settings_in(RunConfig)[name].used_by is None}
+    if method in CONTROLS:
+        own = {name: values[:1] for name, values in own.items() if name != "learning_rate"}
+    return own
+
+
+def _weights(config: SweepConfig, method: str, axes: Axes) -> list[dict[str, Any]]:
+    """Return the ways in which a method stores its base, each once."""
+    known, found = settings_in(RunConfig), []
+    control_of_qlora = method == "quantized_base" and "qlora" in axes["method"]
+    for quant_type in _quant_types(config, method):
+        for chosen in _combinations(_axes_of(axes, "quant")):
+            if control_of_qlora and quant_type not in AFFINE_TYPES:
+                chosen["quantizer"] = "rtn"  # as QLoRA's own base is
+            plain = QuantConfig(quant_type, quantizer=chosen.get("quantizer", "rtn"))
+            settings = {name: value for name, value in chosen.items() if reads(plain, known[name].used_by)}
+            if (one := {"quant_type": quant_type} | settings) not in found:
+                found.append(one)
+    return found
+
+
+def _quant_types(config: SweepConfig, method: str) -> list[str]:
+    """Return the types of a method's base: those of the axes, or the base run's, or 4 bits."""
+    families = [quant_family(method)]
+    if method == "quantized_base":  # the control of each method over a quantized base
+        methods = config.axes.get("method", (config.base.method,))
+        families = [quant_family(other) for other in ("qlora", "qalora") if other in methods] or ["nf", "int"]
+    if (given := config.axes.get("quant_type")) is not None:
+        allowed = [kind for family in families for kind in FAMILIES[family]]
+        types = [kind for kind in given if kind in allowed]
+        stores = f"method {method!r} stores {', '.join(allowed)}; add one of them"
+        require(len(types) > 0, "quant_type", given, stores)
+        return types
+    quant = config.base.quant
+    if (widths := config.axes.get("bits")) is None and quant is not None:
+        return [quant.quant_type if quant.quant_type in FAMILIES[f] else f"{f}{quant.bits}" for f in families]
+    return [f"{family}{bits}" for family in families for bits in widths or (4,)]
+
+
+def describe(config: Run) -> str:
     """Return one run in a few words, for progress lines: method, weights, rank, learning rate, task, seed."""
-    parts = [config.method]
-    if config.method in QUANTIZED:
-        parts.append(str(config.quant_type))
-    if config.method in ADAPTERS:
-        parts.append(f"r={config.r}")
-    if config.method not in CONTROLS:
-        rate = config.learning_rate
-        parts += ([] if rate is None else [f"lr={rate:g}"]) + [f"seed={config.seed}"]
-    return " ".join([*parts, config.task])
+    row = config.row()
+    method = row["method"]
+    parts = [method]
+    if method in QUANTIZED:
+        parts.append(str(row["quant_type"]))
+    if method in ADAPTERS:
+        parts.append(f"r={row['r']}")
+    if method not in CONTROLS:
+        if row["learning_rate"] is not None:
+            parts.append(f"lr={row['learning_rate']:g}")
+        parts.append(f"seed={row['seed']}")
+    return " ".join([*parts, row["task"]])
 
 
-def outline(configs: Sequence[Any], n_jobs: int = 1, seconds_per_run: float | None = None) -> str:
-    """Return what a sweep will do, one line a method: the number of runs, the axes, and the time if it is
-    known."""
-    lines = [f"{len(configs)} runs in {n_jobs} process{'es' if n_jobs > 1 else ''}"]
+def outline(configs: Sequence[Run], n_jobs: int = 1, seconds_per_run: float | None = None) -> str:
+    """Return what a sweep will do, one line per method: number of runs, axes, and the time if it is known."""
+    head = f"{len(configs)} runs in {n_jobs} process{'es' if n_jobs > 1 else ''}"
     if seconds_per_run:
-        lines[0] += f", about {max(1, round(len(configs) * seconds_per_run / n_jobs / 60))} minutes"
-    for method in (method for method in METHODS if any(config.method == method for config in configs)):
-        mine = [config for config in configs if config.method == method]
-        axes = [("tasks", "task")]
-        axes += [("r", "r")] * (method in ADAPTERS) + [("weights", "quant_type")] * (method in QUANTIZED)
-        axes += [("learning rates", "learning_rate"), ("seeds", "seed")] * (method not in CONTROLS)
-        parts = [
-            f"{label} {', '.join(map(str, values))}"
-            for label, values in ((label, _distinct(mine, name)) for label, name in axes)
-            if values
-        ]
+        head += f", about {max(1, round(len(configs) * seconds_per_run / n_jobs / 60))} minutes"
+    rows = [config.row() for config in configs]
+    lines = [head]
+    for method in METHODS:
+        mine = [row for row in rows if row["method"] == method]
+        if not mine:
+            continue
+        axes = {"tasks": "task"}
+        if method in ADAPTERS:
+            axes["r"] = "r"
+        if method in QUANTIZED:
+            axes["weights"] = "quant_type"
+        if method not in CONTROLS:
+            axes |= {"learning rates": "learning_rate", "seeds": "seed"}
+        parts = []
+        for label, name in axes.items():
+            if values := sorted({row[name] for row in mine if row.get(name) is not None}):
+                parts.append(f"{label} {', '.join(map(str, values))}")
         lines.append(f"  {len(mine):3d} {method:<14} {' · '.join(parts)}")
     return "\n".join(lines)
-
-
-def _distinct(configs: Sequence[Any], name: str) -> list[Any]:
-    return sorted({value for config in configs if (value := getattr(config, name)) is not None})

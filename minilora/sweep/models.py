@@ -1,5 +1,4 @@
-"""A base with its adapter, opened by name for generating; merged and written as a file that other programs
-run."""
+"""Models with adapters by name: opened for generating, or merged and written for other programs."""
 
 from __future__ import annotations
 
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.config import TINY, ConfigError, require
 from minilora.data.tokenizer import Tokenizer
 from minilora.formats.bases import Pretrained, save_tokenizer
@@ -19,13 +19,13 @@ from minilora.formats.huggingface import save_huggingface
 from minilora.formats.llama_gguf import WRITABLE_TYPES, load_gguf, save_gguf
 from minilora.formats.peft import load_adapter
 from minilora.generation import generate, stream
-from minilora.layers import Adapter
 from minilora.memory import format_bytes
 from minilora.merging import MergeError, merge, merge_errors
 from minilora.quant.blocks import GGUF_BLOCK
 from minilora.quant.model import dequantize_model
 from minilora.sweep.inputs import base_of
-from minilora.sweep.run import ADAPTER, load_run, read_run, under_adapter
+from minilora.sweep.run_models import under_adapter
+from minilora.sweep.saved_runs import ADAPTER, load_run, read_run
 from minilora.sweep.settings import RunConfig
 from minilora.transformer import Transformer
 
@@ -40,10 +40,22 @@ class Opened:
 
 
 def open_model(name: str = TINY, adapter: str | Path | None = None, run: str | Path | None = None) -> Opened:
-    """Open a base by name, with an adapter's folder over it, or a folder that ``minilora train`` wrote.
+    """Open a base by name, with or without an adapter over it, or a folder that `minilora train` wrote.
 
-    An adapter that lies in a run's folder stands on that run's base (NF4 for QLoRA), any other on the base as
-    it is stored. Raises FileError for an adapter that belongs to another model or does not fit this one.
+    Parameters
+    ----------
+    name
+        tiny, smollm2, a .gguf file, a Hugging Face folder or a .safetensors file of ours.
+    adapter
+        Folder of an adapter. One in a run's folder stands on that run's base (NF4 for QLoRA), any other on
+        the base as it is stored.
+    run
+        Folder of a run, which knows its model and adapter.
+
+    Raises
+    ------
+    FileError
+        The adapter belongs to another model, or does not fit this one.
     """
     if run is not None:
         if adapter is not None or name != TINY:
@@ -74,8 +86,7 @@ def open_model(name: str = TINY, adapter: str | Path | None = None, run: str | P
 def write_streaming(
     opened: Opened, prompt: Sequence[int], max_new_tokens: int, **sampling: Any
 ) -> Iterator[str]:
-    """Continue one prompt and yield its text as it is made, never half a character; bad input is refused at
-    the call."""
+    """Continue one prompt and yield its text in whole characters; bad input is refused at the call."""
     tokenizer: Tokenizer = opened.base.tokenizer
     tokens = stream(opened.model, prompt, max_new_tokens, eos=tokenizer.stop_ids, **sampling)
 
@@ -93,7 +104,7 @@ def write_streaming(
 def write_batch(
     opened: Opened, prompts: Sequence[Sequence[int]], max_new_tokens: int, **sampling: Any
 ) -> list[str]:
-    """Continue several prompts as one batch; their texts."""
+    """Continue several prompts as one batch and return their texts."""
     tokenizer: Tokenizer = opened.base.tokenizer
     return [
         tokenizer.decode(ids)
@@ -102,12 +113,18 @@ def write_batch(
 
 
 def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> list[str]:
-    """Merge the adapter into the base and write the file or folder that ``out`` names; returns what to say
-    about it.
+    """Merge the adapter into the base, write a file or folder, and return what to say about it.
 
-    ``X.gguf``, from a GGUF base: QA-LoRA goes into the minima of Q4_1, whose codes stay bit for bit and whose
-    minima are rounded to float16; any other adapter into ``quant_type``, by default F16. ``X.safetensors`` is
-    our own file (QA-LoRA's offsets stay float32), anything else a Hugging Face folder with dense weights.
+    Parameters
+    ----------
+    opened
+        A model with an adapter.
+    out
+        X.gguf (only from a GGUF base), X.safetensors (our own file, where QA-LoRA's offsets stay float32), or
+        a Hugging Face folder with dense weights.
+    quant_type
+        Type of the matrices of an X.gguf; default: F16. A QA-LoRA adapter goes into the minima of Q4_1
+        instead. Its codes stay bit for bit, and its minima are rounded to float16.
     """
     out, model = Path(out), opened.model
     adapted = [linear for _, linear in model.linears() if isinstance(linear, Adapter)]
@@ -151,8 +168,8 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     like = opened.base.path
     if like.suffix != ".gguf":
         raise ConfigError(
-            f"out={str(out)!r}: a GGUF takes its tokenizer and metadata from the GGUF that the model came from, "
-            f"and {like} is none; write a .safetensors file or a folder"
+            f"out={str(out)!r}: a GGUF takes its tokenizer and metadata from the GGUF of its base, and "
+            f"{like} is none; write a .safetensors file or a folder"
         )
     if out.exists() and out.samefile(like):
         raise ConfigError(f"out={str(out)!r}: is the base itself; give another name")
@@ -174,13 +191,14 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     written = load_gguf(out)
     said = [_worst(errors)]
     if pooled:
+        most, error = max(changes.values()), _worst(merge_errors(opened.model, written), "the file")
         said.append(
-            f"{len(changes)} tensors Q4_1, every code and scale as it was; minima rounded to float16, which changes a "
-            f"weight by {max(changes.values()):.1e} at most: {_worst(merge_errors(opened.model, written), 'the file')}"
+            f"{len(changes)} tensors Q4_1, every code and scale as it was; minima rounded to float16, which "
+            f"changes a weight by {most:.1e} at most: {error}"
         )
     else:
         said.append(_worst(merge_errors(opened.model, written), f"the file in {quant_type or 'F16'}"))
-    ids = np.array([opened.base.tokenizer.encode(TEXT)])
+    ids = np.array([opened.base.tokenizer.encode(SAMPLE)])
     said.append(
         "logits of a text, file beside exact merge: "
         + _compare(written.logits(ids)[0], merged.logits(ids)[0])
@@ -191,29 +209,29 @@ def _export_gguf(opened: Opened, out: Path, quant_type: str | None, pooled: bool
     ]
 
 
-TEXT = (
-    "The lighthouse keeper counted 17 ships that morning. Two of them carried oranges, one carried letters, and the others, "
-    'as far as anyone could tell, carried nothing but the wind. "What do they want here?" asked his daughter.'
+SAMPLE = (
+    "The lighthouse keeper counted 17 ships that morning. Two of them carried oranges, one carried letters, "
+    "and the others, as far as anyone could tell, carried nothing but the wind. "
+    '"What do they want here?" asked his daughter.'
 )
-"""What a written file is tried on."""
+"""Text on which a written file is compared with the model."""
 
 
 def _compare(logits: np.ndarray, exact: np.ndarray) -> str:
-    from scipy.special import log_softmax  # a third of a second, which `generate` need not wait for
+    from scipy.special import log_softmax  # takes a third of a second to import, and `generate` needs none
 
     p, q = (log_softmax(z.astype(np.float64), axis=-1) for z in (exact, logits))
     kl = float((np.exp(p) * (p - q)).sum(axis=-1).mean())
     largest = float(np.abs(logits - exact).max())
     share = largest / float(np.ptp(exact))
-    return (
-        f"largest difference {largest:.1e} ({share:.1e} of their range), KL {max(kl, 0.0):.1e} nats a token"
-    )
+    difference = f"largest difference {largest:.1e} ({share:.1e} of their range)"
+    return f"{difference}, KL {max(kl, 0.0):.1e} nats per token"
 
 
 def _worst(errors: dict[str, MergeError], what: str = "merged") -> str:
     worst = max(errors, key=lambda name: errors[name].relative)
     rms = float(np.sqrt(np.mean([error.relative**2 for error in errors.values()])))
     return (
-        f"{what}: {len(errors)} layers, error relative to ΔW {rms:.2e} (root mean square over layers), at most "
-        f"{errors[worst].relative:.2e} in {worst}"
+        f"{what}: {len(errors)} layers, error relative to ΔW {rms:.2e} (root mean square over layers), at "
+        f"most {errors[worst].relative:.2e} in {worst}"
     )

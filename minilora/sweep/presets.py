@@ -1,39 +1,35 @@
-"""The two sweeps that ship: the demonstration of `minilora sweep` and the study of `minilora sweep --preset
-full`."""
+"""The sweeps that ship: the demonstration, the study, and the sweep over a real model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Executor
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from minilora.config import ADAPTERS, CONTROLS, TRAINED
+from minilora.config import ADAPTERS, CONTROLS, TRAINED, require_in
 from minilora.sweep.results import Row, check_one_corpus
 from minilora.sweep.runner import SweepConfig, expand, run_sweep
-from minilora.sweep.workers import RunFunction
 
 if TYPE_CHECKING:
     from minilora.sweep.settings import RunConfig
 
 LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""The one grid on which the study chooses: about half a decade a step, wide enough for full fine-tuning and
-for adapters."""
+"""The grid on which the study chooses: half a decade per step, for full fine-tuning and adapters alike."""
 
 RANKS = (1, 2, 8, 64)
+STUDY_TASKS = ("products", "python")
 SEARCH_SEED = 100
 STUDY_SEEDS = (0, 1, 2)
 LENGTHS = {
     "products": {"steps": 250, "batch_size": 8, "n_eval": 200},
     "python": {"steps": 200, "batch_size": 8, "n_eval": 256},
 }
-"""How long the study trains: as long as 90 minutes for all its runs allow on 2 cores."""
+"""How long the study trains: all its runs take 90 minutes on 2 cores."""
 
 
 class Choice(NamedTuple):
-    """The learning rate that the search chose for one method and task, and how it came to be chosen."""
+    """The learning rate that the search chose for one method and task, with all that it tried."""
 
     task: str
     method: str
@@ -44,62 +40,53 @@ class Choice(NamedTuple):
 
 
 def demo_runs(**settings: Any) -> list[RunConfig]:
-    """Return the demonstration: task `products`, every method at its default learning rate, three ranks,
-    three bit-widths.
+    """Return the demonstration: task `products`, default learning rates, three ranks, three bit-widths.
 
-    Short runs, so that the whole takes minutes: their losses differ as they should, their recall has not got
-    far yet, and only the adapter's texts are judged (``write_all``). ``settings`` replaces fields of
-    `SweepConfig` in all runs, for example ``steps=200``.
+    The runs are short, so that the whole takes minutes. Their losses differ as they should; their recall is
+    still low, and only the adapter's texts are judged (`write_all`).
+
+    Parameters
+    ----------
+    **settings
+        Settings or axes of all runs that replace the demonstration's own, for example `steps=200`.
     """
     short = {"steps": 40, "batch_size": 8, "n_eval": 200, "write_all": False}
-    shared: dict[str, Any] = (
-        {"preset": "demo", "stage": "demo", "task": ("products",), "seed": (0, 1)} | short | settings
-    )
+    shared = {"preset": "demo", "stage": "demo", "seed": (0, 1)} | short | settings
     return _together(
-        [
-            SweepConfig(method=("full", "subset", "lora"), r=(2, 8, 32), **shared),
-            SweepConfig(method=("qlora", "qalora", *CONTROLS), bits=(2, 4, 8), **shared),
-        ]
+        {"method": ("full", "subset", "lora"), "r": (2, 8, 32)} | shared,
+        {"method": ("qlora", "qalora", *CONTROLS), "bits": (2, 4, 8)} | shared,
     )
 
 
 def pretrained_runs(model: str, **settings: Any) -> list[RunConfig]:
-    """Return the sweep over a real model: three ranks, three bit-widths, and the base in each form, in an
-    hour on 2 cores.
+    """Return the sweep over a real model: three ranks, three bit-widths and the base in each form.
 
-    One seed at one learning rate: a picture with controls, not a study with intervals.
+    It takes an hour on 2 cores. One seed at one learning rate make a picture with controls, not a study with
+    intervals.
     """
-    short: dict[str, Any] = {"model": model, "steps": 40, "batch_size": 8, "n_eval": 50, "write_all": False}
-    shared: dict[str, Any] = {"preset": "pretrained", "stage": "pretrained", "seed": (0,)} | short | settings
+    short = {"model": model, "steps": 40, "batch_size": 8, "n_eval": 50, "write_all": False}
+    shared = {"preset": "pretrained", "stage": "pretrained"} | short | settings
     return _together(
-        [
-            SweepConfig(method=("lora", "qalora"), r=(2, 8, 32), **shared),
-            SweepConfig(method=("qlora", "qalora", *CONTROLS), bits=(2, 3, 4), **shared),
-        ]
+        {"method": ("lora", "qalora"), "r": (2, 8, 32)} | shared,
+        {"method": ("qlora", "qalora", *CONTROLS), "bits": (2, 3, 4)} | shared,
     )
 
 
-def search_runs(tasks: Sequence[str] = ("products", "python"), **settings: Any) -> list[RunConfig]:
+def search_runs(tasks: Sequence[str] = STUDY_TASKS, **settings: Any) -> list[RunConfig]:
     """Return stage 1 of the study: every method at each learning rate of one grid, r = 8 and 4 bits.
 
     The runs are judged on the validation split and use a seed that the study does not.
     """
-    shared: dict[str, Any] = {
-        "preset": "full",
-        "stage": "search",
-        "split": "validation",
-        "method": TRAINED,
-        "learning_rate": LEARNING_RATES,
-        "seed": (SEARCH_SEED,),
-    }
-    return _together([SweepConfig(task=(task,), **(shared | LENGTHS[task] | settings)) for task in tasks])
+    shared = {"preset": "full", "stage": "search", "split": "validation", "seed": SEARCH_SEED}
+    shared |= {"method": TRAINED, "learning_rate": LEARNING_RATES}
+    return _together(*({"task": task} | shared | LENGTHS[task] | settings for task in tasks))
 
 
 def choose_learning_rates(rows: Iterable[Mapping[str, Any]]) -> list[Choice]:
-    """Choose, for each task and method of the search, the learning rate with the least mean validation loss.
+    """Choose the learning rate with the least mean validation loss, for each task and method of the search.
 
-    A run that failed or whose loss is not finite does not compete. ``on_edge`` says that the best value is
-    the least or the greatest of the grid, so that a better one may lie outside.
+    A run that failed or whose loss is not finite does not compete. `on_edge` says that the best value is the
+    least or the greatest of the grid, so that a better one may lie outside.
 
     Raises
     ------
@@ -140,33 +127,29 @@ def _choose(
 
 
 def study_runs(choices: Iterable[Choice], **settings: Any) -> list[RunConfig]:
-    """Return stage 2: ranks 1 to 64 (4 bits, and full precision for LoRA), 2/3/4/8 bits at r = 8, and the
-    controls.
+    """Return stage 2 of the study, at the learning rates of stage 1: test split, three seeds.
 
-    Test split, three seeds, at the learning rates of stage 1.
+    Ranks 1 to 64 (4 bits, and full precision for LoRA), 2, 3, 4 and 8 bits at r = 8, and the controls.
     """
-    parts, tasks = [], {}
+    parts: list[Mapping[str, Any]] = []
+    tasks: dict[str, dict[str, Any]] = {}
     for choice in choices:
         shared: dict[str, Any] = {"preset": "full", "stage": "study", "split": "test", "seed": STUDY_SEEDS}
-        shared |= LENGTHS[choice.task] | settings
-        one = SweepConfig(
-            method=(choice.method,), task=(choice.task,), learning_rate=(choice.learning_rate,), **shared
-        )
+        shared |= {"task": choice.task} | LENGTHS[choice.task] | settings
+        one = {"method": choice.method, "learning_rate": choice.learning_rate} | shared
         if choice.method in ADAPTERS:
-            parts.append(replace(one, r=RANKS))
+            parts.append(one | {"r": RANKS})
         if choice.method in ("qlora", "qalora"):
-            parts.append(replace(one, bits=(2, 3, 4, 8)))
+            parts.append(one | {"bits": (2, 3, 4, 8)})
         if choice.method not in ADAPTERS:
             parts.append(one)
         tasks[choice.task] = shared
-    for task, shared in tasks.items():
-        parts.append(SweepConfig(method=CONTROLS, task=(task,), bits=(2, 3, 4, 8), **shared))
-    return _together(parts)
+    parts += [{"method": CONTROLS, "bits": (2, 3, 4, 8)} | shared for shared in tasks.values()]
+    return _together(*parts)
 
 
-def planned_runs(tasks: Sequence[str] = ("products", "python"), **settings: Any) -> list[RunConfig]:
-    """Return the runs of both stages of the study before the search has chosen, for counting, timing and
-    checking them."""
+def planned_runs(tasks: Sequence[str] = STUDY_TASKS, **settings: Any) -> list[RunConfig]:
+    """Return the runs of both stages before the search has chosen, for counting, timing and checking them."""
     choices = [
         Choice(task, method, LEARNING_RATES[1], math.nan, False, ()) for task in tasks for method in TRAINED
     ]
@@ -177,36 +160,35 @@ def run_preset(
     name: str,
     out: str | Path,
     *,
-    tasks: Sequence[str] = ("products", "python"),
-    run: RunFunction | None = None,
-    executor: Executor | None = None,
-    n_jobs: int = 1,
-    progress: bool = True,
-    retry_failed: bool = False,
-    **settings: Any,
+    tasks: Sequence[str] = STUDY_TASKS,
+    settings: Mapping[str, Any] | None = None,
+    **how: Any,
 ) -> list[Row]:
-    """Do all the runs of ``"demo"`` or ``"full"`` in ``out`` and return their rows (of ``full``: the search's
-    first).
+    """Do all the runs of a preset in a folder and return their rows.
 
-    ``settings`` replaces fields of `SweepConfig` in all runs; the rest is passed to `run_sweep`.
+    Parameters
+    ----------
+    name
+        `demo` or `full`. The rows of `full` begin with the search's.
+    out
+        Folder of the results.
+    tasks
+        Tasks of the study.
+    settings
+        Settings of all runs that replace the preset's own.
+    **how
+        Passed to `run_sweep`: run, executor, n_jobs, progress, retry_failed.
     """
-    how: dict[str, Any] = {
-        "run": run,
-        "executor": executor,
-        "n_jobs": n_jobs,
-        "progress": progress,
-        "retry_failed": retry_failed,
-    }
+    changed = settings or {}
     if name == "demo":
-        return run_sweep(demo_runs(**settings), out, **how)
-    if name != "full":
-        raise ValueError(f"preset={name!r}: choose one of demo, full")
-    search = run_sweep(search_runs(tasks, **settings), out, **how)
-    study = run_sweep(study_runs(choose_learning_rates(search), **settings), out, **how)
+        return run_sweep(demo_runs(**changed), out, **how)
+    require_in(name, ("demo", "full"), "preset")
+    search = run_sweep(search_runs(tasks, **changed), out, **how)
+    study = run_sweep(study_runs(choose_learning_rates(search), **changed), out, **how)
     return search + study
 
 
-def _together(parts: Iterable[SweepConfig]) -> list[RunConfig]:
-    """Expand each part; what occurs in two of them is run once; controls, which do not train, come last."""
-    runs = {run.key(): run for part in parts for run in expand(part)}
+def _together(*parts: Mapping[str, Any]) -> list[RunConfig]:
+    """Expand each part; a run of two parts is done once; controls, which do not train, come last."""
+    runs = {run.key(): run for part in parts for run in expand(SweepConfig(part))}
     return sorted(runs.values(), key=lambda run: run.method in CONTROLS)

@@ -1,5 +1,7 @@
-"""Rows on disk: one flat JSON object a line, appended as soon as a run ends, never lost and never pooled
-wrongly."""
+"""Rows of results: their columns, and their file, one flat JSON object per line.
+
+`COLUMNS` says what is in a row. A row is appended to disk as soon as its run ends.
+"""
 
 from __future__ import annotations
 
@@ -14,43 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from minilora.composed import settings_in
+from minilora.config import PROGRESS
 from minilora.formats.files import write_file
+from minilora.sweep.settings import RunConfig
 
 Row = dict[str, Any]
 
-CONFIG_KEYS = (
-    "key",
-    "preset",
-    "stage",
-    "method",
-    "r",
-    "lora_alpha",
-    "bits",
-    "quant_type",
-    "block_size",
-    "group_size",
-    "double_quant",
-    "target_modules",
-    "learning_rate",
-    "task",
-    "seed",
-    "steps",
-    "batch_size",
-    "split",
-)
-METRIC_KEYS = (
-    "loss",
-    "bpb",
-    "recall",
-    "exact",
-    "recall_values",
-    "exact_values",
-    "train_loss",
-    "deployed_loss",
-    "deployed_bpb",
-    "deployed_recall",
-    "deployed_exact",
-)
 MEMORY_CLASSES = {  # column: label, in the order in which they are stacked and listed
     "bytes_weights": "weights",
     "bytes_scales_offsets": "scales and offsets",
@@ -60,33 +32,66 @@ MEMORY_CLASSES = {  # column: label, in the order in which they are stacked and 
     "bytes_optimizer": "optimizer",
     "bytes_activations": "activations",
 }
-ROW_KEYS = (
-    *CONFIG_KEYS,
-    "status",
-    "error",
-    *METRIC_KEYS,
-    "trainable_params",
-    "all_params",
-    "effective_bits",
-    "deployed_effective_bits",
-    *MEMORY_CLASSES,
-    "bytes_logits",
-    "bytes_tiles",
-    "bytes_temporaries",
-    "bytes_on_disk",
-    "bytes_peak",
-    "bytes_peak_predicted",
-    "bytes_adapter_file",
-    "seconds",
-    "step_seconds",
-    "corpus_sha256",
-    "base_sha256",
-    "python_version",
-    "numpy_version",
-    "numba_version",
-    "minilora_version",
-    "machine",
-)
+
+
+def _setting_columns() -> dict[str, str]:
+    """Return the settings of a run with the meanings that their configurations give them."""
+    columns = {}
+    for name, setting in settings_in(RunConfig).items():
+        if name == "quant_type":
+            columns["bits"] = "Bits of the base's codes; 32: full precision."
+        if setting.role != PROGRESS:
+            columns[name] = setting.help
+    return columns
+
+
+COLUMNS: dict[str, str] = {
+    "key": "Fingerprint of the settings: 16 hex digits.",
+    **_setting_columns(),
+    "status": "success or failed.",
+    "error": "What a failed run raised, in one line.",
+    "loss": "Held-out loss, in nats per token.",
+    "bpb": "Held-out loss of the tiny base, in bits per byte.",
+    "recall": "Share of the attributes of held-out products that the written text states rightly, 0 to 1.",
+    "exact": "Share of held-out products whose text is right word for word, 0 to 1.",
+    "recall_values": "As recall, for products with values that training never showed.",
+    "exact_values": "As exact, for products with values that training never showed.",
+    "train_loss": "Mean training loss of the last 20 steps, in nats per token.",
+    "deployed_loss": "As loss, of the deployed weights: the adapter merged, in as many bits as the base.",
+    "deployed_bpb": "As bpb, of the deployed weights.",
+    "deployed_recall": "As recall, of the deployed weights.",
+    "deployed_exact": "As exact, of the deployed weights.",
+    "trainable_params": "Number of trained parameters.",
+    "all_params": "Number of all parameters, adapters included.",
+    "effective_bits": "Bits per weight of the linear layers, scales and offsets included.",
+    "deployed_effective_bits": "As effective_bits, of the deployed weights.",
+    "bytes_weights": "Bytes of weights and codes.",
+    "bytes_scales_offsets": "Bytes of scales and offsets.",
+    "bytes_code_maps": "Bytes of codebooks.",
+    "bytes_adapters": "Bytes of A and B.",
+    "bytes_gradients": "Bytes of gradients.",
+    "bytes_optimizer": "Bytes of the optimizer's state in memory.",
+    "bytes_activations": "Bytes kept for backward, of a whole batch.",
+    "bytes_logits": "Bytes of logits at the peak of a step.",
+    "bytes_tiles": "Bytes of decoded tiles of weights at the peak of a step.",
+    "bytes_temporaries": "Bytes of other temporary arrays at the peak of a step.",
+    "bytes_on_disk": "Bytes of optimizer state in a file (paged optimizers).",
+    "bytes_peak": "Largest number of bytes at once in a training step, measured.",
+    "bytes_peak_predicted": "The same, predicted by the ledger.",
+    "bytes_adapter_file": "Bytes of the saved adapter.",
+    "seconds": "Seconds of the whole run, evaluation included.",
+    "step_seconds": "Median seconds of a training step.",
+    "corpus_sha256": "SHA-256 of the data.",
+    "base_sha256": "SHA-256 of the base model.",
+    "python_version": "Version of Python.",
+    "numpy_version": "Version of NumPy.",
+    "numba_version": "Version of Numba.",
+    "minilora_version": "Version of minilora.",
+    "machine": "Architecture, number of cores and processor.",
+}
+"""Every column of a row → what it is, in the order of a row. None: does not apply, or was not measured."""
+
+ROW_KEYS = tuple(COLUMNS)
 
 
 class ResultsError(ValueError):
@@ -96,7 +101,7 @@ class ResultsError(ValueError):
 def clean_row(row: Mapping[str, Any]) -> Row:
     """Return the row with every known column present and only what JSON can hold.
 
-    NumPy scalars become Python's, NaN and infinity become ``None``, sequences become comma-joined strings (a
+    NumPy scalars become Python's, NaN and infinity become None, sequences become comma-joined strings (a
     row is flat).
 
     >>> row = clean_row({"key": "a", "loss": float("nan"), "target_modules": ("q_proj", "v_proj")})
@@ -130,7 +135,7 @@ def append_row(path: str | Path, row: Mapping[str, Any]) -> None:
 
 
 def load_results(path: str | Path) -> list[Row]:
-    """Read ``results.jsonl`` (or the folder that holds it): one row a key, the last one written.
+    """Read `results.jsonl`, or the folder that holds it: one row per key, the last one written.
 
     A last line without its newline is a write that was interrupted, and is left out.
 
@@ -148,8 +153,7 @@ def load_results(path: str | Path) -> list[Row]:
 
 
 def repair_results(path: str | Path) -> list[Row]:
-    """Read as `load_results` does, and cut an interrupted last line off the file, so that appending is
-    safe."""
+    """Read as `load_results` does, and cut an interrupted last line off the file before appending."""
     path = Path(path)
     if not path.exists():
         return []
@@ -170,7 +174,7 @@ def _parse(path: Path) -> tuple[list[Row], int]:
             row = json.loads(line.decode("utf-8"))
         except ValueError as error:  # UnicodeDecodeError and JSONDecodeError are both ValueErrors
             raise ResultsError(
-                f"{path}, line {number}: not JSON ({error}); mend or delete that line, or choose another folder"
+                f"{path}, line {number}: not JSON ({error}); mend or delete it, or choose another folder"
             ) from None
         if not (
             isinstance(row, dict)
@@ -178,7 +182,8 @@ def _parse(path: Path) -> tuple[list[Row], int]:
             and row.get("status") in ("success", "failed")
         ):
             raise ResultsError(
-                f"{path}, line {number}: not a row of minilora's results (no key or status); choose another folder"
+                f"{path}, line {number}: not a row of minilora's results (no key or status); "
+                "choose another folder"
             )
         rows.append(row)
     return rows, sum(len(line) + 1 for line in lines) if cut else path.stat().st_size
@@ -198,7 +203,7 @@ def write_csv(rows: Iterable[Mapping[str, Any]], path: str | Path) -> Path:
 def check_one_corpus(rows: Iterable[Mapping[str, Any]]) -> None:
     """Refuse rows whose data differ: within a task all must carry the same corpus and base hashes.
 
-    Another version of Python has another standard library, hence another corpus; a mean over both would mean
+    Another version of Python has another standard library, hence another corpus. A mean over both would mean
     nothing.
 
     Raises
@@ -213,9 +218,10 @@ def check_one_corpus(rows: Iterable[Mapping[str, Any]]) -> None:
                 continue
             first = seen.setdefault((column, row.get("task")), row)
             if first[column] != row[column]:
+                one, other = (f"{r[column]} (Python {r.get('python_version')})" for r in (first, row))
                 raise ResultsError(
-                    f"{column}: rows of task {row.get('task')!r} mix {first[column]} (Python {first.get('python_version')}) and "
-                    f"{row[column]} (Python {row.get('python_version')}); they are not comparable: keep one of them"
+                    f"{column}: rows of task {row.get('task')!r} mix {one} and {other}; they are not "
+                    "comparable: keep one of them"
                 )
 
 
@@ -232,7 +238,7 @@ def successful(rows: Iterable[Mapping[str, Any]], **where: Any) -> list[Row]:
 
 
 def group_rows(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Collect rows with equal values in the columns ``by``, after `check_one_corpus`; insertion order."""
+    """Collect rows with equal values in the columns `by`, after `check_one_corpus`; insertion order."""
     rows = list(rows)
     check_one_corpus(rows)
     groups: dict[tuple[Any, ...], list[Row]] = {}

@@ -1,4 +1,4 @@
-"""Runs → rows: do them in independent processes, keep every finished row."""
+"""Runs → rows: run in independent processes, and keep every finished row."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import closing
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,15 @@ from tqdm.auto import tqdm
 
 from minilora.config import require
 from minilora.formats.files import writable_folder, write_file
-from minilora.sweep.grid import SweepConfig, describe, expand, outline
+from minilora.sweep.grid import Run, SweepConfig, describe, expand, outline
 from minilora.sweep.results import Row, append_row, clean_row, load_results, repair_results, write_csv
 from minilora.sweep.workers import RunFunction, in_executor, in_process, run_folder
 
-__all__ = ["SweepConfig", "describe", "expand", "load_results", "outline", "run_sweep", "write_csv"]
+__all__ = ["Run", "SweepConfig", "describe", "expand", "load_results", "outline", "run_sweep", "write_csv"]
 
 
 def run_sweep(
-    configs: Sequence[Any],
+    configs: Sequence[Run],
     out: str | Path,
     *,
     run: RunFunction | None = None,
@@ -33,32 +32,51 @@ def run_sweep(
     progress: bool = True,
     retry_failed: bool = False,
 ) -> list[Row]:
-    """Do the runs that ``out/results.jsonl`` does not have yet and return the rows of all, in the order of
-    ``configs``.
+    """Do the runs that a folder does not have yet and return the rows of all.
 
     Parameters
     ----------
     configs
-        Runs with ``key()``, as `expand` returns them.
+        Runs as `expand` returns them, or objects of your own with `key()` and `row()`.
     out
-        Folder; each run may keep files in ``out/runs/<key>``, and the traceback of a failed one is
-        ``error.txt`` there.
+        Folder. Rows are appended to `out/results.jsonl`. Each run may keep files in `out/runs/<key>`; the
+        traceback of a failed one is `error.txt` there.
     run
-        ``run(config, folder) -> row``, importable at top level. The default is `minilora.sweep.run.run`.
+        `run(config, folder) -> row`, importable at top level. The default is `minilora.sweep.run.run`.
     executor
-        Any ``concurrent.futures.Executor``; it is never shut down. Without one, ``n_jobs=1`` runs in this
-        process and more in that many fresh processes with one BLAS and one Numba thread each.
+        Any `concurrent.futures.Executor`; it is never shut down. Without one, `n_jobs=1` runs in this process
+        and more in that many fresh processes with one BLAS and one Numba thread each.
+    n_jobs
+        Number of processes.
+    progress
+        Show a bar in a terminal or notebook, and lines elsewhere.
     retry_failed
-        Run again what failed before; else its failed row stands.
+        Run again what failed before. Otherwise its failed row stays.
 
-    A run that raises, or whose process dies, becomes a row with status ``failed`` and the sweep goes on. Only
-    this process writes. On Ctrl-C what is running is dropped, finished rows stay and `KeyboardInterrupt` goes
-    on to the caller.
+    Returns
+    -------
+    list of dict
+        One flat row per run, in the order of `configs`; `minilora.sweep.results.COLUMNS` says what is in it.
 
     Raises
     ------
     ValueError
-        The folder cannot be written, or its results file is foreign; before any work.
+        The folder cannot be written, or its results file is foreign. Nothing has run then.
+
+    Notes
+    -----
+    A run that raises, or whose process dies, becomes a row with status `failed`, and the sweep goes on. Only
+    this process writes. On Ctrl-C running work is dropped, finished rows stay and `KeyboardInterrupt` reaches
+    the caller.
+
+    Examples
+    --------
+    >>> from tempfile import mkdtemp
+    >>> from minilora.sweep.settings import RunConfig
+    >>> runs = expand(SweepConfig({"method": "lora", "r": (1, 2)}, RunConfig.of(steps=1, n_eval=2)))
+    >>> rows = run_sweep(runs, mkdtemp(), run=lambda config, folder: {"loss": 1.0 / config.lora.r})
+    >>> [(row["r"], row["loss"]) for row in rows]
+    [(1, 1.0), (2, 0.5)]
     """
     checked = run is None
     run = run or _default_run()
@@ -70,7 +88,7 @@ def run_sweep(
     if retry_failed:
         done = {key: row for key, row in done.items() if row["status"] == "success"}
     if checked and done:
-        from minilora.sweep.run import check_kept
+        from minilora.sweep.saved_runs import check_kept
 
         check_kept(list(done.values()))
     wanted = {config.key(): config for config in configs}
@@ -86,8 +104,8 @@ def run_sweep(
                     done[row["key"]] = row
                     report.update(config, row)
         except KeyboardInterrupt:
-            text = f"interrupted: {len(done)} finished rows are in {path}; run the same command again to continue"
-            report.say(text, always=True)
+            kept = f"interrupted: {len(done)} finished rows are in {path}"
+            report.say(f"{kept}; run the same command again to continue", always=True)
             raise
     return [done[key] for key in wanted]
 
@@ -98,10 +116,9 @@ def _default_run() -> RunFunction:
     return run
 
 
-def _row(config: Any, outcome: Mapping[str, Any] | BaseException, out: Path) -> Row:
-    """Return the row of a run's outcome; a failure keeps the configuration, and its traceback goes beside the
-    results."""
-    about = {field.name: getattr(config, field.name) for field in fields(config)}
+def _row(config: Run, outcome: Mapping[str, Any] | BaseException, out: Path) -> Row:
+    """Return the row of a run's outcome; a failure keeps the settings, and writes its traceback to a file."""
+    about = dict(config.row())
     if not isinstance(outcome, BaseException):
         try:
             return clean_row(about | {"status": "success"} | dict(outcome) | {"key": config.key()})
@@ -115,13 +132,12 @@ def _row(config: Any, outcome: Mapping[str, Any] | BaseException, out: Path) -> 
 
 
 def _in_notebook() -> bool:
-    ipython = sys.modules.get("IPython")  # imported is not enough: it must be running this code
+    ipython = sys.modules.get("IPython")  # it may be imported without running this code
     return ipython is not None and ipython.get_ipython() is not None
 
 
 class _Progress:
-    """A bar with ETA on a terminal or in a notebook, one line a run elsewhere, nothing with
-    ``show=False``."""
+    """A bar with ETA on a terminal or in a notebook, one line per run elsewhere."""
 
     def __init__(self, total: int, kept: int, show: bool) -> None:
         self.total, self.done, self.show, self.started = total, 0, show, time.perf_counter()
@@ -147,7 +163,9 @@ class _Progress:
     def update(self, config: Any, row: Row) -> None:
         self.done += 1
         loss = row.get("loss")
-        result = "failed" if row["status"] == "failed" else f"loss {loss:.3f}" if loss is not None else "done"
+        result = "done" if loss is None else f"loss {loss:.3f}"
+        if row["status"] == "failed":
+            result = "failed"
         self.bar.set_postfix_str(f"{describe(config)}: {result}", refresh=False)
         self.bar.update()
         if row["status"] == "failed":
@@ -155,6 +173,5 @@ class _Progress:
         if self.bar.disable:
             elapsed = time.perf_counter() - self.started
             left = elapsed / self.done * (self.total - self.done)
-            self.say(
-                f"[{self.done}/{self.total}] {describe(config)}: {result}; {elapsed:.0f} s so far, about {left:.0f} s to go"
-            )
+            times = f"{elapsed:.0f} s so far, about {left:.0f} s to go"
+            self.say(f"[{self.done}/{self.total}] {describe(config)}: {result}; {times}")

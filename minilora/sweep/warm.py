@@ -1,5 +1,4 @@
-"""Compilation of all kernels before worker processes start, which would each compile the same: by two
-processes, half each."""
+"""Compile all kernels before worker processes start, which would otherwise each compile the same."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora import kernels as fused
+from minilora import kernels
 from minilora.building import init_model
 from minilora.config import AFFINE_TYPES, CODEBOOK_TYPES, LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
@@ -21,33 +20,28 @@ from minilora.kernels.rows import swiglu_forward
 from minilora.quant.compilation import compile_kernels
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
-from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
 from minilora.transformer import Transformer
 
 
 def warm_kernels() -> float:
-    """Compile (or load from disk) every kernel that a sweep of the tiny base needs; returns the seconds it
-    took.
+    """Compile, or load from disk, every kernel of a sweep of the tiny base; return the seconds it took.
 
-    Kernels are compiled for types, not for sizes: a toy model takes the steps of all methods, over weights of
-    all kinds. Numba compiles in one thread only, so if nothing is there yet, a second process compiles what
-    quantizes, and a little more.
+    Kernels are compiled for types and not for sizes. So a toy model takes the steps of all methods, over all
+    kinds of weights. Numba compiles in one thread; if nothing is on disk yet, a second process compiles the
+    kernels that quantize.
     """
     start = time.perf_counter()
-    shape = ModelConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
+    sizes: Any = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    shape = ModelConfig(**sizes, num_attention_heads=2, num_key_value_heads=2)
     toy = init_model(shape, np.random.default_rng(0))
     helper = _start_helper() if _nothing_compiled() and available_threads() > 1 and sys.executable else None
     _touch(full(toy))
     _touch(inject_lora(toy, LoraConfig(), np.random.default_rng(0)))
     if helper:
-        helper.wait()  # should it have failed, all is compiled here
+        helper.wait()  # if it failed, this process compiles its kernels
     for kind in CODEBOOK_TYPES + AFFINE_TYPES:
         config = LoraConfig(use_qalora=kind in AFFINE_TYPES)
         _touch(inject_lora(quantize_model(toy, QuantConfig(kind)), config, np.random.default_rng(0)))
@@ -64,14 +58,14 @@ def _start_helper() -> subprocess.Popen[bytes]:
 def warm_beside() -> None:
     """What the second process compiles: an adapter's narrow product, which the first needs last, and what
     quantizes."""
-    fused.linear_forward(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
+    kernels.linear_forward(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
     compile_kernels()
 
 
 def _nothing_compiled() -> bool:
-    """Whether a kernel that all models need was not in Numba's cache on disk."""
+    """Return whether a kernel that all models need was missing in Numba's cache on disk."""
     one = np.ones(1, np.float32)
-    fused.swiglu_forward(one, one)
+    kernels.swiglu_forward(one, one)
     kernel: Any = swiglu_forward
     return hasattr(kernel, "stats") and bool(kernel.stats.cache_misses)
 

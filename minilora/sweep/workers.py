@@ -15,7 +15,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-SINGLE_THREAD = {  # read by OpenBLAS, MKL, Accelerate, OpenMP and Numba when they load: set before a worker starts
+# OpenBLAS, MKL, Accelerate, OpenMP and Numba read these when they load: set before a worker starts.
+SINGLE_THREAD = {
     name: "1"
     for name in (
         "OPENBLAS_NUM_THREADS",
@@ -49,10 +50,10 @@ def in_process(run: RunFunction, todo: Sequence[Any], out: Path) -> Generator[Ou
 def in_executor(
     run: RunFunction, todo: Sequence[Any], out: Path, executor: Executor | None, n_jobs: int
 ) -> Generator[Outcome, None, None]:
-    """Do the runs in an executor (without one: in our own ``n_jobs`` processes), and yield (config, row or
-    exception).
+    """Do the runs in an executor and yield (config, row or exception).
 
-    As many runs are in flight as there are workers, so that a worker's death concerns few of them.
+    Without an executor, `n_jobs` processes of our own do them. Only as many runs are in flight as there are
+    workers, so that a dying worker costs few of them.
     """
     pool = executor or _new_pool(n_jobs)
     in_flight = n_jobs if executor is None else max(n_jobs, getattr(executor, "_max_workers", n_jobs))
@@ -79,7 +80,7 @@ def in_executor(
                 )
             if died:
                 _stop(pool, at_once=True)
-                # Nobody knows which run killed its process: each gets a process of its own, and tells.
+                # Any of these runs may have killed its process: run each in a process of its own.
                 for config, _ in died:
                     yield config, _alone(run, config, out)
                 pool = _new_pool(n_jobs)
@@ -97,25 +98,24 @@ def _new_pool(n_jobs: int) -> ProcessPoolExecutor:
             pool.submit(os.getpid).result()
     except BrokenExecutor:
         raise RuntimeError(
-            "worker processes do not start; in a script, call the sweep under `if __name__ == '__main__':`, or use n_jobs=1"
+            "worker processes do not start; in a script, call the sweep under "
+            "`if __name__ == '__main__':`, or use n_jobs=1"
         ) from None
     return pool
 
 
 def _start_worker() -> None:
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches every process of the terminal: the parent decides
-    tqdm.set_lock(
-        threading.RLock()
-    )  # its default lock is a semaphore of the system, which a stopped process would leave behind
+    # Ctrl-C reaches every process of the terminal; the parent decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # tqdm's default lock is a semaphore of the system, which a stopped process would leave behind
+    tqdm.set_lock(threading.RLock())
 
 
 def _submit(pool: Executor, run: RunFunction, config: Any, out: Path) -> Future[Any]:
     try:
         with _environment(SINGLE_THREAD):  # the pool starts a process when it needs one: on any submit
             return pool.submit(run, config, run_folder(out, config))
-    except BrokenExecutor as error:  # it broke a moment ago: the same as breaking a moment later
+    except BrokenExecutor as error:  # it broke before this submit rather than after it
         future: Future[Any] = Future()
         future.set_exception(error)
         return future
@@ -137,11 +137,10 @@ def _alone(run: RunFunction, config: Any, out: Path) -> Mapping[str, Any] | Base
 
 
 def _stop(pool: Executor, at_once: bool) -> None:
-    """Stop our own pool; ``at_once`` without waiting for the runs in it, which may take minutes."""
+    """Stop our own pool; with `at_once`, do not wait for the runs in it, which may take minutes."""
     if at_once:
-        processes = dict(
-            getattr(pool, "_processes", None) or {}
-        )  # public only from Python 3.14, as terminate_workers()
+        # Python 3.14 has terminate_workers() for this
+        processes = dict(getattr(pool, "_processes", None) or {})
         for process in processes.values():
             process.terminate()
     pool.shutdown(wait=True, cancel_futures=True)

@@ -11,13 +11,14 @@ import numpy as np
 
 import minilora
 from minilora.building import init_model
-from minilora.config import ModelConfig, PretrainConfig, require
+from minilora.composed import PretrainConfig
+from minilora.config import ModelConfig, require
 from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import save_model
 from minilora.threads import Workers, available_threads
+from minilora.training.evaluation import evaluate
 from minilora.training.induction import start_with_induction
-from minilora.training.loss import evaluate
 from minilora.training.resume import CHECKPOINT
 from minilora.training.trainer import Trainer
 
@@ -78,16 +79,16 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
     """
     out = Path(config.out)
     window = config.tokens + 1
-    n_tokens = int(config.steps * config.batch_size / 0.98 + 1) * window  # each row is seen once
+    n_tokens = int(config.train.steps * config.train.batch_size / 0.98 + 1) * window  # each row is seen once
     share = 0.7 if config.text is None else 0.0
     tokens = pretraining_tokens(
-        config.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text
+        config.train.seed, n_tokens, window=window, catalogue_share=share, text_path=config.text
     )
     task = RowsTask(tokens, window)
-    rng = np.random.default_rng([config.seed, 0])
+    rng = np.random.default_rng([config.train.seed, 0])
     model = init_model(ModelConfig(), rng)
     start_with_induction(model, rng)
-    trainer = Trainer(model, task, config.train(), threads=config.threads, folder=out)
+    trainer = Trainer(model, task, config.training(), threads=config.threads, folder=out)
     if (out / CHECKPOINT).is_file():
         trainer.load(out / CHECKPOINT)
     trainer.train(progress)
@@ -102,7 +103,7 @@ def pretrain(config: PretrainConfig, progress: bool = True) -> Path:
             "made_by": {
                 "command": config.command(),
                 "corpus_sha256": corpus_sha256(config.text),
-                "tokens_seen": config.steps * config.batch_size * config.tokens,
+                "tokens_seen": config.train.steps * config.train.batch_size * config.tokens,
                 "python_version": platform.python_version(),
                 "minilora_version": minilora.__version__,
                 "held_out_bits_per_byte": round(held_out["bpb"], 4),

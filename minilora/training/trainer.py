@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,29 +20,17 @@ from minilora.data.tasks import Task
 from minilora.formats.files import writable_folder
 from minilora.threads import Workers, single_blas
 from minilora.training.allocator import keep_freed_memory
-from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads
 from minilora.training.nonfinite import NonFiniteError, nonfinite_in_arrays, nonfinite_in_step
 from minilora.training.optimizers import clip_, make_optimizer
 from minilora.training.paging import hand_back
 from minilora.training.resume import CHECKPOINT, History, Progress, read_checkpoint, write_checkpoint
-from minilora.training.schedule import learning_rate
+from minilora.training.schedule import batch_indices, learning_rate
 from minilora.transformer import Transformer
 from minilora.variants import warn_if_it_cannot_train
 
 Callback = Callable[[int, dict[str, float]], None]
-
-
-def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Return the examples of one step: each epoch is a fresh permutation of 0…n−1, cut into batches.
-
-    >>> sorted(np.concatenate([batch_indices(6, 2, s, seed=0) for s in range(3)]).tolist())
-    [0, 1, 2, 3, 4, 5]
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: np.random.default_rng([seed, 1, epoch]).permutation(n) for epoch in set((places // n).tolist())
-    }
-    return np.array([orders[place // n][place % n] for place in places.tolist()])
 
 
 class Trainer:
@@ -83,6 +72,7 @@ class Trainer:
             warn_if_it_cannot_train(linear)
         if task.n_train < 1:
             raise ValueError(f"task={task.name!r}: has no training examples")
+        config = replace(config, learning_rate=config.peak_learning_rate)
         self.model, self.task, self.config = model, task, config
         self.callbacks, self.folder = list(callbacks), None if folder is None else Path(folder)
         self.optimizer = make_optimizer(parameters, config, self.folder)
@@ -157,7 +147,7 @@ class Trainer:
         kept = "no checkpoint was asked for"
         if self.folder and self.config.checkpoint_every:
             kept = "the last checkpoint is kept"
-        rate = self.config.learning_rate
+        rate = self.config.peak_learning_rate
         return f"{kept}. A learning_rate below {rate:g} or more warmup_steps usually helps"
 
     def _check_finite(self) -> None:

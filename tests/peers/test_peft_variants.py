@@ -34,7 +34,7 @@ from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import AdamW
-from minilora.variants import loftq
+from minilora.variants import DoraLinear, loftq
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)
@@ -316,7 +316,7 @@ def test_our_pissa_folder_is_ordinary_lora_for_peft(torch, peft, config, tmp_pat
     model = injected(config)
     for linear in adapters(model):
         linear.lora_A.data, linear.lora_B.data = moved(linear.lora_A.data, linear.lora_B.data)
-        if linear.magnitude is not None:
+        if isinstance(linear, DoraLinear):
             linear.magnitude.data *= 1.1
     save_adapter(model, config, tmp_path)
     peer = opened(peft, tmp_path)

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from minilora.config import ModelConfig
-from minilora.sampling import Sampling, check_sampling
+from minilora.decoding.sampling import Sampling, check_sampling
 
 
 def check_request(

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from minilora.decoding.kv_cache import KVCache
 from minilora.kernels import is_plain
-from minilora.kv_cache import KVCache
 from minilora.layers import Array
 from minilora.threads import Workers
 from minilora.transformer import Transformer
 
 if TYPE_CHECKING:
-    from minilora.decoding import Decoder
+    from minilora.decoding.token_decoder import Decoder
 
 Decode = Callable[[Transformer, Array, Array, KVCache], Array]
 
@@ -101,7 +101,7 @@ class NextLogits:
 
     def _compiled(self) -> Decoder | None:
         """Return a decoder that goes on from a copy of the cache's one sequence, if the model fits."""
-        from minilora.decoding import Decoder
+        from minilora.decoding.token_decoder import Decoder
 
         if not Decoder.fits(self.model):
             return None
