@@ -248,7 +248,12 @@ def multiplied(dp: LowRank | Array) -> Array:
     return product
 
 
-# --- norm, rotation ----------------------------------------------------------------------------------------
+# --- embedding, norm, rotation -----------------------------------------------------------------------------
+
+
+def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
+    """Return dtable (V, C); a kernel would save 1 % of a step."""
+    return functional.embedding_backward(dy, ids, V)
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
@@ -353,6 +358,28 @@ def swiglu_backward(dy: Array, cache: Cache, *, in_place: bool = False) -> tuple
     dgate, dup = np.empty_like(dy), dy if in_place else dy.copy()
     _run(load("rows").swiglu_backward, cache, (), (dgate, dup))
     return dgate, dup
+
+
+def cross_entropy_forward(
+    logits: Array, targets: Array, normalizer: float, out: Array | None = None
+) -> tuple[float, Cache]:
+    """Return the loss in nats; a kernel would save 0.4 % of a step."""
+    return functional.cross_entropy_forward(logits, targets, normalizer, out)
+
+
+def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
+    """Return dlogits (N, V); NumPy takes two passes, which are not worth a kernel."""
+    return functional.cross_entropy_backward(cache, out)
+
+
+def gelu_forward(x: Array) -> tuple[Array, Cache]:
+    """Return GELU; it is not compiled, since only the LoRA paper's figure has it."""
+    return functional.gelu_forward(x)
+
+
+def gelu_backward(dy: Array, cache: Cache) -> Array:
+    """Return dx of `gelu_forward`."""
+    return functional.gelu_backward(dy, cache)
 
 
 def group_sum(x: Array, g: int) -> Array:
