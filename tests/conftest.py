@@ -33,6 +33,7 @@ SLOW = {
     "test_run.py::test_a_gptq_base_is_the_same_bytes_every_time_and_never_sees_the_test_split": 0,
     "test_run.py::test_quantizers_and_variants_run_are_saved_and_load_again": 4,
     "test_run.py::test_same_configuration_same_row_whatever_the_threads": 0,
+    "test_sweep.py::test_ctrl_c_from_the_terminal_ends_the_workers_too": 0,
     "test_text_tokenizer.py::test_hostile_templates_are_stopped_and_named": 4,
     "test_transformer.py::test_gradcheck_of_the_whole_model": 3,
 }
