@@ -61,7 +61,7 @@ def ours(run: Run, folder: str | None = None) -> dict[str, Any]:
     from minilora.config import LoraConfig, QuantConfig
     from minilora.injection import inject_lora
     from minilora.quant.model import quantize_model
-    from minilora.training.loss import evaluate
+    from minilora.training.evaluation import evaluate
     from minilora.training.trainer import Trainer
 
     weights, task = shared(run.size)

@@ -10,7 +10,7 @@ from benchmarks import workload
 from benchmarks.peers import Peers, adapted, llama, quantized, torch
 from benchmarks.workload import Run, Text
 from minilora.data.tasks import Batch
-from minilora.training.trainer import batch_indices
+from minilora.training.schedule import batch_indices
 
 
 def run_of_grid(run: Run, weights: dict[str, np.ndarray], task: Text) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from benchmarks.timing import peak_mib, reset_peak, resident_mib, timed
 
 warnings.simplefilter("ignore")  # the libraries' own; set before they are loaded
 
-import bitsandbytes as bnb
-import peft
-import torch
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+import bitsandbytes as bnb  # noqa: E402
+import peft  # noqa: E402
+import torch  # noqa: E402
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from minilora.config import LINEAR_MODULES, ModelConfig
 from minilora.training.allocator import keep_freed_memory

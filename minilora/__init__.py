@@ -47,7 +47,7 @@ _EXPORTS = {
     "load_adapter": "formats.peft",
     "save_adapter": "formats.peft",
     "Trainer": "training.trainer",
-    "evaluate": "training.loss",
+    "evaluate": "training.evaluation",
     "RunConfig": "sweep.settings",
     "SweepConfig": "sweep.grid",
     "run_sweep": "sweep.runner",

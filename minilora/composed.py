@@ -2,8 +2,8 @@
 
 `RunConfig(lora=LoraConfig(r=8))` holds its settings in parts. A command line and a row of results are flat:
 there the same setting is `r`. The flat name is the field's own name, which no two parts share; its path is
-`lora.r`. Everything flat (flags, columns, fingerprints) is made from `settings_in`, so that a setting is
-written in one place: the field of its configuration.
+`lora.r`. Flags, columns and fingerprints are made from `settings_in`. So a setting is written in one place:
+the field of its configuration.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections import abc
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
+from inspect import cleandoc
 from itertools import pairwise
 from pathlib import Path
 from types import UnionType
@@ -52,7 +53,9 @@ class Setting(NamedTuple):
     help: str
     """What it is, from the `Parameters` of its class."""
     role: str | None = None
+    """`DERIVED`, `PROGRESS`, `LABEL` or nothing (`minilora.config`)."""
     used_by: str | None = None
+    """The kind of weight, quantizer or method that reads it; None: all."""
 
 
 def settings_in(kind: type) -> Mapping[str, Setting]:
@@ -117,17 +120,27 @@ def parameters_of(kind: type) -> dict[str, str]:
     'Rank of A and B.'
     """
     found: dict[str, list[str]] = {}
-    lines = (kind.__doc__ or "").splitlines()
+    lines = cleandoc(kind.__doc__ or "").splitlines()
     start = next((i for i, line in enumerate(lines) if line.strip() == "Parameters"), len(lines))
     current: list[str] = []
     for line, following in pairwise([*lines[start + 2 :], ""]):
         if following.strip().startswith("---"):
             break  # the head of the next section
-        if line.startswith("        "):
+        if line.startswith("    "):
             current.append(line.strip())
         elif line.strip():
             current = found.setdefault(line.split(":")[0].strip(), [])
     return {name: " ".join(text) for name, text in found.items()}
+
+
+def summaries_in(kind: type) -> dict[str, str]:
+    """Return part → first line of its class's docstring; the configuration's own under the empty name.
+
+    >>> summaries_in(PretrainConfig)["train"]
+    'One training run: optimizer, schedule, batch, evaluation.'
+    """
+    kinds = {"": kind} | {name: part for name, hint in _hints(kind).items() if (part := _part(hint))}
+    return {name: (each.__doc__ or "").split("\n")[0] for name, each in kinds.items()}
 
 
 def flat(value: Any) -> Any:

@@ -84,10 +84,7 @@ def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
 
 
 def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]:
-    """Return y = weight · x / √(mean(x²) + eps), normalised over the last axis (arXiv 1910.07467, eq. 4).
-
-    Shapes: x (…, C), weight (C,) → y (…, C).
-    """
+    """Return y = weight · x / √(mean(x²) + eps), x and y (…, C), weight (C,) (arXiv 1910.07467, eq. 4)."""
     mean_square = np.einsum("...c,...c->...", x, x)[..., None] / x.dtype.type(x.shape[-1])  # (…, 1)
     rstd = 1 / np.sqrt(mean_square + x.dtype.type(eps))
     y = x * rstd
@@ -116,10 +113,7 @@ def rms_norm_backward(
 def rope_tables(
     positions: Array, head_dim: int, theta: float, dtype: Any, factors: Any = None
 ) -> tuple[Array, Array]:
-    """Return cos and sin of position · theta^(−2i/D) / factors[i] (arXiv 2104.09864, §3.2).
-
-    Shapes: positions (…) → two tables (…, D/2).
-    """
+    """Return cos and sin (…, D/2) of position (…) · theta^(−2i/D) / factors[i] (arXiv 2104.09864, §3.2)."""
     inverse = theta ** (-np.arange(0, head_dim, 2) / head_dim)  # (D/2,)
     if factors is not None:
         inverse = inverse / np.array(factors)
@@ -128,10 +122,7 @@ def rope_tables(
 
 
 def rope_forward(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotate the pair (x[i], x[i + D/2]) of each head by its position's angle, as transformers pairs them.
-
-    Shapes: x (B, T, H, D), cos and sin (T, D/2) or (B, T, D/2).
-    """
+    """Rotate the pairs (x[i], x[i + D/2]) of each head: x (B, T, H, D), cos and sin (T or B, T, D/2)."""
     half = x.shape[-1] // 2
     y = np.empty_like(x)
     y[..., :half], y[..., half:] = x[..., half:], x[..., :half]  # (second, first)
@@ -304,8 +295,7 @@ def cross_entropy_forward(
     """Return the cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
 
     Shapes: logits (N, V), targets (N,). The normalizer counts the targets of the whole batch, so that the
-    losses of shards add up. The sum runs in float64, because people compare it. `out` takes the
-    probabilities and may be `logits` itself.
+    losses of shards add up. The sum runs in float64. `out` takes the probabilities and may be `logits` itself.
     """
     probs = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
     rows = np.arange(len(targets))

@@ -168,9 +168,7 @@ def _decoded(
     kv_cache = KVCache(model, len(prompts), room)
     alive, positions = np.arange(len(prompts)), lengths.copy()
     with Workers(threads) as workers, plan.NextLogits(model, kv_cache, workers, decode) as next_logits:
-        hidden = prefill(model, ids, kv_cache, workers)[
-            alive, lengths - 1
-        ]  # (B, C) at each prompt's last token
+        hidden = prefill(model, ids, kv_cache, workers)[alive, lengths - 1]  # (B, C): each prompt's last
         logits = model.head.forward(hidden)[0]
         for count in range(1, max_new_tokens + 1):
             tokens = choose(logits)

@@ -27,8 +27,7 @@ from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
 Cache = tuple[Any, ...]
 Key = tuple[int, ...] | None
-Rope = tuple[Array, Array]
-"""Cosines and sines of the positions, as `functional.rope_tables` makes them."""
+Rope = tuple[Array, Array]  # cosines and sines of the positions: `functional.rope_tables`
 
 
 class Linear:
@@ -109,11 +108,10 @@ class RMSNorm:
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
         """Return dx (…, C) for dy (…, C), which may take the place of dy."""
-        dx, dweight = F.rms_norm_backward(
-            dy, self.weight.data, cache, self.weight.trainable, in_place=in_place
-        )
+        w = self.weight
+        dx, dweight = F.rms_norm_backward(dy, w.data, cache, w.trainable, in_place=in_place)
         if dweight is not None:
-            grads.add(self.weight, dweight)
+            grads.add(w, dweight)
         return dx
 
 
@@ -154,9 +152,7 @@ class Attention:
         y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # (B, T, H·D)
         return y, AttentionCache(rope, *caches, mix, cache_o)
 
-    def restore(
-        self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Array | None
-    ) -> AttentionCache:
+    def restore(self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Any) -> AttentionCache:
         """Return the cache of `forward(x)` from queries, keys and values: no product with a base weight."""
         caches = [linear.cache_of(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj)]
         mixed, mix = F.attention_from_scaled(kept.q, kept.k, kept.v, segments)
@@ -289,9 +285,7 @@ class Block:
         dmixed += dy
         return dmixed
 
-    def backward_attention(
-        self, dmixed: Array, cache: HalfCache, grads: Gradients, need_dx: bool = True
-    ) -> Any:
+    def backward_attention(self, dmixed: Array, cache: HalfCache, grads: Gradients, need_dx: bool) -> Any:
         """Return dx (B, T, C) for dmixed (B, T, C)."""
         need_dx = need_dx or self.input_norm.weight.trainable
         # mixed = x + attention(norm(x))

@@ -50,17 +50,9 @@ def merge_linear(
 ) -> tuple[Weight, MergeError]:
     """Return a new weight W + ΔW and the error that storing it caused; the adapted layer stays valid.
 
-    Parameters
-    ----------
-    adapted : a LoraLinear or any other adapter
-    how : `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
-        offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense
-    quant : the storage that `requantize` rounds to
-
-    Raises
-    ------
-    ConfigError
-        If the weight has no float offset, or ΔW is not constant within each of its groups.
+    `how`: `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
+    offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense. ConfigError
+    if `offsets` finds a weight without float offsets, or a ΔW that is not constant within its groups.
     """
     weight = adapted.base.weight
     if how == "auto":

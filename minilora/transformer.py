@@ -43,8 +43,6 @@ class Transformer:
     ):
         self.config, self.embedding, self.blocks, self.norm, self.head = config, embedding, blocks, norm, head
 
-    # --- what is in it -------------------------------------------------------------------------------------
-
     def linears(self) -> Iterator[tuple[str, Any]]:
         """Yield (name, linear) of each projection from the lowest block up, and of the head."""
         for block in self.blocks:
@@ -110,8 +108,6 @@ class Transformer:
         new.norm = norm(self.norm)
         return new
 
-    # --- forward and backward ------------------------------------------------------------------------------
-
     def lowest_trainable(self) -> int:
         """Return where backward stops: a block, −1 if the embedding trains, len(blocks) if no block does."""
         if any(p.trainable for p in self.embedding.parameters()):
@@ -133,24 +129,14 @@ class Transformer:
         key: Key = None,
         checkpoint: bool = False,
         segments: Array | None = None,
+        *,
         with_cache: bool = True,
     ) -> tuple[Array, ForwardCache]:
-        """Map token ids (B, T) to hidden states (B, T, C) after the last norm.
+        """Map token ids (B, T) to hidden states (B, T, C) after the last norm; the head is the caller's.
 
-        The head is the caller's, on the rows that it needs.
-
-        Parameters
-        ----------
-        ids : integers (B, T)
-        key : seed of dropout; None for evaluation
-        checkpoint : keep only what is expensive to compute again (arXiv 1604.06174; `Block.checkpoint`)
-        segments : (B, T), the number of each token's example; packed examples do not see each other
-        with_cache : False keeps nothing; there can be no backward pass then
-
-        Raises
-        ------
-        ValueError
-            For ids outside the vocabulary or longer than the context.
+        `checkpoint` keeps only what is expensive to compute again (arXiv 1604.06174; `Block.checkpoint`).
+        `segments` (B, T) number the packed examples, which do not see each other. `with_cache=False` keeps
+        nothing for a backward pass. Raises ValueError for ids outside the vocabulary or beyond the context.
         """
         check_ids(ids, self.config)
         if segments is not None and segments.shape != ids.shape:

@@ -147,8 +147,7 @@ def test_the_figure_has_spectra_two_comparisons_and_a_control(rng):
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory):
-    """A tiny sweep that keeps its runs: full fine-tuning, and LoRA at two ranks and with two seeds; two steps
-    each."""
+    """Keep the runs of a tiny sweep: full fine-tuning, and LoRA at two ranks and with two seeds."""
     from minilora.sweep.runner import SweepConfig, expand, run_sweep
 
     out = tmp_path_factory.mktemp("kept")

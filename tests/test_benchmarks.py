@@ -1,5 +1,4 @@
-"""The benchmark command: our side alone at a micro size, its page and its statistics. Nothing here judges a
-speed."""
+"""The benchmark command: our side alone at a micro size, its page and its statistics; no speed is judged."""
 
 from __future__ import annotations
 
@@ -48,7 +47,7 @@ from minilora.training.loss import loss_and_grads
 
 
 def one_space(text: str) -> str:
-    """The page without the padding of its tables' cells."""
+    """Return the page without the padding of its tables' cells."""
     return re.sub(" +", " ", text)
 
 
@@ -222,7 +221,7 @@ def test_the_profile_counts_each_moment_once_and_leaves_nothing_behind() -> None
 
 @contextmanager
 def here(path: str, *args: object) -> Iterator[Local]:
-    """A remote object's class in this process."""
+    """Open an object of a remote class in this process."""
     side = getattr(sys.modules[path.rpartition(".")[0]], path.rpartition(".")[2])(*args)
     yield Local(side)
     if isinstance(side, growth.Steps):
@@ -499,8 +498,8 @@ def test_the_page_of_smollm2_says_who_is_faster_and_smaller() -> None:
     }
     text = one_space(page.page({"smollm2": results}))
     assert (
-        "| qalora | 1500 (1250) | 1500 (1250) | 1500 (1250) | 1.75 (1.50-2.00) | 1.75 (1.50-2.00) | 2e-05 of 1e-03 |"
-        in text
+        "| qalora | 1500 (1250) | 1500 (1250) | 1500 (1250) | 1.75 (1.50-2.00) | 1.75 (1.50-2.00) | 2e-05 of "
+        "1e-03 |" in text
     )
     assert "| qalora | 500 | 250 | 1,000 | 800 | 50 % | 25 % |" in text
     assert (
@@ -570,8 +569,7 @@ linux = pytest.mark.skipif(timing.resident_mib() is None, reason="memory is read
 
 
 class Ballast(Local):
-    """A side whose loading peaks at 192 MiB, keeps 32 of them, and whose steps take 64 MiB and give them
-    back."""
+    """A side whose loading peaks at 192 MiB and keeps 32 of them, and whose steps take and free 64 MiB."""
 
     def __init__(self) -> None:
         super().__init__(self)  # type: ignore[arg-type]
@@ -702,7 +700,8 @@ def test_the_page_of_memory_says_what_share_and_whether_the_peak_was_forgotten()
         "50 % (50-61) | 22 % (20-25) |" in text
     )
     assert "`5` to `/proc/self/clear_refs`" in text and "peer 2.5000" in text
-    assert "**262 MB**; the goal is at most 300 MB" in text.replace("\n", " ")
+    text = text.replace("\n", " ")
+    assert "**262 MB**; the goal is at most 300 MB" in text
     assert "| qlora | 1 | 105 | 262 |" in text  # 250 and 100 MiB
     assert (
         "equal to the byte in 2 of 2" in text

@@ -202,7 +202,7 @@ def test_a_few_rows_are_multiplied_while_the_weight_is_decoded(quant_type, out, 
     weight = BlockWeight(random_blocks(quant_type, out, in_, seed=out), quant_type, (out, in_))
     x = matrix(batch, in_, seed=in_)
     assert_kernel(weight.matmul(x), weight, x)
-    assert_kernel(reference.multiply_blocks(weight.blocks.reshape(-1, BYTES[quant_type]), x), weight, x)
+    assert_kernel(block_codes.multiply_blocks(weight.blocks.reshape(-1, BYTES[quant_type]), x), weight, x)
     for multiply in (block_codes._multiply_blocks, block_codes._multiply_blocks.py_func):
         if multiply is block_codes._multiply_blocks.py_func and out * in_ > 1000:
             continue

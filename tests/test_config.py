@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from minilora.composed import DataConfig
 from minilora.config import (
     AFFINE_TYPES,
     ATTENTION_MODULES,
@@ -56,6 +57,11 @@ BAD = [
     (QuantConfig, "block_size", 0),
     (QuantConfig, "group_size", 0),
     (QuantConfig, "group_size", 32.0),
+    (DataConfig, "task", "mnist"),
+    (DataConfig, "split", "train"),
+    (DataConfig, "n_eval", 0),
+    (DataConfig, "max_length", 7),
+    (DataConfig, "text_path", "a.txt"),
     (TrainConfig, "steps", 0),
     (TrainConfig, "batch_size", 0),
     (TrainConfig, "shards", 0),

@@ -9,9 +9,8 @@ from functools import cache
 import pytest
 
 from minilora.config import ConfigError
-from minilora.memory import PlanConfig, parse_size, plan
-from minilora.memory import budget as fit
-from minilora.memory.budget import MOST, _largest
+from minilora.memory import PlanConfig, fit, parse_size, plan
+from minilora.memory.budget import LARGEST_BATCH, _largest
 
 OWN = 10**8
 
@@ -139,7 +138,7 @@ def test_along_a_line_it_looks_four_times_at_most():
         seen.append(n)
         return 12345 + 678 * n
 
-    assert _largest(need, 10**6, MOST, 1) == (10**6 - 12345) // 678
+    assert _largest(need, 10**6, LARGEST_BATCH, 1) == (10**6 - 12345) // 678
     assert len(set(seen)) <= 5  # 1, 2, the answer, and the one above it; once more where rounding was off
 
 
@@ -244,7 +243,7 @@ def test_where_nothing_fits_it_says_what_would_help():
 
 def test_a_limit_that_is_never_reached(small):
     found = fit("8TB", small, ["qalora"], [8], own=0, bits=4, context=8)
-    assert found.rows[0].batch == MOST and f"{MOST:,} or more" in str(found)
+    assert found.rows[0].batch == LARGEST_BATCH and f"{LARGEST_BATCH:,} or more" in str(found)
 
 
 def test_text_json_and_html_say_the_same(small):

@@ -168,7 +168,7 @@ def test_what_cannot_be_is_refused():
             QuantConfig("nf4", **bad)
     with pytest.raises(ConfigError, match="static_groups=True: quantizer='rtn' has no such option"):
         QuantConfig("int4", static_groups=True)
-    with pytest.raises(ConfigError, match="desc_act=True: needs static_groups=True.*neighbours"):
+    with pytest.raises(ConfigError, match="desc_act=True: needs static_groups=True.*neighbouring"):
         QuantConfig("int4", quantizer="gptq", desc_act=True)
     with pytest.raises(ConfigError, match="calibration"):
         quantize_weight(w, QuantConfig("int4", group_size=8, quantizer="gptq"))

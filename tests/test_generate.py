@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
-from minilora import decoding_plan, generation
 from minilora import functional as F
 from minilora.config import LoraConfig, QuantConfig
+from minilora.decoding import generation
+from minilora.decoding import plan as decoding_plan
 from minilora.decoding.kv_cache import KVCache
 from minilora.decoding.sampling import sample
 from minilora.generation import decode, generate, prefill, stream

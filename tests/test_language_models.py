@@ -243,7 +243,7 @@ def test_a_file_of_conversations_trains_packed_and_accumulated(gguf, tmp_path, r
     )
     assert code == 0, err
     config, _ = load_run(tmp_path / "run")
-    assert config.task == "jsonl" and config.packing
+    assert config.data.task == "jsonl" and config.data.packing
     assert make_run_task(config).batch([0]).segments is not None
 
 

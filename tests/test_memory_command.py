@@ -14,7 +14,7 @@ from test_llama_gguf import CONFIG, metadata_of, small
 from minilora import cli
 from minilora.config import ConfigError
 from minilora.formats.files import FileError
-from minilora.formats.gguf import write_gguf
+from minilora.formats.gguf_writer import write_gguf
 from minilora.memory import compare, fit, plan, published
 from minilora.memory.architectures import ARCHITECTURES
 

@@ -16,7 +16,8 @@ from minilora.injection import full, inject_lora
 from minilora.memory import arrays_in, peak_bytes
 from minilora.parameters import Gradients
 from minilora.threads import Workers
-from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads, shard_loss
 from minilora.training.resume import CHECKPOINT
 from minilora.training.trainer import Trainer
 
@@ -119,10 +120,10 @@ def test_evaluation_takes_bounded_chunks_and_one_for_the_tiny_base(monkeypatch):
     expected = evaluate(model, [batch])["loss"]
     assert seen == [batch.mask.sum()]
     assert (
-        minilora.training.loss.EVALUATION_LOGITS_BYTES // (259 * 4) > 32 * 256
+        minilora.training.evaluation.EVALUATION_LOGITS_BYTES // (259 * 4) > 32 * 256
     )  # the shipped base: a batch of its longest rows
     seen.clear()
-    monkeypatch.setattr(minilora.training.loss, "EVALUATION_LOGITS_BYTES", 3 * 19 * 8 + 1)
+    monkeypatch.setattr(minilora.training.evaluation, "EVALUATION_LOGITS_BYTES", 3 * 19 * 8 + 1)
     assert abs(evaluate(model, [batch])["loss"] - expected) <= ROUNDING * expected
     assert max(seen) == 3 and sum(seen) == batch.mask.sum()
 

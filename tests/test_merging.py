@@ -1,5 +1,4 @@
-"""Every way to merge an adapter: what must be exact is, what cannot be is refused with its reason, the
-numbers are right."""
+"""Every way to merge an adapter: exact where it must be, refused with a reason where it is impossible."""
 
 from __future__ import annotations
 

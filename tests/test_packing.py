@@ -14,8 +14,9 @@ from minilora.data.tasks import Batch
 from minilora.injection import inject_lora
 from minilora.parameters import Gradients
 from minilora.threads import Workers
+from minilora.training.evaluation import evaluate
 from minilora.training.gradcheck import gradcheck
-from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.loss import loss_and_grads, shard_loss
 from minilora.training.shards import split_batch
 
 LENGTHS = [[5, 1, 4], [3, 7], [2, 2, 5]]  # examples of each row; the last row has a place of padding left

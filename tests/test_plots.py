@@ -1,5 +1,4 @@
-"""The data behind each figure, that each draws, and that the files are the same on a rerun; on invented
-rows."""
+"""Figures of a sweep, on invented rows: the data behind each, the drawings, and the same files on a rerun."""
 
 import matplotlib
 import numpy as np

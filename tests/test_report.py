@@ -6,7 +6,7 @@ import pytest
 from study_rows import one_row, search_rows, study_rows
 
 from minilora.report.findings import compare, findings
-from minilora.report.labels import METRICS
+from minilora.report.labels import METRICS, variant_columns
 from minilora.report.page import format_table, result_columns, write_report
 from minilora.report.statistics import mean_interval
 from minilora.tables import markdown_table
@@ -58,6 +58,12 @@ def test_an_interval_appears_from_three_seeds_on(demo, rows):
     interval = mean_interval([run / 0.6931471805599453 for run in runs])
     cell = column(result_columns(rows, "python"), "bpb")
     assert f"{interval.mean:.3f} ± {interval.high - interval.mean:.3f}" in cell
+
+
+def test_any_setting_makes_another_line_and_older_rows_join_their_default():
+    rows = [one_row("python", "lora", 8, 32, None, seed) for seed in (0, 1)]
+    assert variant_columns([row | {"schedule": "cosine"} for row in rows[:1]] + rows[1:]) == ()
+    assert variant_columns([rows[0] | {"schedule": "constant"}, rows[1]]) == ("schedule",)
 
 
 def test_different_learning_rates_are_different_lines():

@@ -99,7 +99,7 @@ def test_a_saved_run_loads_again(tmp_path):
     loaded_config, model = load_run(tmp_path)
     assert loaded_config.row() == config.row()
     again = run(config)
-    from minilora.training.loss import evaluate
+    from minilora.training.evaluation import evaluate
 
     assert evaluate(model, make_run_task(config).eval_batches("test"))["loss"] == again["loss"]
     settings = json.loads((tmp_path / "run.json").read_text())

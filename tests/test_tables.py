@@ -1,4 +1,4 @@
-"""Tables: what is flush right, that they line up, and that nothing in a cell breaks them; figures have one saver."""
+"""Tables: what is flush right, that they line up, that no cell breaks them; figures have one saver."""
 
 from pathlib import Path
 from xml.etree import ElementTree

@@ -32,13 +32,14 @@ from minilora.injection import full, inject_lora, subset
 from minilora.parameters import Gradients, Parameter
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
-from minilora.training.loss import evaluate, loss_and_grads, shard_loss
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads, shard_loss
 from minilora.training.nonfinite import NonFiniteError, nonfinite_in_forward
 from minilora.training.optimizers import SGD, AdamW, clip_, make_optimizer
 from minilora.training.resume import CHECKPOINT
-from minilora.training.schedule import learning_rate
+from minilora.training.schedule import batch_indices, learning_rate
 from minilora.training.shards import split_batch
-from minilora.training.trainer import Trainer, batch_indices
+from minilora.training.trainer import Trainer
 
 QUICK = TrainConfig(steps=6, batch_size=4, warmup_steps=2, learning_rate=1e-2)
 

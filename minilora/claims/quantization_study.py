@@ -48,7 +48,7 @@ from minilora.sweep.weight_errors import (
 )
 from minilora.threads import Workers, available_threads
 from minilora.training.allocator import keep_freed_memory
-from minilora.training.loss import evaluate
+from minilora.training.evaluation import evaluate
 from minilora.transformer import Transformer
 
 Calibration = Callable[[np.random.Generator], Sequence[Array]]

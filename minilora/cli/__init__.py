@@ -42,7 +42,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv
         Words after `minilora`. Default: those of this process.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:
+        # the reader, such as head, has seen enough: send what Python still wants to print nowhere
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _main(arguments: list[str]) -> int:
     if arguments == ["--version"]:
         print(f"minilora {minilora.__version__}")
         return 0
@@ -70,10 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nminilora: interrupted; {advice}", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # the reader, such as head, has seen enough: send what Python still wants to print nowhere
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        raise
     except (ValueError, OSError, ImportError, MemoryError) as error:
         return _fail(error)
 

@@ -210,7 +210,7 @@ def _merge_one_way(
     from minilora.sweep.deploying import requantize
     from minilora.sweep.inputs import make_run_task
     from minilora.sweep.run_models import calibration
-    from minilora.training.loss import evaluate
+    from minilora.training.evaluation import evaluate
 
     if how == "requantize":
         merged = requantize(model, quant, calibration(config) if quant.quantizer == "gptq" else ())
@@ -352,7 +352,7 @@ def _save_quantized(
     """Quantize the whole model, print its loss before and after, and save it."""
     from minilora import memory
     from minilora.quant.model import quantize_model
-    from minilora.training.loss import evaluate
+    from minilora.training.evaluation import evaluate
 
     quantized = quantize_model(model, config, data, progress=True)
     if batches:

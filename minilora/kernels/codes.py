@@ -1,10 +1,11 @@
 """Packed codes, compiled: pack, quantize, dequantize and multiply as `minilora.quant.reference` does.
 
-The public functions have the names, arguments and results of the reference: read that first. Each makes its
-inputs read-only, so that Numba compiles one signature of each kernel, and calls a loop of this file. For 4
-bits three of them call `codes_vectors` instead, where the processor has vectors. Kernels never validate; they
-take C-contiguous arrays and write into the last one. Loops stand where a slice assignment would do: compiling
-one `out[:] = codes` takes Numba two seconds, for its error messages.
+The public functions have the names, arguments and results of the reference: read that first. Only `matvec`
+has none: its reference is a product with the decoded rows. Each makes its inputs read-only, so that Numba
+compiles one signature of each kernel, and calls a loop of this file. For 4 bits three of them call
+`codes_vectors` instead, where the processor has vectors. Kernels never validate; they take C-contiguous
+arrays and write into the last one. Loops stand where a slice assignment would do: compiling one `out[:] =
+codes` takes Numba two seconds, for its error messages.
 
 `tests/test_kernels.py` compares each loop, compiled and run by Python, with the reference and with the loops
 of `tests/naive.py`: the same bits, and products within the bound of their rounding.
@@ -271,7 +272,10 @@ def matvec(
     x: Array,
     out: Array,
 ) -> None:
-    """Do what `reference.matvec` does, up to rounding; x must be contiguous and writable."""
+    """Multiply rows of W, from weight `start` on, by x (in,) while decoding them: `out` (rows,).
+
+    Other arguments as for `dequantize`; x must be contiguous and writable.
+    """
     bits, table = _lookup_table(levels.tobytes())
     vectors = in_vectors(bits, start | x.size, block_size)
     multiply = codes_vectors.matvec if vectors else _matvec

@@ -27,9 +27,11 @@ from minilora.kernels.microkernel import (
     NR,
     NR_NARROW,
     move,
+    tile_half,
     tile_main,
     tile_one,
     tile_two,
+    transpose,
 )
 
 Array = np.ndarray
@@ -43,8 +45,10 @@ EDGE = max(MR * NR, MR_NARROW * NR_NARROW)
 
 
 @kernel
-def panel_width(n: int) -> int:
-    """Return the columns of the narrowest tile that has room for n."""
+def panel_width(n: int, pair: bool) -> int:
+    """Return the columns of the narrowest tile that has room for n; `pair`: whether two steps of k may share a line."""
+    if n <= LANES // 2 and pair:
+        return LANES // 2
     return LANES if n <= LANES else NR_NARROW if n <= NR_NARROW else NR
 
 
@@ -59,15 +63,31 @@ def pack_panel(
     b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int, width: int
 ) -> None:
     """Write panel[panel_at + i·width + j] = b[at + i·b_k + j·b_n] for i < k, j < n, and 0 up to the width."""
-    whole = n // LANES * LANES if b_n == 1 else 0
-    for i in range(k):
-        line = panel_at + i * width
-        for j in range(0, whole, LANES):
-            move(b, at + i * b_k + j, panel, line + j)
-        for j in range(whole, n):
-            panel[line + j] = b[at + i * b_k + j * b_n]
-        for j in range(n, width):
-            panel[line + j] = 0
+    if width < LANES:  # two steps of k share a line: see `microkernel._tile`
+        for i in range(k):
+            for j in range(width):
+                value = b[at + i * b_k + j * b_n] if j < n else np.float32(0)
+                panel[panel_at + i // 2 * LANES + 2 * j + i % 2] = value
+        return
+    whole = n // LANES * LANES
+    done = 0  # rows of the panel whose first `whole` columns are written
+    if b_n == 1:
+        for i in range(k):
+            for j in range(0, whole, LANES):
+                move(b, at + i * b_k + j, panel, panel_at + i * width + j)
+        done = k
+    elif b_k == 1:
+        done = k // LANES * LANES
+        for j in range(0, whole, LANES):  # LANES rows of b at a time, which the processor can prefetch
+            for i in range(0, done, LANES):
+                transpose(b, at + i + j * b_n, b_n, panel, panel_at + i * width + j, width)
+    if done < k or whole < width:
+        for i in range(k):
+            line = panel_at + i * width
+            for j in range(whole if i < done else 0, n):
+                panel[line + j] = b[at + i * b_k + j * b_n]
+            for j in range(n, width):
+                panel[line + j] = 0
 
 
 @kernel
@@ -141,7 +161,7 @@ def multiply_panel(
                 rows,
                 adds,
             )
-        else:
+        elif width == LANES:
             tile_one(
                 a,
                 left,
@@ -154,6 +174,25 @@ def multiply_panel(
                 panel,
                 panel_at,
                 line,
+                out,
+                out_at,
+                out_row,
+                rows,
+                adds,
+            )
+        else:
+            tile_half(
+                a,
+                left,
+                row,
+                step,
+                k,
+                a2,
+                left2,
+                a2_k,
+                panel,
+                panel_at,
+                LANES,
                 out,
                 out_at,
                 out_row,
@@ -210,7 +249,7 @@ def multiply(
             left, left_at, left_row, left_step = read_only(scratch), packed_a, deep, 1
         for j in range(0, n, NR):
             columns = min(NR, n - j)
-            width = panel_width(columns)
+            width = panel_width(columns, left_step == 1 and rank == 0 and deep % 2 == 0)
             pack_panel(b, first * b_k + j * b_n, b_k, b_n, deep, columns, scratch, panel, width)
             if a2_k:
                 end = panel + deep * width

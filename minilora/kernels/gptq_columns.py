@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from minilora.kernels.codes import SMALLEST_ABSMAX, Array, read_only
@@ -17,7 +19,7 @@ def round_columns(
 ) -> tuple[Array, Array]:
     """Do what `reference.round_columns` does."""
     ranks, errors = np.empty(w.shape, np.uint8), np.empty(w.shape)
-    inputs = (read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints))
+    inputs: Any = map(read_only, map(np.ascontiguousarray, (upper, scale, offset, levels, midpoints)))
     _round_columns(w, *inputs, ranks, errors)
     return ranks, errors
 

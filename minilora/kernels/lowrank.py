@@ -75,12 +75,12 @@ def low_rank_gradients(
     panels = ragged + BLOCK * NR_NARROW
     for j in range(0, r, NR_NARROW):
         columns = min(NR_NARROW, r - j)
-        pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, panel_width(columns))
+        pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, panel_width(columns, n % 2 == 0))
     for first in range(0, m, BLOCK):
         rows = min(BLOCK, m - first)
         for j in range(0, r, NR_NARROW):
             columns = min(NR_NARROW, r - j)
-            panel, width = panels + j * n, panel_width(columns)
+            panel, width = panels + j * n, panel_width(columns, n % 2 == 0)
             multiply_panel(
                 dy,
                 first * n,

@@ -18,7 +18,17 @@ from typing import Any
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 
-from minilora.kernels.intrinsics import F32, I64, broadcast, intrinsic, multiply_add, number, pointer, vector
+from minilora.kernels.intrinsics import (
+    F32,
+    I64,
+    broadcast,
+    intrinsic,
+    multiply_add,
+    number,
+    pick,
+    pointer,
+    vector,
+)
 from minilora.kernels.jit import AVX2, AVX512, NEON
 
 AVAILABLE = AVX512 or AVX2 or NEON
@@ -32,7 +42,7 @@ NR = (2 if AVX2 and not AVX512 else 4) * LANES
 MR_NARROW = 4 if AVX2 and not AVX512 else 8
 """Rows of the narrow tiles: a divisor of the blocks of queries in attention."""
 NR_NARROW = 2 * LANES
-"""Columns of the wider narrow tile, for heads of 32 or 64, for large ranks and for a last panel. The other has LANES."""
+"""Columns of the widest narrow tile, for heads of 32 or 64 and large ranks. The others: LANES and LANES / 2."""
 
 VECTOR = vector(F32, LANES)
 
@@ -49,9 +59,12 @@ def _rows(builder: Any, height: int, rows: Any) -> list[Any]:
 
 
 def _add_products(
-    builder: Any, sums: list[Any], rows: list[Any], step: Any, panel: Any, line: Any, depth: Any
+    builder: Any, sums: list[Any], rows: list[Any], step: Any, panel: Any, line: Any, depth: Any, pair: bool
 ) -> list[Any]:
-    """Return sums[m, j] + Σ_k rows[m][k·step] · panel[k·line + j·LANES …] for k < depth: a loop over k."""
+    """Return sums[m, j] + Σ_k rows[m][k·step] · panel[k·line + j·LANES …] for k < depth: a loop over k.
+
+    With `pair` a row gives two numbers, from rows[m][k·step] on, which are repeated over the vector.
+    """
     vectors, before = len(sums) // len(rows), builder.block
     loop, body, after = (builder.append_basic_block(name) for name in ("k", "k.body", "k.end"))
     builder.branch(loop)
@@ -64,7 +77,12 @@ def _add_products(
     right_at, left_at, new = builder.gep(panel, [builder.mul(k, line)]), builder.mul(k, step), list(old)
     right = [builder.load(_vector_at(builder, right_at, LANES * j), align=4) for j in range(vectors)]
     for m, row in enumerate(rows):
-        left = broadcast(builder, builder.load(builder.gep(row, [left_at]), align=4), LANES)
+        place = builder.gep(row, [left_at])
+        if pair:
+            two = builder.load(builder.bitcast(place, vector(F32, 2).as_pointer()), align=4)
+            left = pick(builder, two, [0, 1] * (LANES // 2))
+        else:
+            left = broadcast(builder, builder.load(place, align=4), LANES)
         for j in range(vectors):
             new[m * vectors + j] = multiply_add(builder, left, right[j], new[m * vectors + j])
     for phi, value in zip([k, *old], [builder.add(k, number(1)), *new], strict=True):
@@ -75,8 +93,12 @@ def _add_products(
 
 
 def _tile(height: int, columns: int) -> Any:
-    """Return the intrinsic of a tile of height × columns."""
-    vectors = columns // LANES
+    """Return the intrinsic of a tile of height × columns.
+
+    With LANES / 2 columns two steps of k share a vector: a line of the panel holds panel[2k, n], panel[2k + 1, n]
+    for one n after the other, and the two sums are added at the end. It needs step = 1 and has no a2.
+    """
+    vectors, pair = max(1, columns // LANES), columns < LANES
 
     @intrinsic
     def tile(
@@ -111,18 +133,24 @@ def _tile(height: int, columns: int) -> Any:
             a_rows = [builder.gep(a, [builder.mul(i, row)]) for i in index]
             a2_rows = [builder.gep(a2, [builder.mul(i, a2_depth)]) for i in index]
             sums = [ir.Constant(VECTOR, [0.0] * LANES)] * (height * vectors)
-            sums = _add_products(builder, sums, a_rows, step, panel, line, depth)
-            rest = builder.gep(panel, [builder.mul(depth, line)])
-            sums = _add_products(builder, sums, a2_rows, number(1), rest, line, a2_depth)
+            if pair:
+                half = builder.lshr(depth, number(1))
+                sums = _add_products(builder, sums, a_rows, number(2), panel, line, half, pair)
+                odd_even = [[pick(builder, v, range(i, LANES, 2)) for i in (0, 1)] for v in sums]
+                sums = [builder.fadd(*both) for both in odd_even]
+            else:
+                sums = _add_products(builder, sums, a_rows, step, panel, line, depth, pair)
+                rest = builder.gep(panel, [builder.mul(depth, line)])
+                sums = _add_products(builder, sums, a2_rows, number(1), rest, line, a2_depth, pair)
             with builder.if_else(add) as (then, otherwise):
                 for branch, adds in ((then, True), (otherwise, False)):
                     with branch:
-                        for m in range(height):
-                            out = builder.gep(c, [builder.mul(number(m), c_row)])
-                            for j in range(vectors):
-                                place, value = _vector_at(builder, out, LANES * j), sums[m * vectors + j]
-                                value = builder.fadd(value, builder.load(place, align=4)) if adds else value
-                                builder.store(value, place, align=4)
+                        for i, value in enumerate(sums):
+                            at = builder.mul(number(i // vectors), c_row)
+                            place = builder.gep(c, [builder.add(at, number(i % vectors * LANES))])
+                            place = builder.bitcast(place, value.type.as_pointer())
+                            value = builder.fadd(value, builder.load(place, align=4)) if adds else value
+                            builder.store(value, place, align=4)
             return context.get_dummy_value()
 
         i = types.intp
@@ -134,6 +162,34 @@ def _tile(height: int, columns: int) -> Any:
 tile_main = _tile(MR, NR)
 tile_two = _tile(MR_NARROW, NR_NARROW)
 tile_one = _tile(MR_NARROW, LANES)
+tile_half = _tile(MR_NARROW, LANES // 2)
+
+
+@intrinsic
+def transpose(
+    typing: Any, source: Any, at: Any, row: Any, target: Any, target_at: Any, target_row: Any
+) -> Any:
+    """Write the transpose of LANES × LANES numbers, row i of which begins at source[at + i·row]."""
+
+    def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:
+        place, goal = (pointer(context, builder, signature, v, i) for i in (0, 3))
+        lines = []
+        for i in range(LANES):
+            line = builder.gep(place, [builder.mul(number(i), v[2])])
+            lines.append(builder.load(_vector_at(builder, line), align=4))
+        # Lines i and i + half, interleaved, become lines 2i and 2i + 1: log2(LANES) times give the transpose.
+        half, width = LANES // 2, LANES
+        orders = [[part + i // 2 + LANES * (i % 2) for i in range(LANES)] for part in (0, half)]
+        while width > 1:
+            lines = [pick(builder, lines[i], order, lines[i + half]) for i in range(half) for order in orders]
+            width //= 2
+        for i, line in enumerate(lines):
+            to = builder.gep(goal, [builder.mul(number(i), v[5])])
+            builder.store(line, _vector_at(builder, to), align=4)
+        return context.get_dummy_value()
+
+    i = types.intp
+    return types.void(source, i, i, target, i, i), build
 
 
 @intrinsic

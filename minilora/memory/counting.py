@@ -121,7 +121,7 @@ def effective_bits(model: Transformer) -> float:
 
 
 def projection_bytes(model: Transformer) -> tuple[int, int]:
-    """Return (bytes as stored, number of weights) of the block projections, without adapters and code maps."""
+    """Return (bytes as stored, weights) of the block projections, without adapters and code maps."""
     stored = weights = 0
     for block in model.blocks:
         for _, _, linear in block.linears():

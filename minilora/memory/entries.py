@@ -136,7 +136,7 @@ def name_gradients(log: Sequence[Buffer], model: Transformer) -> list[Buffer]:
     They are made in the order of the trainable parameters, for one shard after another.
     """
     trainable, own = model.trainable(), adapter_parameters(model)
-    made = [b for b in log if b.site.startswith("parameters.Gradients.__init__")]
+    made = [b for b in log if "Gradients.__init__" in b.site]
     for i, buffer in enumerate(made):
         p = trainable[i % len(trainable)]
         layer = own.get(p, p.name.removesuffix(".weight"))
@@ -199,7 +199,7 @@ def _source(buffer: Buffer) -> str:
 
 
 def deepen(entries: Iterable[Entry], depth: int, to: int) -> list[Entry]:
-    """Turn entries of `depth` like blocks into those of `to`: the second block stands for all in the middle."""
+    """Turn entries of `depth` like blocks into those of `to`; the second stands for all in the middle."""
     found = []
     for e in entries:
         number = re.match(r"layers\.(\d+)", e.layer)

@@ -111,7 +111,7 @@ def profile(
 
 
 class _Watch:
-    """Names the buffers behind caches and logits of a step as they come, and notes the first shard's cache."""
+    """Names the buffers behind caches and logits as they come, and notes the first shard's cache."""
 
     def __init__(self, twin: Transformer):
         self.twin, self.kept = twin, list[Entry]()

@@ -1,10 +1,9 @@
-"""Arrays without data: a shape, a dtype and strides, which the model's own code computes with as if they were
-NumPy arrays.
+"""Arrays without data: a shape, a dtype and strides, with which the model's own code computes.
 
-No number is ever computed, so a step of a 175-billion-parameter model takes a second and no memory; but each
-result "allocates" what NumPy would, and frees it when Python does, and a ``Meter`` writes down every birth
-and death. What is predicted is then what the code does, not what a formula beside it claims. (PyTorch calls
-this fake or meta tensors.)
+They stand in for NumPy arrays. No number is ever computed, so a step of a 175-billion-parameter model takes a
+second and no memory. But each result "allocates" what NumPy would, and frees it when Python does, and a
+`Meter` writes down every birth and death. So what is predicted is what the code does, not what a formula
+beside it claims. (PyTorch calls this fake or meta tensors.)
 """
 
 from __future__ import annotations
@@ -21,36 +20,51 @@ from numpy.lib.mixins import NDArrayOperatorsMixin
 from numpy.lib.stride_tricks import as_strided
 
 Ghost = np.ndarray
-BUFFER = np.getbufsize()
+"""An array over a single element, which nothing may read; NumPy's own rules of views apply to it."""
+
+ITERATOR_BUFFER = np.getbufsize()
 """Elements that NumPy's iterator converts at a time."""
 
 
 class Buffer:
-    """Memory that an array without data would own; ``died`` is infinite while it lives."""
+    """Memory that an array without data would own; `died` is infinite while it lives.
+
+    `site` and `line` say where it was made, `owner` for which layer. The ledger writes `kind` and `reason`.
+    """
 
     __slots__ = ("nbytes", "born", "died", "site", "line", "owner", "kind", "reason")
 
     def __init__(self, nbytes: int, born: int):
         self.nbytes, self.born, self.died = nbytes, born, float("inf")
-        self.site, self.line, self.owner = (
-            "",
-            0,
-            "",
-        )  # function and line that made it, and the layer it ran for
-        self.kind, self.reason = "", ""  # filled in by the ledger
+        self.site, self.line, self.owner = "", 0, ""
+        self.kind, self.reason = "", ""
 
 
 class Meter:
-    """Counts live bytes; with ``names`` (id of a layer → its name) it also notes where each buffer was
-    born."""
+    """Counts live bytes; each birth and death is a tick of its clock.
+
+    Parameters
+    ----------
+    names : dict, optional
+        Id of a layer → its name. With it the meter also notes where each buffer was born.
+
+    Attributes
+    ----------
+    live, peak : int
+        Bytes now, and at most so far.
+    log : list of Buffer
+        All buffers, in the order of their births.
+    marks : list of (time, what)
+        What began when.
+    headers : list of (born, died, bytes, buffer)
+        The array objects themselves, without their data.
+    """
 
     def __init__(self, names: dict[int, str] | None = None):
         self.names, self.clock, self.live, self.peak = names, 0, 0, 0
         self.log: list[Buffer] = []
         self.marks: list[tuple[int, str]] = []
-        self.headers: list[
-            tuple[int, int, int, Buffer]
-        ] = []  # born, died, bytes of the array objects themselves, and their data
+        self.headers: list[tuple[int, int, int, Buffer]] = []
 
     def allocate(self, nbytes: int) -> Buffer:
         """Count a new buffer."""
@@ -64,7 +78,7 @@ class Meter:
         return buffer
 
     def free(self, buffer: Buffer) -> None:
-        """Count its end."""
+        """Count the end of a buffer."""
         self.clock += 1
         self.live -= buffer.nbytes
         buffer.died = self.clock
@@ -74,7 +88,7 @@ class Meter:
         self.marks.append((self.clock, what))
 
     def curve(self) -> Ghost:
-        """Live bytes after each birth and death, int64."""
+        """Return the live bytes after each birth and death, int64."""
         change = np.zeros(self.clock + 1, np.int64)
         for b in self.log:
             change[b.born] += b.nbytes
@@ -83,11 +97,11 @@ class Meter:
         return change.cumsum()
 
     def alive(self, moment: int) -> list[Buffer]:
-        """The buffers that existed at a moment."""
+        """Return the buffers that existed at a moment."""
         return [b for b in self.log if b.born <= moment < b.died]
 
     def headers_at(self, moment: int) -> dict[str, int]:
-        """Layer → bytes of array objects, views included, that existed at a moment and are gone by now."""
+        """Return layer → bytes of array objects, views included, that existed then and are gone by now."""
         found: dict[str, int] = {}
         for born, died, nbytes, buffer in self.headers:
             if born <= moment < died:
@@ -95,25 +109,20 @@ class Meter:
         return found
 
     def _note(self, buffer: Buffer) -> None:
-        """The innermost function of the package that is not a mere wrapper, and the innermost layer around
-        it."""
+        """Note the innermost function of the package outside `memory`, and the innermost layer around it."""
         frame: Any = sys._getframe(2)
         while frame is not None:
             module = frame.f_globals.get("__name__", "")
             if module.startswith("minilora.") and not module.startswith("minilora.memory."):
                 code = frame.f_code
                 if not buffer.site:
-                    buffer.site, buffer.line = (
-                        f"{module.removeprefix('minilora.')}.{code.co_qualname}",
-                        frame.f_lineno,
-                    )
+                    buffer.site = f"{module.removeprefix('minilora.')}.{code.co_qualname}"
+                    buffer.line = frame.f_lineno
                 if code.co_varnames[:1] == ("self",):
                     found = frame.f_locals
                     name = self.names.get(id(found["self"])) if self.names else None
-                    if isinstance(
-                        found, dict
-                    ):  # up to Python 3.12 a copy that stays with the frame: its arrays would live on
-                        found.clear()
+                    if isinstance(found, dict):
+                        found.clear()  # up to Python 3.12 a copy that would keep the frame's arrays alive
                     if name is not None:
                         buffer.owner = name
                         return
@@ -135,7 +144,7 @@ def metered(meter: Meter) -> Iterator[Meter]:
 
 
 class _Memory:
-    """Held by an array and its views; when the last is gone, so is the buffer."""
+    """Held by an array and its views; the buffer ends with the last of them."""
 
     __slots__ = ("buffer", "meter")
 
@@ -148,7 +157,9 @@ class _Memory:
 
 
 class ShapeArray(NDArrayOperatorsMixin):
-    """An array without data. ``ShapeArray.new((2, 3), np.float32)`` counts 24 bytes; views count nothing.
+    """An array without data.
+
+    `ShapeArray.new((2, 3), np.float32)` counts 24 bytes; views count nothing.
 
     >>> with metered(Meter()) as meter:
     ...     x = ShapeArray.new((1000, 1000), np.float32)
@@ -170,8 +181,7 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     @classmethod
     def new(cls, shape: tuple[int, ...], dtype: Any, like: tuple[Ghost, ...] = ()) -> ShapeArray:
-        """A fresh array, C-contiguous or with its axes in memory as NumPy's order "K" takes them over from
-        ``like``."""
+        """Return a fresh array, C-contiguous, or with its axes in NumPy's order "K" of the arrays `like`."""
         dtype = np.dtype(dtype)
         ghost = _ghost(shape, dtype, _order(shape, like))
         return cls(ghost, _Memory(dtype.itemsize * prod(shape)))
@@ -187,7 +197,7 @@ class ShapeArray(NDArrayOperatorsMixin):
 
     @property
     def buffer(self) -> Buffer:
-        """The memory behind it."""
+        """The memory behind the array."""
         return self.memory.buffer
 
     def __len__(self) -> int:
@@ -197,9 +207,7 @@ class ShapeArray(NDArrayOperatorsMixin):
         return 0.0  # a loss or a norm: nothing depends on it
 
     def __bool__(self) -> bool:
-        raise TypeError(
-            "an array without data is neither true nor false: code that asks would take one course for all"
-        )
+        raise TypeError("an array without data is neither true nor false; code may not depend on its numbers")
 
     def __repr__(self) -> str:
         return f"ShapeArray({self.shape}, {self.dtype})"
@@ -215,19 +223,19 @@ class ShapeArray(NDArrayOperatorsMixin):
         return self._view(self.ghost.T)
 
     def transpose(self, *axes: int) -> ShapeArray:
-        """Axes in another order."""
+        """Return a view with its axes in another order."""
         return self._view(self.ghost.transpose(*axes))
 
     def swapaxes(self, a: int, b: int) -> ShapeArray:
-        """Two axes exchanged."""
+        """Return a view with two axes exchanged."""
         return self._view(self.ghost.swapaxes(a, b))
 
     def view(self) -> ShapeArray:
-        """The same memory."""
+        """Return a view."""
         return self._view(self.ghost.view())
 
     def reshape(self, *shape: Any) -> ShapeArray:
-        """A view where NumPy makes one, else a copy."""
+        """Return a view where NumPy makes one, else a copy."""
         shape = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple) else shape
         try:
             return self._view(np.reshape(self.ghost, shape, copy=False))
@@ -248,18 +256,22 @@ class ShapeArray(NDArrayOperatorsMixin):
     def __setitem__(self, index: Any, value: Any) -> None:
         return  # writing takes no memory
 
+    def any(self) -> bool:
+        """Return True: what is not known may be anything but zero."""
+        return True
+
     # ---- copies and reductions
 
     def copy(self) -> ShapeArray:
-        """A copy, C-contiguous as ``ndarray.copy`` makes it."""
+        """Return a C-contiguous copy, as `ndarray.copy` does."""
         return ShapeArray.new(self.shape, self.dtype)
 
     def astype(self, dtype: Any) -> ShapeArray:
-        """Another dtype."""
+        """Return a copy of another dtype."""
         return ShapeArray.new(self.shape, dtype, (self.ghost,))
 
     def sum(self, axis: Any = None, keepdims: bool = False) -> ShapeArray:
-        """Fewer axes."""
+        """Return fewer axes."""
         return _reduced(self, axis, keepdims)
 
     max = mean = sum
@@ -288,7 +300,7 @@ class ShapeArray(NDArrayOperatorsMixin):
         else:
             shape = np.broadcast_shapes(*(g.shape for g in arrays))
         result = out[0] if out else ShapeArray.new(shape, loop[-1], () if product else arrays)
-        # what has another type is converted on the way: for a product as a whole, else a buffer at a time
+        # another dtype is converted on the way: for a product as a whole, else a buffer at a time
         sizes = [
             to.itemsize * (g.size if product else _buffered(g, shape, g.dtype != to))
             for g, to in zip((*ghosts, result.ghost), loop, strict=True)
@@ -304,8 +316,7 @@ class ShapeArray(NDArrayOperatorsMixin):
 
 
 def _ghost(shape: tuple[int, ...], dtype: np.dtype[Any], order: list[int]) -> Ghost:
-    """A NumPy array of this shape over one element: NumPy's own rules of views apply to it, and nothing may
-    read it."""
+    """Return a ghost of this shape, with its axes in memory from the slowest to the fastest in `order`."""
     strides, step = [0] * len(shape), dtype.itemsize
     for axis in reversed(order):
         strides[axis] = step
@@ -314,8 +325,10 @@ def _ghost(shape: tuple[int, ...], dtype: np.dtype[Any], order: list[int]) -> Gh
 
 
 def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
-    """Axes from the slowest to the fastest, as NumPy's iterator chooses them: C, unless all operands agree on
-    something else."""
+    """Return the axes from the slowest to the fastest, as NumPy's iterator chooses them.
+
+    That is C order, unless all operands agree on something else.
+    """
     axes = list(range(len(shape)))
     if all(g.flags.c_contiguous for g in like):
         return axes
@@ -326,7 +339,7 @@ def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
     ]
 
     def slower(a: int, b: int) -> bool | None:
-        """Whether axis a should come before b; None if no operand tells."""
+        """Return whether axis a should come before b; None if no operand tells."""
         found = [abs(s[a]) >= abs(s[b]) for s in strides if s[a] and s[b]]
         return any(found) if found else None
 
@@ -344,10 +357,12 @@ def _order(shape: tuple[int, ...], like: tuple[Ghost, ...]) -> list[int]:
 
 
 def _buffered(x: Ghost, shape: tuple[int, ...], converted: bool) -> int:
-    """Elements of the buffer through which NumPy's iterator takes an operand: if its type is converted, or if
-    it is repeated along some axes and the stretch from the last axis on that can be read in one go is shorter
-    than a buffer."""
-    size = min(prod(shape), BUFFER)
+    """Return the elements of the buffer through which NumPy's iterator takes an operand; 0 without one.
+
+    There is one if the operand's type is converted, or if it is repeated along some axes and the run of last
+    axes that can be read in one go is shorter than a buffer.
+    """
+    size = min(prod(shape), ITERATOR_BUFFER)
     if x.shape == shape and not converted:
         return 0
     axes = [
@@ -360,11 +375,10 @@ def _buffered(x: Ghost, shape: tuple[int, ...], converted: bool) -> int:
 
 
 def _reduced(x: ShapeArray, axis: Any, keepdims: bool) -> ShapeArray:
-    axes = (
-        range(x.ndim)
-        if axis is None
-        else [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
-    )
+    if axis is None:
+        axes = list(range(x.ndim))
+    else:
+        axes = [a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))]
     shape = tuple(1 if i in axes else n for i, n in enumerate(x.shape) if keepdims or i not in axes)
     return ShapeArray.new(shape, x.dtype)
 
@@ -419,4 +433,4 @@ FUNCTIONS: dict[Any, Any] = {
     np.packbits: lambda x: ShapeArray.new((-(-x.size // 8),), np.uint8),
     np.unpackbits: lambda x, count: ShapeArray.new((count,), np.uint8),
 }
-"""The NumPy functions that a step calls; any other is a TypeError, which a test of the planner would show."""
+"""The NumPy functions that a step calls; another one raises TypeError, which a test of the planner shows."""

@@ -29,7 +29,7 @@ from minilora.transformer import Transformer
 from minilora.variants import lora_of
 
 BATCHES_ALIKE = 3
-"""Batches of gradient accumulation that run: the first, one that finds a sum, one that stands for the rest."""
+"""Batches of gradient accumulation that run: the first, one that finds a sum, and one for the rest."""
 
 
 class Draws:

@@ -13,26 +13,16 @@ from minilora.quant.switch import implementation
 class AffineWeight(CodedWeight):
     """W (out, in) as w = scale·q + offset, q a whole number of few bits, for each group of inputs of a row.
 
-    It is QA-LoRA's W̃ = α·q + β and GGUF's Q4_1. Because the offset is a real number, a ΔW that is constant
-    within each group merges into it exactly. `quant.zero_points` has whole zero points instead, as GPTQ files
-    do.
+    It is QA-LoRA's W̃ = α·q + β (arXiv 2309.14717, eq. 1) and GGUF's Q4_1. Because the offset is a real
+    number, a ΔW that is constant within each group merges into it exactly. `quant.zero_points` has whole zero
+    points instead, as GPTQ files do.
 
     Parameters
     ----------
-    codes : Array
-        (bytes,) uint8, packed.
-    scale, offset : Array
-        (out, in/group_size) float16; after a merge the offset is float32.
-    shape : tuple of int
-        (out, in).
-    bits : int
-        2, 3, 4 or 8.
-    group_size : int
-        Inputs that share a scale and an offset; it must divide `in`.
-
-    References
-    ----------
-    QA-LoRA, arXiv 2309.14717, equation 1.
+    codes, scale, offset : Array
+        (bytes,) uint8, packed; (out, in/group_size) float16, the offset after a merge float32.
+    bits, group_size : int
+        2, 3, 4 or 8; inputs that share a scale and an offset, a divisor of `in`.
 
     Examples
     --------
@@ -83,10 +73,6 @@ class AffineWeight(CodedWeight):
 
         Parameters
         ----------
-        w : Array
-            (out, in), converted to float32.
-        bits, group_size : int
-            As for the class.
         fit : str
             `minmax`, `symmetric`, `mse` or `hqq` (`quant.fits`).
         store : str
@@ -123,7 +109,7 @@ class AffineWeight(CodedWeight):
         """Inputs that share one scale and one offset."""
         return self.block_size
 
-    offset_group = group_size  # type: ignore[assignment]  # QA-LoRA pools as many inputs
+    offset_group = group_size  # QA-LoRA pools as many inputs
 
     @property
     def offset(self) -> Array:

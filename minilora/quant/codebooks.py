@@ -56,7 +56,7 @@ def normal_float_offset(bits: int) -> float:
     [0.854167, 0.933036, 0.967708]
     """
     require(2 <= bits <= 8, "bits", bits, "must be from 2 to 8")
-    levels = 2**bits
+    levels: int = 2**bits
     return 1.0 - 0.5 * (1.0 / (2 * levels) + 1.0 / (2 * (levels - 1)))
 
 
@@ -100,7 +100,7 @@ def normal_float(bits: int, offset: float | None = None, dtype: DTypeLike = np.f
     """
     negative, positive = normal_float_quantiles(bits, offset, dtype)
     values = np.array([*negative, 0.0, *positive], dtype)
-    return (values / values[-1]).astype(np.float32)
+    return np.asarray(values / values[-1], np.float32)
 
 
 # ---- FP4

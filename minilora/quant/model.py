@@ -14,10 +14,11 @@ import numpy as np
 from tqdm import tqdm
 
 from minilora.config import ConfigError, QuantConfig, matches, require
-from minilora.layers import Array, Block, Cache, Embedding, Key, Linear
+from minilora.layers import Block, Cache, Embedding, Key, Linear
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.gptq import Hessian, gptq
+from minilora.quant.packed import Array
 from minilora.quant.weights import quantize_weight
 from minilora.threads import single_blas
 

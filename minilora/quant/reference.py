@@ -15,8 +15,8 @@ NF4 with double quantization (QLoRA), from 32-bit weights to bytes and back:
 >>> packed.nbytes + codes2.nbytes + absmax2.nbytes + 4, bool(np.abs(decoded - w).mean() < 0.075)
 (9912, True)
 
-`minilora.kernels` has the same functions compiled, in `codes`, `block_codes` and `gptq_columns`: the same
-bits, and products up to rounding. `minilora.quant.switch` chooses.
+`minilora.kernels` has the same functions compiled, in `codes`, `block_codes` and `gptq_columns`, for the same
+bits. `minilora.quant.switch` chooses.
 """
 
 from __future__ import annotations
@@ -111,22 +111,6 @@ def dequantize(
         out += offsets[block].astype(np.float32)
 
 
-def matvec(
-    packed: Array,
-    levels: Array,
-    scales: Array,
-    offsets: Array,
-    block_size: int,
-    start: int,
-    x: Array,
-    out: Array,
-) -> None:
-    """Write W x of the rows from weight `start` on: x (in,), `out` (rows,), the rest as in `dequantize`."""
-    w = np.empty(out.size * x.size, np.float32)
-    dequantize(packed, levels, scales, offsets, block_size, start, w)
-    out[:] = w.reshape(out.size, x.size) @ x
-
-
 # ---- affine groups: w = scale·q + offset
 
 
@@ -164,13 +148,6 @@ def dequantize_blocks(blocks: Array, out: Array) -> None:
         q = np.concatenate([blocks[:, header:] & 15, blocks[:, header:] >> 4], axis=1).astype(np.float32)
         w = d * (q - 8) if header == 2 else d * q + blocks[:, 2:4].view("<f2").astype(np.float32)
     out[:] = w.reshape(-1)
-
-
-def multiply_blocks(blocks: Array, x: Array) -> Array:
-    """Return x Wᵀ (B, out) for x (B, in) and a matrix in blocks, row by row."""
-    w = np.empty(32 * len(blocks), np.float32)
-    dequantize_blocks(blocks, w)
-    return x @ w.reshape(-1, x.shape[1]).T
 
 
 # ---- GPTQ

@@ -1,6 +1,6 @@
 """Codebook weights with double-quantized scales, and `quantize_weight`, which makes these or affine ones.
 
-Both kinds store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
+Both store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
 
     w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
 
@@ -31,12 +31,8 @@ class DoubleQuant:
 
     Parameters
     ----------
-    codes : Array
-        (blocks,) uint8.
-    absmax : Array
-        (⌈blocks/256⌉,) float32.
-    offset : Array
-        (1,) float32, the mean of the scales.
+    codes, absmax, offset : Array
+        (blocks,) uint8; (⌈blocks/256⌉,) float32; (1,) float32, the mean of the scales.
     """
 
     codes: Array
@@ -73,16 +69,10 @@ class CodebookWeight(CodedWeight):
 
     Parameters
     ----------
-    codes : Array
-        (bytes,) uint8, packed.
-    scales : Array or DoubleQuant
-        (blocks,) float32, or the same in 8 bits.
-    shape : tuple of int
-        (out, in).
-    quant_type : str
-        `nf2`, `nf3`, `nf4`, `nf8` or `fp4`.
-    block_size : int
-        Weights that share a scale.
+    codes, scales : Array, Array or DoubleQuant
+        (bytes,) uint8, packed; (blocks,) float32, or the same in 8 bits.
+    quant_type, block_size : str, int
+        `nf2`, `nf3`, `nf4`, `nf8` or `fp4`; weights that share a scale.
 
     Examples
     --------

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from minilora.config import ADAPTERS
+from minilora.composed import settings_in
+from minilora.config import ADAPTERS, PROGRESS
 from minilora.sweep.results import ResultsError
+from minilora.sweep.settings import RunConfig
 
 PALETTE = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 """Okabe and Ito's colours, which people with any kind of colour vision tell apart."""
@@ -72,6 +74,8 @@ def metric_of(column: str) -> Metric:
     return METRICS.get(column) or Metric(column, column, "")
 
 
+ONE_SETTING = ("task", "method", "bits", "quant_type", "r")
+"""Columns that tables and figures tell apart by themselves."""
 VARIANTS = {  # columns that make two rows different settings, with the way they are written
     "group_size": "g=",
     "block_size": "block ",
@@ -92,6 +96,12 @@ VARIANTS = {  # columns that make two rows different settings, with the way they
     "n_eval": "n_eval ",
     "split": "",
     "preset": "",
+}
+SETTINGS = settings_in(RunConfig)
+VARIANTS |= {  # every other setting, by its name
+    name: f"{name} "
+    for name, setting in SETTINGS.items()
+    if name not in {*VARIANTS, *ONE_SETTING, "seed", "stage", "write_all"} and setting.role != PROGRESS
 }
 
 
@@ -137,9 +147,11 @@ def variant_columns(rows: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     seen: dict[tuple[Any, ...], Any] = {}
     found = set()
     for row in rows:
-        place = tuple(row.get(name) for name in ("task", "method", "bits", "quant_type", "r"))
+        place = tuple(row.get(name) for name in ONE_SETTING)
         for column in VARIANTS:
             value = row.get(column)
+            if value is None:  # an older row: the setting did not exist yet
+                value = SETTINGS[column].default
             if seen.setdefault((*place, column), value) != value:
                 found.add(column)
     return tuple(column for column in VARIANTS if column in found)

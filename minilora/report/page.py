@@ -282,12 +282,12 @@ def _how_to_read(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = {
         "loss": "**loss**: cross-entropy on held-out data, in nats per token",
         "bpb": "**bpb**: bits per byte of held-out text",
-        "recall": "**recall**: share of attributes that generated texts state rightly, on unseen combinations",
+        "recall": "**recall**: share of attributes stated rightly in generated texts of unseen combinations",
         "recall_values": "**unseen**: the same for attribute values that never occur in training",
         "deployed_loss": "**deployed …**: the same measure after merging into one set of weights",
         "effective_bits": "**bits/w**: bits per weight of the frozen base, scales and offsets included",
         "trainable_params": "**trainable**: parameters that training changes",
-        "bytes_weights": "**MiB**: weights, adapters, gradients, optimizer state, saved activations of a step",
+        "bytes_weights": "**MiB**: weights, adapters, gradients, optimizer state, saved activations",
         "seconds": "**s/run**: training and evaluation together",
     }
     return "\n".join(f"- {text}" for name, text in lines.items() if name in have)

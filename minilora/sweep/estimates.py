@@ -17,7 +17,8 @@ from minilora.sweep.run import first_batch
 from minilora.sweep.settings import RunConfig
 from minilora.sweep.warm import warm_kernels
 from minilora.threads import Workers, single_blas
-from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads
 
 TIMED_PROMPTS = 25
 """Prompts written for the estimate."""

@@ -12,7 +12,7 @@ from minilora.generation import generate
 from minilora.sweep.deploying import deploy
 from minilora.sweep.settings import RunConfig
 from minilora.threads import Workers, single_blas
-from minilora.training.loss import evaluate
+from minilora.training.evaluation import evaluate
 from minilora.transformer import Transformer
 
 

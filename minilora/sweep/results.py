@@ -238,7 +238,7 @@ def successful(rows: Iterable[Mapping[str, Any]], **where: Any) -> list[Row]:
 
 
 def group_rows(rows: Iterable[Mapping[str, Any]], by: Sequence[str]) -> dict[tuple[Any, ...], list[Row]]:
-    """Collect rows with equal values in the columns ``by``, after `check_one_corpus`; insertion order."""
+    """Collect rows with equal values in the columns `by`, after `check_one_corpus`; insertion order."""
     rows = list(rows)
     check_one_corpus(rows)
     groups: dict[tuple[Any, ...], list[Row]] = {}

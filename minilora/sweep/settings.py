@@ -191,20 +191,30 @@ class RunConfig:
         require_in(method, METHODS, "method")
         if bits == 32:  # how rows say that nothing is quantized
             bits = None
-        quant = self.quant
         about_quant = {name for name, s in settings_in(RunConfig).items() if s.path.startswith("quant.")}
         if method not in QUANTIZED:
             _refuse_quantization(method, {"bits": bits} | given)
             kept = {name: value for name, value in given.items() if name not in about_quant}
-            return change(replace(self, quant=None) if self.quantized else self, kept)
-        foreign = quant is not None and quant.quant_type not in quant_types(method)
-        if "quant_type" not in given and (foreign or bits or (quant is None and about_quant & given.keys())):
-            family = "int" if quant is not None and quant.affine and not foreign else quant_family(method)
-            given["quant_type"] = f"{family}{bits or (4 if quant is None else quant.bits)}"
-        if bits is not None:
-            kind = given["quant_type"]
-            require(str(kind).endswith(str(bits)), "bits", bits, f"quant_type={kind!r} has {str(kind)[-1]}")
+            return change(replace(self, quant=None), kept)
+        if "quant_type" in given:
+            kind = str(given["quant_type"])
+            require(
+                bits is None or kind.endswith(str(bits)), "bits", bits, f"quant_type={kind!r} has {kind[-1]}"
+            )
+        elif bits is not None or about_quant & given.keys() or self.quant is not None:
+            given["quant_type"] = self._quant_type(method, bits)
         return change(self, given)
+
+    def _quant_type(self, method: str, bits: int | None) -> str:
+        """Return the type in which another method, or as many bits, would store this run's base."""
+        family, quant = quant_family(method), self.quant
+        if quant is None:
+            return f"{family}{bits or 4}"
+        if quant.quant_type not in quant_types(method):
+            return f"{family}{bits or quant.bits}"
+        if bits is None:
+            return quant.quant_type
+        return f"{'int' if quant.affine else 'nf'}{bits}"
 
     @property
     def quantized(self) -> bool:

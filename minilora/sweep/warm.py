@@ -20,7 +20,8 @@ from minilora.kernels.rows import swiglu_forward
 from minilora.quant.compilation import compile_kernels
 from minilora.quant.model import quantize_model
 from minilora.threads import Workers, available_threads, single_blas
-from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads
 from minilora.training.optimizers import clip_, make_optimizer
 from minilora.transformer import Transformer
 

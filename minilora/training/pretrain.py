@@ -17,8 +17,8 @@ from minilora.data.corpora import corpus_sha256, pretraining_tokens
 from minilora.data.tasks import Batch
 from minilora.formats.checkpoint import save_model
 from minilora.threads import Workers, available_threads
+from minilora.training.evaluation import evaluate
 from minilora.training.induction import start_with_induction
-from minilora.training.loss import evaluate
 from minilora.training.resume import CHECKPOINT
 from minilora.training.trainer import Trainer
 

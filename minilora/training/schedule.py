@@ -1,10 +1,25 @@
-"""The learning rate of each step."""
+"""The examples and the learning rate of each step."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from minilora.config import TrainConfig
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
+    """Return the examples of one step: each epoch is a fresh permutation of 0…n−1, cut into batches.
+
+    >>> sorted(np.concatenate([batch_indices(6, 2, s, seed=0) for s in range(3)]).tolist())
+    [0, 1, 2, 3, 4, 5]
+    """
+    places = np.arange(step * batch_size, (step + 1) * batch_size)
+    orders = {
+        epoch: np.random.default_rng([seed, 1, epoch]).permutation(n) for epoch in set((places // n).tolist())
+    }
+    return np.array([orders[place // n][place % n] for place in places.tolist()])
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:

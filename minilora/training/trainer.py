@@ -20,29 +20,17 @@ from minilora.data.tasks import Task
 from minilora.formats.files import writable_folder
 from minilora.threads import Workers, single_blas
 from minilora.training.allocator import keep_freed_memory
-from minilora.training.loss import evaluate, loss_and_grads
+from minilora.training.evaluation import evaluate
+from minilora.training.loss import loss_and_grads
 from minilora.training.nonfinite import NonFiniteError, nonfinite_in_arrays, nonfinite_in_step
 from minilora.training.optimizers import clip_, make_optimizer
 from minilora.training.paging import hand_back
 from minilora.training.resume import CHECKPOINT, History, Progress, read_checkpoint, write_checkpoint
-from minilora.training.schedule import learning_rate
+from minilora.training.schedule import batch_indices, learning_rate
 from minilora.transformer import Transformer
 from minilora.variants import warn_if_it_cannot_train
 
 Callback = Callable[[int, dict[str, float]], None]
-
-
-def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
-    """Return the examples of one step: each epoch is a fresh permutation of 0…n−1, cut into batches.
-
-    >>> sorted(np.concatenate([batch_indices(6, 2, s, seed=0) for s in range(3)]).tolist())
-    [0, 1, 2, 3, 4, 5]
-    """
-    places = np.arange(step * batch_size, (step + 1) * batch_size)
-    orders = {
-        epoch: np.random.default_rng([seed, 1, epoch]).permutation(n) for epoch in set((places // n).tolist())
-    }
-    return np.array([orders[place // n][place % n] for place in places.tolist()])
 
 
 class Trainer:

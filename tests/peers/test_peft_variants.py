@@ -377,7 +377,7 @@ def loftq_init(peft):
     """PEFT's own function, which asks for a GPU, with the one line that names the device changed to the
     CPU."""
     pytest.importorskip("bitsandbytes")
-    from peft.utils import DoraLinear, loftq_utils
+    from peft.utils import loftq_utils
 
     source = textwrap.dedent(inspect.getsource(loftq_utils.loftq_init))
     asked = 'compute_device = "xpu" if is_xpu_available() else "cuda"'
