@@ -12,7 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import SLOW
+from slow_tests import SLOW
 
 import minilora
 from minilora import cli
