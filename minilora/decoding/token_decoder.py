@@ -100,7 +100,7 @@ class Decoder:
         x = np.array(self.model.embedding.forward(np.array([token]))[0][0], np.float32)
         cos, sin = (table[0] for table in self.model.rope(np.array([position])))
         logits = np.empty((1, c.vocab_size), np.float32)
-        arguments = (
+        arguments: Any = (
             x,
             self._table,
             self._head,
@@ -127,9 +127,8 @@ class Decoder:
                     others.append(self._pool.submit(decode_token, *arguments, thread, threads, self._sync))
             decode_token(*arguments, 0, threads, self._sync)
         finally:
-            self._sync[1] = (
-                1  # if this thread was interrupted before it began, the others must not wait for it
-            )
+            # if this thread was interrupted before it began, the others must not wait for it
+            self._sync[1] = 1
             for other in others:
                 other.result()
         if (self._steps - 1) % TRIAL_PERIOD:  # the first token does not count: it may load the compiled code
