@@ -49,7 +49,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
+        self, dy: Array, cache: Any, grads: Gradients, need_dx: bool = True, onto: Array | None = None
     ) -> Any:
         """Return dx (…, in) for dy (…, out)."""
 

@@ -20,8 +20,8 @@ import numpy as np
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig, require
-from minilora.layers import Array, Key, Linear
-from minilora.parameters import Gradients, Parameter
+from minilora.layers import Key, Linear
+from minilora.parameters import Array, Gradients, Parameter
 
 
 class LoraCache(NamedTuple):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from helpers import GQA, FakeTask, assert_close, close_rtol, digest, fill_adapters, make_model, random_batch
 
+import minilora.training.evaluation
 import minilora.training.loss
 from minilora.config import LoraConfig, TrainConfig
 from minilora.data.tasks import Batch

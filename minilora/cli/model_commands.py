@@ -329,7 +329,8 @@ def _show_weight(command: Quantize, linear: Any, configs: list[QuantConfig], hes
 
     from minilora.claims.quantization_study import weight_configs
     from minilora.report.quantization_plots import write_weight_figures
-    from minilora.sweep.weight_errors import print_weight_table, weight_errors
+    from minilora.report.quantization_tables import format_weight_errors
+    from minilora.sweep.weight_errors import weight_errors
 
     w = linear.weight.dense()
 
@@ -338,7 +339,7 @@ def _show_weight(command: Quantize, linear: Any, configs: list[QuantConfig], hes
         return [row for config in steps for row in weight_errors(w, [config], hessian)]
 
     rows = errors(configs, "quantizing")
-    table = print_weight_table(rows)
+    table = format_weight_errors(rows)
     print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
     write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
     grid = [config for config in weight_configs(w.shape[1]) if config.quantizer in command.quantizer]

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 
 from minilora.kernels import is_plain, load
-from minilora.layers import Array, Linear
+from minilora.layers import Linear
 from minilora.lora import LoraLinear
+from minilora.parameters import Array
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.threads import available_threads
 from minilora.transformer import Transformer
@@ -81,7 +82,7 @@ class Decoder:
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
         """Return (address of blocks, bytes per block, rows, r, group, addresses of A and s·B) of a linear."""
-        base = linear.base
+        base: Any = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
             return (*found, 0, 1, 0, 0)

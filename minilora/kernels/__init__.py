@@ -295,7 +295,7 @@ def rope_backward(dy: Array, cos: Array, sin: Array, *, in_place: bool = False) 
 # --- attention ---------------------------------------------------------------------------------------------
 
 
-def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+def attention_forward(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
     """Return causal grouped-query attention: q (B, T, H, D), k and v (B, T, K, D) → y (B, T, H, D).
 
     Instead of probabilities the cache keeps, for each query, top = max S and total = Σ exp(S − top), both
@@ -313,7 +313,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     return y, AttentionCache(q, k, v, (tops, totals, segments))
 
 
-def attention_from_scaled(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+def attention_from_scaled(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
     """Do `attention_forward` again from the first three arrays of its cache: the same bits."""
     again = attention_forward if compiled(q, k, v) else functional.attention_from_scaled
     return again(q, k, v, segments)

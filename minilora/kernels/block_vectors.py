@@ -262,7 +262,7 @@ def _add_block(typing: Any, sums: Any, blocks: Any, at: Any, codes: Any, x: Any,
         parts = [[pick(builder, v, range(k, k + LANES)) for v in (codes, x)] for k in range(0, 32, LANES)]
         product = builder.fmul(*parts[0], flags=KEEP_ORDER)
         for part in parts[1:]:
-            product = multiply_add(builder, *part, product)
+            product = multiply_add(builder, part[0], part[1], product)
         dots, others = (pick(builder, sums, range(k, k + LANES)) for k in (0, LANES))
         dots = multiply_add(builder, product, pick(builder, header, [0] * LANES), dots)
         others = multiply_add(builder, whole, broadcast(builder, total, LANES), others)

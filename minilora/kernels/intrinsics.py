@@ -266,7 +266,8 @@ def plus_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
     """Return sums + a·b, number by number, each rounded once."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return multiply_add(builder, *arguments[1:], arguments[0])
+        sums, a, b = arguments
+        return multiply_add(builder, a, b, sums)
 
     return FLOATS(sums, a, b), build
 

@@ -80,7 +80,7 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
         held = held_entries(twin, {} if paged else states, maps)
     found = profile(
         twin,
-        shape_batch(shape, c.batch_size, c.context),
+        shape_batch(shape, c.batch_size, c.context or 0),
         shards=c.shards,
         checkpoint=c.gradient_checkpointing,
         accumulation=min(c.gradient_accumulation_steps, BATCHES_ALIKE),

@@ -14,8 +14,7 @@ import numpy as np
 from minilora import functional
 from minilora.config import TrainConfig
 from minilora.kernels import is_plain
-from minilora.layers import Array
-from minilora.parameters import Gradients, Parameter
+from minilora.parameters import Array, Gradients, Parameter
 from minilora.threads import Workers
 from minilora.training.states import make_moments, piece, pieces, put_piece, state_layout
 
