@@ -1,1 +1,1 @@
-"""What generation needs besides the model: key/value cache, sampling, checks, work sharing, a compiled step."""
+"""What generation needs besides the model: key/value cache, sampling, checks, a compiled token."""

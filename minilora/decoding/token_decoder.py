@@ -116,7 +116,7 @@ class Decoder:
             self._shared,
             logits,
         )
-        decode_token = load("decode").decode_token
+        decode_token: Any = load("decode").decode_token
         began, together = time.perf_counter(), self._together()
         threads = self.threads if together else 1
         self._sync[:] = 0
