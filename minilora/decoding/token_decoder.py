@@ -124,7 +124,8 @@ class Decoder:
         try:
             for thread in range(1, threads):
                 if self._pool is not None:
-                    others.append(self._pool.submit(decode_token, *arguments, thread, threads, self._sync))
+                    submit: Any = self._pool.submit
+                    others.append(submit(decode_token, *arguments, thread, threads, self._sync))
             decode_token(*arguments, 0, threads, self._sync)
         finally:
             # if this thread was interrupted before it began, the others must not wait for it
