@@ -1,4 +1,4 @@
-"""What an adapter is: four methods around a frozen Linear. LoRA is one; `docs/own_adapters.py` has two more."""
+"""What an adapter is: four methods around a frozen Linear. `docs/own_adapters.py` has two examples."""
 
 from __future__ import annotations
 

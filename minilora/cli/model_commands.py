@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.config import ADAPTERS, AFFINE_TYPES, QUANTIZERS, TINY, ConfigError, QuantConfig, require
 from minilora.formats.files import writable_folder, write_file
-from minilora.sweep.settings import RunConfig
+from minilora.sweep.settings import RunConfig, rounded_to_nearest
 
 if TYPE_CHECKING:
     from minilora.cli.options import Generate, Merge, Quantize
@@ -170,17 +170,16 @@ def _check_merge_options(command: Merge, how: str) -> None:
 
 def _merged_storage(command: Merge, config: RunConfig, how: str) -> QuantConfig:
     """Return what to re-quantize to: the run's own storage, unless the command says otherwise."""
-    own = config.storage()
-    quantizer = "rtn" if command.quant_type else own.quantizer
-    offsets = command.offsets if how == "requantize" else None
-    return QuantConfig(
-        command.quant_type or own.quant_type,
-        own.block_size,
-        own.double_quant,
-        own.group_size,
-        command.quantizer or quantizer,
-        offset_dtype=offsets or "float16",
-    )
+    quant = config.storage()
+    if command.quant_type is not None:
+        quant = QuantConfig(command.quant_type, quant.block_size, quant.double_quant, quant.group_size)
+    if command.quantizer not in (None, quant.quantizer):
+        nearest = rounded_to_nearest(quant)
+        fit = "minmax" if command.quantizer == "hqq" else nearest.fit
+        quant = replace(nearest, fit=fit, quantizer=command.quantizer)
+    if how == "requantize" and command.offsets is not None:
+        quant = replace(quant, offset_dtype=command.offsets)
+    return quant
 
 
 def _compare_merges(folder: Path, config: RunConfig, model: Any, quant: QuantConfig) -> int:

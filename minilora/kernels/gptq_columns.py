@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from minilora.kernels.codes import SMALLEST_ABSMAX, Array, read_only
@@ -19,8 +17,9 @@ def round_columns(
 ) -> tuple[Array, Array]:
     """Do what `reference.round_columns` does."""
     ranks, errors = np.empty(w.shape, np.uint8), np.empty(w.shape)
-    inputs: Any = (read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints))
-    upper, scale, offset, levels, midpoints = inputs
+    upper, scale, offset, levels, midpoints = (
+        read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints)
+    )
     _round_columns(w, upper, scale, offset, levels, midpoints, ranks, errors)
     return ranks, errors
 

@@ -293,7 +293,9 @@ def require_finite(w: Array) -> None:
 
 def packed(codes: Array, bits: int) -> Array:
     """Return codes (n,) uint8 packed, read-only."""
-    return frozen(implementation("codes").pack(codes, bits), np.uint8)
+    out = implementation("codes").pack(codes, bits)
+    out.flags.writeable = False
+    return out
 
 
 def unpacked(codes: Array, count: int, bits: int) -> Array:
