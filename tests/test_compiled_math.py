@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from minilora import functional, kernels
 from minilora.config import QuantConfig
-from minilora.kernels import LowRank, gemm, lowrank, microkernel, rows
+from minilora.kernels import LowRank, gemm, jit, lowrank, microkernel, rows
 from minilora.quant import quantize_weight
 
 EPS = float(np.finfo(np.float32).eps)
@@ -220,6 +220,19 @@ def test_nan_and_infinity_survive():
     found = kernels.swiglu_forward(gate, np.ones((1, 40), np.float32))[0]
     assert np.isnan(found[0, 0]) and found[0, 1] == np.inf and found[0, 3] == 200 and abs(found[0, 4]) < 1e-30
     assert np.isnan(expected[0, 0])
+
+
+def test_a_kernel_is_compiled_once_whatever_literals_callers_pass():
+    @jit.kernel
+    def scaled(x, k, twice):
+        return x * k * (2 if twice else 1)
+
+    @jit.kernel
+    def caller(x):
+        return scaled(x, 1, True) + scaled(x, 2, False) + scaled(x, x, True)
+
+    assert caller(3) == 6 + 6 + 18
+    assert len(scaled.signatures) == 1
 
 
 # ---- functions of rows
