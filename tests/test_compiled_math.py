@@ -222,6 +222,21 @@ def test_nan_and_infinity_survive():
     assert np.isnan(expected[0, 0])
 
 
+def test_a_process_that_compiles_and_one_that_loads_give_the_same_bytes(tmp_path):
+    code = """
+import hashlib, numpy as np
+from minilora import kernels
+q, k, v, dy = np.random.default_rng(0).standard_normal((4, 2, 128, 4, 32), np.float32)
+y, cache = kernels.attention_forward(q, k, v)
+arrays = y, *kernels.attention_backward(dy, cache)
+print([hashlib.sha256(a.tobytes()).hexdigest() for a in arrays])
+"""
+    env = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    runs = [subprocess.run(command, env=env, capture_output=True, text=True, check=True) for _ in range(2)]
+    assert runs[0].stdout == runs[1].stdout
+
+
 def test_a_kernel_is_compiled_once_whatever_literals_callers_pass():
     @jit.kernel
     def scaled(x, k, twice):

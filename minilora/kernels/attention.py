@@ -17,7 +17,7 @@ import numpy as np
 
 from minilora.kernels.gemm import EDGE, aligned, multiply_panel, pack_panel
 from minilora.kernels.intrinsics import read_only
-from minilora.kernels.jit import kernel
+from minilora.kernels.jit import inlined_kernel, kernel
 from minilora.kernels.microkernel import LANES, MR_NARROW, NR_NARROW
 from minilora.kernels.rows import ONE, exp, largest
 
@@ -218,7 +218,7 @@ def hide(segments: Array, at: int, first: int, m: int, stride: int, scratch: Arr
                 row[j] = -np.inf
 
 
-@kernel
+@inlined_kernel
 def softmax_forward(
     first: int, m: int, scale: Any, stride: int, at: int, scratch: Array, p: int, tops: Array, totals: Array
 ) -> None:
@@ -232,7 +232,7 @@ def softmax_forward(
         tops[at + i], totals[at + i] = top * scale, total
 
 
-@kernel
+@inlined_kernel
 def softmax_backward(
     first: int,
     m: int,

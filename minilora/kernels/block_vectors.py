@@ -54,7 +54,7 @@ from minilora.kernels.intrinsics import (
     vector,
     wide,
 )
-from minilora.kernels.jit import kernel
+from minilora.kernels.jit import inlined_kernel, kernel
 
 Array = np.ndarray
 
@@ -168,7 +168,7 @@ def _total(sums: Any, size: int) -> Any:
     return _sum(sums) + (np.float32(-8) * _lane(sums, LANES) if size == 18 else np.float32(0))
 
 
-@kernel
+@inlined_kernel
 def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
     """Write x (in,) as `_nibbles_in_place` needs it, and the sum of each block."""
     one, two, three = np.float32(2.0**-4), np.float32(2.0**-8), np.float32(2.0**-12)

@@ -11,7 +11,7 @@ import numpy as np
 
 from minilora.kernels.barrier import bytes_at, meet
 from minilora.kernels.block_vectors import multiply_rows, order_input
-from minilora.kernels.jit import kernel
+from minilora.kernels.jit import inlined_kernel, kernel
 from minilora.kernels.rows import ONE, exp, group_sum, largest, rms_norm_forward, rope, swiglu_forward
 
 Array = np.ndarray
@@ -100,7 +100,7 @@ def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -
             _add_adapter(a, b, rank, group, x, first, last, out[i])
 
 
-@kernel
+@inlined_kernel
 def _add_adapter(
     a: Array, b: Array, rank: int, group: int, x: Array, first: int, last: int, out: Array
 ) -> None:
@@ -121,7 +121,7 @@ def _add_adapter(
         out[i] += dot
 
 
-@kernel
+@inlined_kernel
 def _attend(
     q: Array,
     k: Array,

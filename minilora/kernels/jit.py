@@ -25,10 +25,11 @@ F16C = "+f16c" in FEATURES  # conversion of float16
 NEON = TRIPLE.startswith(("aarch64", "arm64"))
 
 
-def kernel(function: F) -> F:
+def kernel(function: F, inline: bool = False) -> F:
     """Compile on first use, without the interpreter lock, and keep the result on disk."""
     compiled: Any = numba.njit(
         function,
+        forceinline=inline,
         nogil=True,  # shards run in Python threads
         cache=True,  # compile once per machine, not once per process
         error_model="numpy",  # no check for division by zero inside loops
@@ -43,3 +44,12 @@ def kernel(function: F) -> F:
         specialized = compiled.get_call_template
         compiled.get_call_template = lambda args, kws: specialized(tuple(map(types.unliteral, args)), kws)
     return cast(F, compiled)
+
+
+def inlined_kernel(function: F) -> F:
+    """Compile as `kernel` does, and always inline: for a helper with a sum whose order is left to LLVM.
+
+    A process that compiles the caller calls the helper's own copy. A process that loads the caller from disk
+    calls the copy that is stored with it. The two may order the sum differently, and differ in the last bits.
+    """
+    return kernel(function, inline=True)

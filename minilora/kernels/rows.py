@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from minilora.kernels.intrinsics import fma, from_bits, power_of_two, to_bits
-from minilora.kernels.jit import kernel
+from minilora.kernels.jit import inlined_kernel, kernel
 
 Array = np.ndarray
 ONE = np.float32(1)
@@ -54,7 +54,7 @@ def largest(x: Array) -> Any:
     return from_bits(best ^ ((best >> np.int32(31)) & np.int32(0x7FFFFFFF)))
 
 
-@kernel
+@inlined_kernel
 def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
     """Write y = weight · x · rstd with rstd = 1/√(mean(x²) + eps): x and y (N, C), rstd (N,)."""
     C = weight.size
@@ -125,7 +125,7 @@ def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
         dgate[i] = dy * up[i] * sigma * (ONE + gate[i] * (ONE - sigma))
 
 
-@kernel
+@inlined_kernel
 def group_sum(x: Array, g: int, y: Array) -> None:
     """Write the sums of groups of g neighbours: x (n·g,) → y (n,)."""
     for i in range(y.size):
