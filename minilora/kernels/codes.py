@@ -133,10 +133,9 @@ def _inverse_absmax(w: Array, block_size: int, absmax: Array, inverse: Array) ->
     """
     w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
     for block in range(absmax.size):
-        largest = np.uint32(0)
-        # the bits of |x| as whole numbers are ordered as |x| is, and vectorise
-        for bits in w_bits[block * block_size : (block + 1) * block_size]:
-            largest = max(largest, bits & np.uint32(0x7FFFFFFF))
+        x_bits, largest = w_bits[block * block_size : (block + 1) * block_size], np.uint32(0)
+        for i in range(x_bits.size):  # the bits of |x| as whole numbers are ordered as |x| is, and vectorise
+            largest = max(largest, x_bits[i] & np.uint32(0x7FFFFFFF))
         absmax_bits[block] = largest
         inverse[block] = np.float32(1) / max(absmax[block], SMALLEST_ABSMAX)
 
@@ -152,8 +151,9 @@ def _quantize_by_comparing(w: Array, midpoints: Array, block_size: int, absmax: 
         for block in range(run.size):
             start = (first + block) * block_size
             x, codes = w[start : start + block_size], out[start : start + block_size]
+            reciprocal = inverse[block]
             for i in range(x.size):
-                value = x[i] * inverse[block]
+                value = x[i] * reciprocal
                 count = np.int32(0)
                 for j in range(15):  # a constant, so that LLVM unrolls this loop and vectorises that over i
                     count += np.int32(value > midpoints[j])
