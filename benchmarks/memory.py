@@ -46,9 +46,8 @@ the same adapters and batch: {losses}."""
 
 SWEEP = """The demonstration's runs ({runs}), {steps} steps each, in {jobs} worker processes. Each worker
 reads its own high-water mark at the end of each run, and forgets it before the next. Largest worker:
-**{worst:.0f} MB**; the goal is at most {goal} MB. Of these, {imported:.0f} MB are resident before the
-first run, when only code is loaded."""
-
+**{worst:.0f} MB**; the goal is at most {goal} MB. Before its first run a worker holds only code, at most
+{imported:.0f} MB."""
 
 GRID = """{runs} runs, chosen pairwise over model, method, rank, targets, bits, groups and blocks,
 optimizer, batch, context, checkpointing, chunks, shards, accumulation and type. Each was planned from the

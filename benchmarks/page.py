@@ -57,8 +57,8 @@ KERNELS = """nf4 has blocks of 64 with float32 scales. int4 has groups of 32 wit
 offsets. With two threads each of ours quantizes or dequantizes half of the rows, or multiplies half of the
 batch by the whole weight, as shards do in training. A batch of one is multiplied by half of the rows,
 dense ones too. A matrix of 1024² (4 MiB) stays in the cache. Both sides keep freed memory (see
-`minilora.training.allocator.keep_freed_memory`). Without it bitsandbytes is slower at 4096², because each result is mapped
-and faulted in anew. Checked:"""
+`minilora.training.allocator.keep_freed_memory`). Without it bitsandbytes is slower at 4096², because each
+result is mapped and faulted in anew. Checked:"""
 
 SMOLLM2 = """SmolLM2-135M-Instruct's Q4_1 GGUF. The package holds no full-precision model, so the
 dequantized GGUF is the reference, for the peers as a float32 Hugging Face folder. A step is forward,

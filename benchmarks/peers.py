@@ -23,8 +23,8 @@ import peft  # noqa: E402
 import torch  # noqa: E402
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from minilora.config import LINEAR_MODULES, ModelConfig
-from minilora.training.allocator import keep_freed_memory
+from minilora.config import LINEAR_MODULES, ModelConfig  # noqa: E402
+from minilora.training.allocator import keep_freed_memory  # noqa: E402
 
 Array = np.ndarray
 
@@ -34,7 +34,8 @@ class Peers:
 
     def __init__(self, threads: int = 2, keep: bool = True):
         if keep:
-            keep_freed_memory()  # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
+            # as on our side: bitsandbytes' products at 4096² are 2 to 4 times faster with it
+            keep_freed_memory()
         self.threads = threads
         self.works: dict[str, tuple[int, Callable[[], Any]]] = {}  # label → (threads, work)
 

@@ -50,7 +50,7 @@ SHAPES = {
     "grid-deep": replace(_shape, num_hidden_layers=7, num_key_value_heads=2),
     "grid-wide": replace(_shape, hidden_size=256, intermediate_size=704, num_key_value_heads=1),
 }
-"""Models with fewer and with more blocks than the four that the planner runs for a deeper model."""
+"""Models with fewer blocks than the planner runs for a deep model, with as many, and with more."""
 
 AXES: dict[str, tuple[Any, ...]] = {
     "model": tuple(SHAPES),

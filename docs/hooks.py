@@ -20,7 +20,7 @@ PAGES = {  # file of the repository: page of the site
     "CONTRIBUTING.md": "contributing.md",
 }
 KERNELS = "minilora/kernels/README.md"
-NO_REFERENCE = ("kernels", "cli", "commands", "labs", "__main__")  # not called by users of the library
+NO_REFERENCE = ("kernels", "cli", "labs", "__main__")  # not called by users of the library
 SOURCE = """---
 search: {{exclude: true}}
 hide: [toc]

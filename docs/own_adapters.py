@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
+import minilora
 from minilora.adapter import Adapter
 from minilora.functional import flat
-from minilora.layers import Array, Cache, Key, Linear
-from minilora.parameters import Gradients, Parameter
+from minilora.layers import Cache, Key, Linear
+from minilora.parameters import Array, Gradients, Parameter
 
 
 class LoraFALinear(Adapter):
@@ -95,3 +97,38 @@ def vera_matrices(r: int, widest: int, rng: np.random.Generator) -> tuple[Array,
     bound = (6 / widest) ** 0.5
     a, b = rng.uniform(-bound, bound, (r, widest)), rng.uniform(-bound, bound, (widest, r))
     return a.astype(np.float32), b.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class VeraRun:
+    """One run of a sweep over VeRA's rank: `run_sweep` asks for its key and for the columns of its row."""
+
+    r: int
+    seed: int = 0
+    steps: int = 120
+    learning_rate: float = 3e-2
+    n_eval: int = 100
+
+    def key(self) -> str:
+        """Return what tells this run from any other."""
+        return f"vera-{self.r}-{self.seed}-{self.steps}-{self.learning_rate:g}-{self.n_eval}"
+
+    def row(self) -> dict[str, Any]:
+        """Return the run's settings as columns."""
+        return asdict(self) | {"method": "vera", "task": "products"}
+
+
+def run_vera(config: VeraRun, folder: str | None = None) -> dict[str, Any]:
+    """Train, merge and measure one run; return the measured columns of its row."""
+    rng = np.random.default_rng([config.seed, config.r])
+    task = minilora.make_task("products", n_eval=config.n_eval)
+    a, b = vera_matrices(config.r, 512, rng)
+    model = minilora.inject(minilora.load_base(), lambda linear: VeraLinear(linear, a, b))
+    settings = minilora.TrainConfig(config.steps, learning_rate=config.learning_rate, seed=config.seed)
+    minilora.Trainer(model, task, settings).train()
+    batches = task.eval_batches("test")
+    return {
+        "loss": minilora.evaluate(model, batches)["loss"],
+        "deployed_loss": minilora.evaluate(minilora.merge(model)[0], batches)["loss"],
+        "trainable_params": minilora.memory.count_parameters(model)[0],
+    }

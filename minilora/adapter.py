@@ -1,4 +1,4 @@
-"""What an adapter is: four methods around a frozen Linear. LoRA is one; `docs/own_adapters.py` has two more."""
+"""What an adapter is: four methods around a frozen Linear. `docs/own_adapters.py` has two examples."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def backward(
-        self, dy: Array, cache: Cache, grads: Gradients, need_dx: bool = True, onto: Array | None = None
+        self, dy: Array, cache: Any, grads: Gradients, need_dx: bool = True, onto: Array | None = None
     ) -> Any:
         """Return dx (…, in) for dy (…, out)."""
 

@@ -169,7 +169,7 @@ def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
     return np.where(seen, like.dtype.type(0), like.dtype.type(-np.inf))
 
 
-def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+def attention_forward(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
     """Return y = softmax(q kᵀ / √D + mask) v: causal grouped-query attention (arXiv 1706.03762, 2305.13245).
 
     Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key
@@ -179,7 +179,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Array | None = Non
     return attention_from_scaled(scaled, k, v, segments)
 
 
-def attention_from_scaled(q: Array, k: Array, v: Array, segments: Array | None = None) -> tuple[Array, Cache]:
+def attention_from_scaled(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
     """Do what `attention_forward` does after q was divided by √D, as it is in the cache: the same bits."""
     B, T, H, D = q.shape
     K = k.shape[2]
@@ -295,7 +295,7 @@ def cross_entropy_forward(
     """Return the cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
 
     Shapes: logits (N, V), targets (N,). The normalizer counts the targets of the whole batch, so that the
-    losses of shards add up. The sum runs in float64. `out` takes the probabilities and may be `logits` itself.
+    losses of shards add up. The sum runs in float64. `out`, for the probabilities, may be `logits`.
     """
     probs = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
     rows = np.arange(len(targets))

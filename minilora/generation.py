@@ -12,7 +12,8 @@ from minilora.decoding import plan
 from minilora.decoding.kv_cache import KVCache, cached_attention
 from minilora.decoding.requests import check_request
 from minilora.decoding.sampling import Sampling, sample
-from minilora.layers import Array, Block
+from minilora.layers import Block
+from minilora.parameters import Array
 from minilora.threads import Workers, single_blas
 from minilora.transformer import Transformer
 

@@ -30,9 +30,12 @@ def inject(
 
     Parameters
     ----------
-    model : the base; its arrays are shared and become read-only
-    make : returns an `Adapter` around the frozen Linear that it is given
-    target_modules : modules' own names (`q_proj`) or ends of full names (`layers.3.self_attn.q_proj`)
+    model : Transformer
+        The base; its arrays are shared and become read-only.
+    make : callable
+        Returns an `Adapter` around the frozen Linear that it is given.
+    target_modules : tuple of str
+        Modules' own names (`q_proj`) or ends of full names (`layers.3.self_attn.q_proj`).
 
     Raises
     ------
@@ -63,10 +66,14 @@ def inject_lora(
 
     Parameters
     ----------
-    model : the base; its arrays are shared and become read-only
-    config : rank, scaling, targets and start of the adapters
-    rng : draws the first A
-    quant : quantize the projections of a dense base in the same step; LoftQ needs it, PiSSA may have it
+    model : Transformer
+        The base; its arrays are shared and become read-only.
+    config : LoraConfig
+        Rank, scaling, targets and start of the adapters.
+    rng : numpy.random.Generator
+        Draws the first A.
+    quant : QuantConfig, optional
+        Quantize the projections of a dense base in the same step. LoftQ needs it, PiSSA may have it.
 
     Raises
     ------

@@ -26,6 +26,7 @@ from minilora.config import ModelConfig
 from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
 Cache = tuple[Any, ...]
+Caches3 = tuple[Cache, Cache, Cache]
 Key = tuple[int, ...] | None
 Rope = tuple[Array, Array]  # cosines and sines of the positions: `functional.rope_tables`
 
@@ -133,7 +134,7 @@ class Attention:
         self.config = config
         self.q_proj, self.k_proj, self.v_proj, self.o_proj = q_proj, k_proj, v_proj, o_proj
 
-    def project(self, x: Array, rope: Rope, key: Key = None) -> tuple[Array, Array, Array, list[Cache]]:
+    def project(self, x: Array, rope: Rope, key: Key = None) -> tuple[Array, Array, Array, Caches3]:
         """Return rotated queries (B, T, H, D) and keys, values (B, T, K, D), and the projections' caches."""
         B, T, _ = x.shape
         q, cache_q = self.q_proj.forward(x, key)
@@ -141,22 +142,23 @@ class Attention:
         v, cache_v = self.v_proj.forward(x, key)
         q, k, v = (z.reshape(B, T, -1, self.config.head_dim) for z in (q, k, v))  # (B, T, H or K, D)
         q, k = F.rope_forward(q, *rope, in_place=True), F.rope_forward(k, *rope, in_place=True)
-        return q, k, v, [cache_q, cache_k, cache_v]
+        return q, k, v, (cache_q, cache_k, cache_v)
 
     def forward(
         self, x: Array, rope: Rope, key: Key = None, segments: Array | None = None
     ) -> tuple[Array, AttentionCache]:
         """Map x (B, T, C) to y (B, T, C); `segments` (B, T) keep packed examples apart."""
-        q, k, v, caches = self.project(x, rope, key)
+        q, k, v, (cache_q, cache_k, cache_v) = self.project(x, rope, key)
         mixed, mix = F.attention_forward(q, k, v, segments)  # (B, T, H, D)
         y, cache_o = self.o_proj.forward(mixed.reshape(*x.shape[:2], -1), key)  # (B, T, H·D)
-        return y, AttentionCache(rope, *caches, mix, cache_o)
+        return y, AttentionCache(rope, cache_q, cache_k, cache_v, mix, cache_o)
 
     def restore(self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Any) -> AttentionCache:
         """Return the cache of `forward(x)` from queries, keys and values: no product with a base weight."""
-        caches = [linear.cache_of(x, key) for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        cache_q, cache_k, cache_v = (p.cache_of(x, key) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed, mix = F.attention_from_scaled(kept.q, kept.k, kept.v, segments)
-        return AttentionCache(rope, *caches, mix, self.o_proj.cache_of(mixed.reshape(*x.shape[:2], -1), key))
+        cache_o = self.o_proj.cache_of(mixed.reshape(*x.shape[:2], -1), key)
+        return AttentionCache(rope, cache_q, cache_k, cache_v, mix, cache_o)
 
     def backward(self, dy: Array, cache: AttentionCache, grads: Gradients, need_dx: bool = True) -> Any:
         """Return dx (B, T, C) for dy (B, T, C)."""
@@ -187,16 +189,16 @@ class MLP:
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, MLPCache]:
         """Map x (B, T, C) to y (B, T, C), through (B, T, F)."""
-        hidden, caches = self._hidden(x, key)
+        hidden, (gate, up, activation) = self._hidden(x, key)
         y, cache_down = self.down_proj.forward(hidden, key)
-        return y, MLPCache(*caches, cache_down)
+        return y, MLPCache(gate, up, activation, cache_down)
 
     def cache_of(self, x: Array, key: Key = None) -> MLPCache:
         """Return the cache of `forward` without its last product."""
-        hidden, caches = self._hidden(x, key)
-        return MLPCache(*caches, self.down_proj.cache_of(hidden, key))
+        hidden, (gate, up, activation) = self._hidden(x, key)
+        return MLPCache(gate, up, activation, self.down_proj.cache_of(hidden, key))
 
-    def _hidden(self, x: Array, key: Key) -> tuple[Array, Cache]:
+    def _hidden(self, x: Array, key: Key) -> tuple[Array, Caches3]:
         up, cache_up = self.up_proj.forward(x, key)
         if self.gate_proj is None:
             hidden, cache_act = F.gelu_forward(up)

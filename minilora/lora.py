@@ -20,8 +20,8 @@ import numpy as np
 from minilora import kernels as F  # the functions of minilora.functional, compiled for float32
 from minilora.adapter import Adapter
 from minilora.config import LoraConfig, require
-from minilora.layers import Array, Key, Linear
-from minilora.parameters import Gradients, Parameter
+from minilora.layers import Key, Linear
+from minilora.parameters import Array, Gradients, Parameter
 
 
 class LoraCache(NamedTuple):
@@ -37,10 +37,14 @@ class LoraLinear(Adapter):
 
     Parameters
     ----------
-    base : the frozen Linear, dense or quantized
-    config : rank, scaling, dropout and start of A and B
-    rng : draws A; B starts at zero
-    pool : inputs that are summed before they reach A; the group size of an affine base for QA-LoRA
+    base : Linear
+        Frozen, dense or quantized.
+    config : LoraConfig
+        Rank, scaling, dropout and start of A and B.
+    rng : numpy.random.Generator
+        Draws A; B starts at zero.
+    pool : int
+        Inputs that are summed before they reach A; for QA-LoRA the group size of the affine base.
 
     Raises
     ------

@@ -13,8 +13,8 @@ import numpy as np
 
 from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
-from minilora.layers import Array, Linear
-from minilora.parameters import DenseWeight, Parameter, Weight
+from minilora.layers import Linear
+from minilora.parameters import Array, DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
 from minilora.quant.weights import quantize_weight

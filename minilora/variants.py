@@ -15,9 +15,9 @@ import numpy as np
 from minilora import kernels as F
 from minilora.adapter import Adapter
 from minilora.config import ConfigError, LoraConfig, QuantConfig, require
-from minilora.layers import Array, Key, Linear
+from minilora.layers import Key, Linear
 from minilora.lora import LoraCache, LoraLinear
-from minilora.parameters import DenseWeight, Gradients, Parameter, Weight
+from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 from minilora.quant.weights import quantize_weight
 
 # --- DoRA --------------------------------------------------------------------------------------------------

@@ -280,7 +280,7 @@ def test_growth_is_told_apart_from_what_must_grow() -> None:
 
 
 MICRO_GRID = [
-    grid.Run(method, r, 1e-2, 0, size="micro", steps=3) for method in ("lora", "qlora") for r in (2, 4)
+    workload.Run(method, r, 1e-2, 0, size="micro", steps=3) for method in ("lora", "qlora") for r in (2, 4)
 ]
 
 

@@ -17,11 +17,14 @@ from minilora.decoding.kv_cache import KVCache
 from minilora.decoding.token_decoder import Decoder
 from minilora.generation import decode, generate, prefill, stream
 from minilora.injection import inject_lora
-from minilora.kernels import block_vectors as blocks_simd
+from minilora.kernels import block_vectors, plain
+from minilora.kernels import decode as decode_kernels
 from minilora.layers import Linear
 from minilora.quant.blocks import BlockWeight
 
-pytestmark = pytest.mark.skipif(not blocks_simd.available(), reason="this processor lacks AVX2, FMA or F16C")
+pytestmark = pytest.mark.skipif(
+    not block_vectors.available(), reason="this processor lacks AVX2, FMA or F16C"
+)
 
 CONFIG = replace(
     GQA,
@@ -148,7 +151,9 @@ def test_what_does_not_fit_takes_the_plain_path(monkeypatch):
         model.map_linears(to_float64),
     ):
         assert not Decoder.fits(other)
-    monkeypatch.setattr(blocks_simd, "available", lambda: False)
+    with plain():
+        assert not Decoder.fits(model)
+    monkeypatch.setattr(block_vectors, "available", lambda: False)
     assert not Decoder.fits(model)
 
 
@@ -174,14 +179,14 @@ def test_an_interrupted_step_leaves_nobody_waiting(monkeypatch):
     model = block_model()
     decoder = decoder_of(model, stored(model, [1, 2]), 2)
     decoder.step(3, 2)
-    kernel = decoding.decode_token
+    kernel = decode_kernels.decode_token
 
     def interrupted(*arguments):
         if arguments[-3] == 0:  # the first thread never comes to a barrier
             raise KeyboardInterrupt
         kernel(*arguments)
 
-    monkeypatch.setattr(decoding, "decode_token", interrupted)
+    monkeypatch.setattr(decode_kernels, "decode_token", interrupted)
     with pytest.raises(KeyboardInterrupt):
         decoder.step(3, 3)
     decoder.close()  # would wait for ever
@@ -196,37 +201,28 @@ def test_the_faster_way_is_kept_until_it_is_tried_again(slow, monkeypatch):
         if arguments[-3] == 0:
             crews.append(arguments[-2])
             first = (
-                len(crews) % decoding.PERIOD == 1
+                len(crews) % decoding.TRIAL_PERIOD == 1
             )  # which may load the compiled code: as if it took very long
             clock[0] += 1000 if first else 3 if (arguments[-2] == 2) == slow else 1
 
-    monkeypatch.setattr(decoding, "decode_token", kernel)
+    monkeypatch.setattr(decode_kernels, "decode_token", kernel)
     monkeypatch.setattr(decoding.time, "perf_counter", lambda: clock[0])
     model = block_model()
     decoder = decoder_of(model, stored(model, [1]), 2)
-    for _ in range(2 * decoding.PERIOD):
+    for _ in range(2 * decoding.TRIAL_PERIOD):
         decoder.step(1, 1)
     decoder.close()
-    assert crews == 2 * ([2] * 4 + [1] * 3 + [1 if slow else 2] * (decoding.PERIOD - 7))
+    assert crews == 2 * ([2] * 4 + [1] * 3 + [1 if slow else 2] * (decoding.TRIAL_PERIOD - 7))
 
 
 def test_a_missing_thread_is_waited_for(monkeypatch):
     model = block_model()
     cache = stored(model, [1, 2])
     one, two = decoder_of(model, cache), decoder_of(model, cache, 2)
-    kernel = decoding.decode_token
-    monkeypatch.setattr(decoding, "decode_token", lambda *a: (time.sleep(0.05 * a[-3]), kernel(*a))[1])
+    kernel = decode_kernels.decode_token
+    monkeypatch.setattr(decode_kernels, "decode_token", lambda *a: (time.sleep(0.05 * a[-3]), kernel(*a))[1])
     assert np.array_equal(two.step(3, 2), one.step(3, 2))
     two.close()
-
-
-def test_exp_is_right_to_two_units_in_the_last_place():
-    x = np.concatenate([np.linspace(-87, 88, 20001), [0.0, -0.0, 1e-30, -1e-8]]).astype(np.float32)
-    found = np.array([decoding._exp(v) for v in x])
-    exact = np.exp(x.astype(np.float64))
-    assert (np.abs(found - exact) <= 2 * np.spacing(exact.astype(np.float32))).all()
-    assert decoding._exp(np.float32(0)) == 1 and np.isnan(decoding._exp(np.float32(np.nan)))
-    assert decoding._exp(np.float32(-np.inf)) < 1e-37 and 1e38 < decoding._exp(np.float32(np.inf)) < np.inf
 
 
 def test_nan_stays_nan():

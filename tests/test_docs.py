@@ -12,6 +12,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from slow_tests import SLOW
 
 import minilora
 from minilora import cli
@@ -206,3 +207,9 @@ def test_one_version_one_date_one_list_of_papers():
     assert f"\nversion: {minilora.__version__}\n" in citation
     assert f"## {minilora.__version__} ({date})\n" in TEXT["CHANGELOG.md"]
     assert sorted(project["urls"].values()) == sorted(re.findall(r'url: "(.*?)"', citation))
+
+
+def test_long_campaigns_are_tests_that_exist():
+    for start in SLOW:
+        file, name = start.split("[")[0].split("::")
+        assert f"def {name}" in (ROOT / "tests" / file).read_text(encoding="utf-8"), start

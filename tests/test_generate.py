@@ -8,8 +8,8 @@ import pytest
 from helpers import GQA, assert_close, close_rtol, fill_adapters, make_model
 
 from minilora import functional as F
+from minilora import generation
 from minilora.config import LoraConfig, QuantConfig
-from minilora.decoding import generation
 from minilora.decoding import plan as decoding_plan
 from minilora.decoding.kv_cache import KVCache
 from minilora.decoding.sampling import sample

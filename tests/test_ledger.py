@@ -13,16 +13,17 @@ import numpy as np
 import pytest
 from helpers import CONFIGS, make_model, random_batch
 
+from minilora.adapter import Adapter
 from minilora.building import init_model
 from minilora.config import LoraConfig, ModelConfig, QuantConfig, TrainConfig
 from minilora.data.tasks import Batch
-from minilora.injection import full, inject_lora, subset
-from minilora.layers import Linear
+from minilora.injection import full, inject, inject_lora, subset
 from minilora.memory import arrays_in, measure, peak_bytes
 from minilora.memory.counting import buffer_of
 from minilora.memory.entries import Entry, held_entries, kept_entries
 from minilora.memory.ledger import HELD, PASSING
 from minilora.memory.reasons import kept_by_linear, kept_by_model
+from minilora.parameters import Parameter
 from minilora.quant.codebooks import dynamic_map
 from minilora.quant.model import quantize_model
 from minilora.quant.packed import _scratch
@@ -55,6 +56,41 @@ def adapted(config=SMALL, quant=None, r=2, dtype=np.float32, **options):
     return inject_lora(model, LoraConfig(r=r, **options), np.random.default_rng(0))
 
 
+def with_frozen(model, ending):
+    """Freeze one factor of every adapter."""
+    for p in model.trainable():
+        if p.name.endswith(ending):
+            p.trainable = False
+    return model
+
+
+def with_scale_adapters():
+    return inject(dense(), ScaleLinear, ("q_proj", "down_proj"))
+
+
+class ScaleLinear(Adapter):
+    """y = base(x) · scale, a trained number for each output; an adapter that the package does not know."""
+
+    def __init__(self, base):
+        super().__init__(base)
+        self.table = np.ones((3, base.shape[1]), np.float32)  # a constant of its own
+        self.scale = Parameter(f"{base.name}.scale", np.ones(base.shape[0], np.float32), trainable=True)
+
+    def trained(self):
+        return [self.scale]
+
+    def forward(self, x, key=None):
+        z = self.base.weight.matmul(x)
+        return z * self.scale.data, (z,)
+
+    def backward(self, dy, cache, grads, need_dx=True, onto=None):
+        grads.add(self.scale, (dy * cache[0]).reshape(-1, dy.shape[-1]).sum(axis=0))
+        return self.base.weight.matmul_t(dy * self.scale.data, onto=onto) if need_dx else None
+
+    def delta(self):
+        return (self.scale.data - 1.0)[:, None] * self.base.weight.dense()
+
+
 MODELS = {
     "full": lambda: full(dense()),
     "full, tied": lambda: full(dense(TIED)),
@@ -70,6 +106,9 @@ MODELS = {
     "dropout": lambda: adapted(lora_dropout=0.25),
     "dora": lambda: adapted(use_dora=True),
     "dora and dropout, two-matrix MLP": lambda: adapted(GELU, use_dora=True, lora_dropout=0.25),
+    "lora, A frozen": lambda: with_frozen(adapted(), "lora_A.weight"),
+    "dora, B frozen": lambda: with_frozen(adapted(use_dora=True), "lora_B.weight"),
+    "an adapter of one's own": with_scale_adapters,
     "qlora": lambda: adapted(TIED, QuantConfig("nf4")),
     "qlora, dora": lambda: adapted(quant=QuantConfig("nf3", double_quant=False), use_dora=True),
     "qalora": lambda: adapted(quant=QuantConfig("int4", group_size=16), use_qalora=True),
@@ -131,11 +170,13 @@ def by_hand(model, optimizer):
     for norm in (*norms, model.norm):
         add("weights", norm.weight.data)
     for linear in [x for b in model.blocks for _, _, x in b.linears()] + [model.head]:
-        if not isinstance(linear, Linear):
-            for parameter in linear.trained():
-                add("adapters", parameter.data)
-        if isinstance(linear, DoraLinear):
-            add("adapters", linear.row_squares)
+        if isinstance(linear, Adapter):
+            for p in linear.trained():
+                add("adapters", p.data)
+            if isinstance(linear, DoraLinear):
+                add("adapters", linear.row_squares)
+            if isinstance(linear, ScaleLinear):
+                add("adapters", linear.table)
         add_weight(linear.base.weight)
     for array in optimizer.state().values():
         add("optimizer", array)
@@ -200,6 +241,34 @@ def test_code_maps_are_held_once_for_all_weights_and_8_bit_states():
     assert maps(QuantConfig("nf4"), "adamw") == 4 * 16 + 4 * 256
     assert maps(QuantConfig("nf4"), "adamw_8bit") == 4 * 16 + 2 * 4 * 256
     assert maps(QuantConfig("int4"), "adamw_8bit") == 2 * 4 * 256
+
+
+def test_a_frozen_factor_is_held_without_gradient_or_state():
+    """B trains, A does not: A's bytes stay, its gradient and its two moments are gone."""
+    batch, settings = batch_of(), TrainConfig(batch_size=2, shards=1)
+    both = measure(adapted(), batch, settings, run=False)
+    model = with_frozen(adapted(), "lora_A.weight")
+    b_alone = measure(model, batch, settings, run=False)
+    a = sum(p.data.nbytes for p in model.parameters() if p.name.endswith("lora_A.weight"))
+    assert b_alone.by_kind()["adapters"] == both.by_kind()["adapters"]
+    assert both.by_kind()["optimizer"] - b_alone.by_kind()["optimizer"] == 2 * a
+    assert both.gradients - b_alone.gradients == a
+    assert (both.trainable - b_alone.trainable) * 4 == a and both.parameters == b_alone.parameters
+    states = {e.what for e in held_entries(model, make_optimizer(model.trainable(), settings).state())}
+    assert {"m", "v"} <= states
+    layers = [e for e in b_alone.entries if e.kind == "optimizer"]
+    assert layers and all(e.layer.endswith("_proj") for e in layers)
+
+
+def test_an_adapter_of_ones_own_is_named_by_layer_and_field():
+    model = with_scale_adapters()
+    entries = [e for e in held_entries(model) if e.kind == "adapters"]
+    assert {e.what for e in entries} == {"scale", "table"}
+    assert {e.layer.rsplit(".", 1)[1] for e in entries} == {"q_proj", "down_proj"}
+    ledger = measure(model, batch_of(), TrainConfig(batch_size=2, shards=1), run=False)
+    assert "q_proj: kept by ScaleLinear" in str(ledger)
+    gradients = {(e.layer, e.what) for e in ledger.entries if e.kind == "gradients"}
+    assert ("layers.0.self_attn.q_proj", "of scale") in gradients
 
 
 # ---- what the forward pass keeps, and why

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from helpers import GQA, FakeTask, assert_close, close_rtol, digest, fill_adapters, make_model, random_batch
 
-import minilora.training.loss
+import minilora.training.evaluation
 from minilora.config import LoraConfig, TrainConfig
 from minilora.data.tasks import Batch
 from minilora.formats.files import FileError

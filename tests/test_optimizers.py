@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import os
 import tracemalloc
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +18,7 @@ from helpers import GQA, FakeTask, digest, make_model
 from minilora.config import OPTIMIZERS, ConfigError, TrainConfig
 from minilora.formats.files import FileError
 from minilora.injection import full
+from minilora.kernels import plain
 from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
 from minilora.quant.weights import dynamic_decode, dynamic_encode
@@ -44,7 +46,7 @@ def parameters_of(shapes, dtype=np.float32, seed=0):
 
 def gradients_of(parameters, step):
     rng, grads = np.random.default_rng([step, 7]), Gradients(parameters)
-    for p in parameters:
+    for p in grads:
         grads[p][...] = rng.standard_normal(p.data.shape) * 10.0 ** rng.uniform(-4, 0, p.data.shape)
     return grads
 
@@ -98,6 +100,57 @@ def test_pieces_give_what_whole_arrays_give(dtype, decay, layout, shape):
                 np.abs(optimizer.state()[name] - expected).max()
                 <= 9 * np.finfo(dtype).eps * np.abs(expected).max()
             )
+
+
+# --- both ways: the six lines and the kernel ----------------------------------------------------------------
+
+STEPS, SIZE = 50, 5000
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ["adamw", "paged_adamw", "sgd"])
+def test_plain_and_compiled_agree_to_rounding(name, dtype, tmp_path):
+    config = TrainConfig(optimizer=name, momentum=0.9, weight_decay=0.1, lora_plus_ratio=2)
+    found = []
+    for switch in (plain, nullcontext):
+        parameters = parameters_of([(SIZE,), (50, 7)], dtype)
+        with switch():
+            optimizer = make_optimizer(parameters, config, tmp_path)
+            run(optimizer, parameters, steps=STEPS)
+        found.append([*(p.data for p in parameters), *optimizer.state().values()])
+    # a step rounds p and each mean up to ten times, and all errors may add up
+    rtol = 10 * STEPS * np.finfo(dtype).eps
+    for a, b in zip(*found, strict=True):
+        assert np.abs(a - b).max() <= rtol * np.abs(a).max()
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_plain_and_compiled_8_bit_states_agree_but_for_ties(name, tmp_path):
+    """Where rounding tips a value over to the next code, the moment moves by one step of the map."""
+    config, found = TrainConfig(optimizer=name, weight_decay=0.1), []
+    for switch in (plain, nullcontext):
+        parameters = parameters_of([(SIZE,)])
+        with switch():
+            optimizer = make_optimizer(parameters, config, tmp_path)
+            run(optimizer, parameters, steps=STEPS)
+        found.append((parameters[0].data, optimizer.state()))
+    (p, state), (q, again) = found
+    same = np.abs(p - q) <= 10 * STEPS * np.finfo(np.float32).eps * np.abs(p).max()
+    assert same.mean() > 0.99
+    for kind in "mv":
+        codes, others = (s[f"{kind}.w0.lora_A.weight"].astype(int) for s in (state, again))
+        assert np.abs(codes - others).max() <= 1 and (codes != others).mean() < 0.01
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_frozen_parameter_has_no_state_and_does_not_move(name):
+    parameters = parameters_of([(4096,), (4096,)])
+    parameters[0].trainable = False
+    before = parameters[0].data.copy()
+    optimizer = make_optimizer(parameters, TrainConfig(optimizer=name, momentum=0.9))
+    run(optimizer, parameters, steps=2)
+    assert optimizer.parameters == parameters[1:] and (parameters[0].data == before).all()
+    assert all(key.endswith(parameters[1].name) for key in optimizer.state())
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])

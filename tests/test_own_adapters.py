@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ RNG = np.random.default_rng
 
 def _examples():
     spec = importlib.util.spec_from_file_location("own_adapters", ROOT / "docs" / "own_adapters.py")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules["own_adapters"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
@@ -122,9 +123,23 @@ def test_it_trains_merges_and_is_counted(name, quant):
     assert len(errors) == len(adapters(model)) == 6
 
 
-@every_adapter
-def test_it_trains_on_real_data_and_is_swept(name, tmp_path):
-    pytest.importorskip("minilora.sweep.runner")
+def test_it_is_swept_and_its_rows_are_kept(tmp_path):
+    runs = [own.VeraRun(r, steps=12, n_eval=20) for r in (4, 16)]
+    rows = minilora.run_sweep(runs, tmp_path, run=own.run_vera, progress=False)
+    assert [(row["status"], row["method"], row["r"]) for row in rows] == [
+        ("success", "vera", r) for r in (4, 16)
+    ]
+    layers = 4 * (4 * 128 + 2 * 512 + 128)  # the outputs of seven projections in four blocks
+    assert [row["trainable_params"] for row in rows] == [layers + 28 * r for r in (4, 16)]
+    # merging W + ΔW in float32 rounds each weight once, and the loss moves by as little
+    assert all(row["deployed_loss"] == pytest.approx(row["loss"], rel=1e-4) for row in rows)
+    again = minilora.run_sweep(runs, tmp_path, run=lambda config, folder: 1 / 0, progress=False)
+    assert again == rows  # nothing is done twice
+
+
+def test_vera_learns_the_task():
+    before = own.run_vera(own.VeraRun(64, steps=1, n_eval=20))["loss"]
+    assert own.run_vera(own.VeraRun(64, steps=40, n_eval=20))["loss"] < 0.9 * before
 
 
 def test_a_checkpoint_of_training_resumes_to_the_same_bytes(tmp_path):

@@ -221,7 +221,9 @@ from minilora.data.tasks import make_task
 from minilora.quant import BlockWeight
 
 config = ModelConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1)
-base, task = minilora.init_model(config, np.random.default_rng(0), trainable=False), make_task("products", n_train=40, n_eval=10)
+base, task = minilora.init_model(config, np.random.default_rng(0), trainable=False), make_task(
+    "products", n_train=40, n_eval=10
+)
 models = [minilora.full(base)]
 for kind, pooled in ((None, False), ("nf4", False), ("fp4", False), ("int3", True)):
     stored = base if kind is None else minilora.quantize_model(base, QuantConfig(kind))

@@ -147,6 +147,8 @@ def test_the_parts_of_a_run_are_what_python_users_write():
     assert config.training().warmup_steps == 5 and config.training().learning_rate == 1e-2
     assert config.adapter().use_qalora is False and config.changed(method="qalora").adapter().use_qalora
     assert RunConfig.of(rank_pattern="q_proj=2,up_proj=4").lora.rank_pattern == {"q_proj": 2, "up_proj": 4}
+    hqq = RunConfig.of(method="qalora", quantizer="hqq")
+    assert hqq.storage().fit == "hqq" and hqq.changed(quantizer="rtn").storage().fit == "minmax"
     assert RunConfig.of(rank_pattern="q_proj=2").row()["rank_pattern"] == "q_proj=2"
 
 

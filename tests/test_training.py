@@ -35,9 +35,10 @@ from minilora.threads import Workers, available_threads, single_blas
 from minilora.training.evaluation import evaluate
 from minilora.training.loss import loss_and_grads, shard_loss
 from minilora.training.nonfinite import NonFiniteError, nonfinite_in_forward
-from minilora.training.optimizers import SGD, AdamW, clip_, make_optimizer
+from minilora.training.optimizers import AdamW, clip_, make_optimizer
 from minilora.training.resume import CHECKPOINT
 from minilora.training.schedule import batch_indices, learning_rate
+from minilora.training.sgd import SGD
 from minilora.training.shards import split_batch
 from minilora.training.trainer import Trainer
 
@@ -648,6 +649,25 @@ def test_a_checkpoint_of_other_data_is_refused(checkpoint):
 )
 def test_a_checkpoint_of_another_model_is_refused(checkpoint, make):
     refused(checkpoint, "arrays do not fit", Trainer(make(), FakeTask(), QUICK, threads=1))
+
+
+def test_a_checkpoint_holds_only_what_trains_and_says_what_does_not_fit(tmp_path):
+    def trainer(*frozen):
+        model = fill_adapters(lora_model())
+        for p in model.trainable():
+            p.trainable = not p.name.endswith(frozen)
+        return Trainer(model, FakeTask(), QUICK, threads=1)
+
+    path = tmp_path / "b.safetensors"
+    b_alone = trainer("lora_A.weight")
+    b_alone.train()
+    b_alone.save(path)
+    assert not any("lora_A" in name for name in read_tensors(path)[0])
+    again = trainer("lora_A.weight")
+    again.load(path)
+    assert trained(again.model) == trained(b_alone.model)
+    refused(path, "lora_A.weight trains here and is not in the file", trainer())
+    refused(path, "lora_B.weight is in the file and does not train here", trainer("lora_B.weight"))
 
 
 # --- NaN and infinity ---------------------------------------------------------------------------------------

@@ -150,8 +150,9 @@ def round_base_offsets(model: Transformer) -> Transformer:
     def change(linear: Any) -> Any:
         if not isinstance(linear, Adapter):
             return linear
-        changed = copy.copy(linear)
-        changed.base = Linear(linear.name, linear.base.weight.stored("zero")[0])
+        changed, weight = copy.copy(linear), linear.base.weight
+        if isinstance(weight, AffineWeight):
+            changed.base = Linear(linear.name, weight.stored("zero")[0])
         return changed
 
     return model.map_linears(change)

@@ -25,8 +25,8 @@ from minilora.config import QuantConfig, require
 from minilora.data.tasks import Batch, Task, make_task
 from minilora.formats.checkpoint import load_base, sha256
 from minilora.formats.files import writable_folder, write_file
-from minilora.layers import Array
 from minilora.memory import effective_bits
+from minilora.parameters import Array
 from minilora.quant.model import find_linear, input_hessian, quantize_model
 from minilora.report.quantization_tables import (
     format_model_losses,
@@ -154,12 +154,7 @@ def model_table(
         counts.tolist(),
         "each needs a target that counts",
     )
-    plain = {
-        config: replace(
-            config, quantizer="rtn", fit="minmax", desc_act=False, static_groups=False, damp_percent=0.01
-        )
-        for config in configs
-    }
+    plain = {config: _plain_rounding(config) for config in configs}
     jobs = [
         (config, seed)
         for config in dict.fromkeys([*configs, *plain.values()])
@@ -211,6 +206,12 @@ def model_table(
             row["verdict"] = _verdict(row)
         rows.append(row | common | {"seconds": sum(run[2] for run in runs)})
     return rows
+
+
+def _plain_rounding(config: QuantConfig) -> QuantConfig:
+    """Return the configuration of the same storage that rounds to the nearest code."""
+    without_gptq = replace(config, desc_act=False, static_groups=False, damp_percent=0.01)
+    return replace(without_gptq, quantizer="rtn", fit="minmax")
 
 
 def paired_over_batches(differences: Array, counts: Array) -> Interval:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from minilora.config import ADAPTERS, AFFINE_TYPES, QUANTIZERS, TINY, ConfigError, QuantConfig, require
 from minilora.formats.files import writable_folder, write_file
-from minilora.sweep.settings import RunConfig
+from minilora.sweep.settings import RunConfig, rounded_to_nearest
 
 if TYPE_CHECKING:
     from minilora.cli.options import Generate, Merge, Quantize
@@ -170,17 +170,16 @@ def _check_merge_options(command: Merge, how: str) -> None:
 
 def _merged_storage(command: Merge, config: RunConfig, how: str) -> QuantConfig:
     """Return what to re-quantize to: the run's own storage, unless the command says otherwise."""
-    own = config.storage()
-    quantizer = "rtn" if command.quant_type else own.quantizer
-    offsets = command.offsets if how == "requantize" else None
-    return QuantConfig(
-        command.quant_type or own.quant_type,
-        own.block_size,
-        own.double_quant,
-        own.group_size,
-        command.quantizer or quantizer,
-        offset_dtype=offsets or "float16",
-    )
+    quant = config.storage()
+    if command.quant_type is not None:
+        quant = QuantConfig(command.quant_type, quant.block_size, quant.double_quant, quant.group_size)
+    if command.quantizer not in (None, quant.quantizer):
+        nearest = rounded_to_nearest(quant)
+        fit = "minmax" if command.quantizer == "hqq" else nearest.fit
+        quant = replace(nearest, fit=fit, quantizer=command.quantizer)
+    if how == "requantize" and command.offsets is not None:
+        quant = replace(quant, offset_dtype=command.offsets)
+    return quant
 
 
 def _compare_merges(folder: Path, config: RunConfig, model: Any, quant: QuantConfig) -> int:
@@ -329,7 +328,8 @@ def _show_weight(command: Quantize, linear: Any, configs: list[QuantConfig], hes
 
     from minilora.claims.quantization_study import weight_configs
     from minilora.report.quantization_plots import write_weight_figures
-    from minilora.sweep.weight_errors import print_weight_table, weight_errors
+    from minilora.report.quantization_tables import format_weight_errors
+    from minilora.sweep.weight_errors import weight_errors
 
     w = linear.weight.dense()
 
@@ -338,7 +338,7 @@ def _show_weight(command: Quantize, linear: Any, configs: list[QuantConfig], hes
         return [row for config in steps for row in weight_errors(w, [config], hessian)]
 
     rows = errors(configs, "quantizing")
-    table = print_weight_table(rows)
+    table = format_weight_errors(rows)
     print(f"{linear.name} {linear.shape[0]} × {linear.shape[1]}\n{table}")
     write_file(Path(command.out) / "weight.md", f"{linear.name}\n\n{table}\n")
     grid = [config for config in weight_configs(w.shape[1]) if config.quantizer in command.quantizer]

@@ -1,1 +1,1 @@
-"""What generation needs besides the model: key/value cache, sampling, checks, sharing of work, a compiled token."""
+"""What generation needs besides the model: key/value cache, sampling, checks, a compiled token."""

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 
 from minilora.functional import softmax
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.transformer import Transformer
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from minilora.decoding.kv_cache import KVCache
 from minilora.kernels import is_plain
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.threads import Workers
 from minilora.transformer import Transformer
 

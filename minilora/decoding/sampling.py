@@ -7,7 +7,7 @@ from typing import TypedDict
 import numpy as np
 
 from minilora.functional import softmax
-from minilora.layers import Array
+from minilora.parameters import Array
 
 
 class Sampling(TypedDict, total=False):

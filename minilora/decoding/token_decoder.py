@@ -1,9 +1,9 @@
-"""One token of one sequence through a model of GGUF blocks, in one compiled function that threads run together.
+"""One token of one sequence through a model of GGUF blocks, in one compiled function run by all threads.
 
-From Python a token takes some two thousand small operations, which cost more than the products themselves. Here
-each thread computes its own rows of every product and its own heads of attention. All threads meet at a barrier
-before anybody reads what others wrote. A row is computed in the same way whoever does it, so results are the same
-bytes for any number of threads.
+From Python a token takes some two thousand small operations, which cost more than the products themselves.
+Here each thread computes its own rows of every product and its own heads of attention. All threads meet at a
+barrier before anybody reads what others wrote. A row is computed in the same way whoever does it, so results
+are the same bytes for any number of threads.
 
 The plain path is `generation.decode`, which this must equal up to rounding. It does everything else: several
 sequences, other weights, DoRA, processors without AVX2.
@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels import barrier, block_vectors
-from minilora.kernels.decode import decode_token
-from minilora.layers import Array, Linear
+from minilora.kernels import is_plain, load
+from minilora.layers import Linear
 from minilora.lora import LoraLinear
+from minilora.parameters import Array
 from minilora.quant.blocks import BLOCK_BYTES, BlockWeight
 from minilora.threads import available_threads
 from minilora.transformer import Transformer
@@ -35,8 +35,8 @@ TRIAL_PERIOD = 100
 class Decoder:
     """The compiled way of a single sequence, for a model that `Decoder.fits`.
 
-    A second thread helps on idle cores and hinders on busy ones. So `step` tries both now and then, and keeps the
-    faster.
+    A second thread helps on idle cores and hinders on busy ones. So `step` tries both now and then, and keeps
+    the faster.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class Decoder:
 
     def __init__(self, model: Transformer, keys: Array, values: Array, threads: int | None = None):
         self.model, self.keys, self.values = model, keys, values
-        self.threads = min(threads or available_threads(), MAX_THREADS) if barrier.available else 1
+        self.threads = min(threads or available_threads(), MAX_THREADS)
         self._adapters: list[Array] = []  # keeps alive what the tables point to
         self._table = np.array(
             [[self._entry(linear) for _, _, linear in block.linears()] for block in model.blocks], np.int64
@@ -69,19 +69,20 @@ class Decoder:
     def fits(model: Transformer) -> bool:
         """Return whether a model can be decoded here.
 
-        All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have AVX2.
+        All matrices must be GGUF blocks, perhaps with LoRA or QA-LoRA, the MLP SwiGLU, and the processor have
+        AVX2.
         """
+        if is_plain() or not (load("block_vectors").available() and load("barrier").available):
+            return False
         return (
-            block_vectors.available()
-            and barrier.available
-            and model.embedding.weight.dtype == np.float32
+            model.embedding.weight.dtype == np.float32
             and all(_fits(linear) for _, linear in model.linears())
             and all(block.mlp.gate_proj is not None for block in model.blocks)
         )
 
     def _entry(self, linear: Any) -> tuple[int, ...]:
-        """Return a row of the tables: address of blocks, bytes per block, rows, r, group, addresses of A and s·B."""
-        base = linear.base if isinstance(linear, LoraLinear) else linear
+        """Return (address of blocks, bytes per block, rows, r, group, addresses of A and s·B) of a linear."""
+        base: Any = linear.base
         found = (base.weight.blocks.ctypes.data, BLOCK_BYTES[base.weight.quant_type], base.shape[0])
         if base is linear:
             return (*found, 0, 1, 0, 0)
@@ -99,7 +100,7 @@ class Decoder:
         x = np.array(self.model.embedding.forward(np.array([token]))[0][0], np.float32)
         cos, sin = (table[0] for table in self.model.rope(np.array([position])))
         logits = np.empty((1, c.vocab_size), np.float32)
-        arguments = (
+        arguments: Any = (
             x,
             self._table,
             self._head,
@@ -115,6 +116,7 @@ class Decoder:
             self._shared,
             logits,
         )
+        decode_token: Any = load("decode").decode_token
         began, together = time.perf_counter(), self._together()
         threads = self.threads if together else 1
         self._sync[:] = 0
@@ -122,12 +124,12 @@ class Decoder:
         try:
             for thread in range(1, threads):
                 if self._pool is not None:
-                    others.append(self._pool.submit(decode_token, *arguments, thread, threads, self._sync))
+                    submit: Any = self._pool.submit
+                    others.append(submit(decode_token, *arguments, thread, threads, self._sync))
             decode_token(*arguments, 0, threads, self._sync)
         finally:
-            self._sync[1] = (
-                1  # if this thread was interrupted before it began, the others must not wait for it
-            )
+            # if this thread was interrupted before it began, the others must not wait for it
+            self._sync[1] = 1
             for other in others:
                 other.result()
         if (self._steps - 1) % TRIAL_PERIOD:  # the first token does not count: it may load the compiled code
@@ -137,7 +139,8 @@ class Decoder:
     def _together(self) -> bool:
         """Return whether the threads share this token.
 
-        In each `TRIAL_PERIOD`, three timed tokens of all threads and three of one decide how the rest are run.
+        In each `TRIAL_PERIOD`, three timed tokens of all threads and three of one decide how the rest are
+        run.
         """
         turn = self._steps % TRIAL_PERIOD
         self._steps += 1
@@ -154,6 +157,6 @@ class Decoder:
 
 
 def _fits(linear: Any) -> bool:
-    """Return whether a linear, perhaps adapted but not by DoRA, stores GGUF blocks."""
-    base = linear.base if isinstance(linear, LoraLinear) else linear
-    return type(base) is Linear and isinstance(base.weight, BlockWeight)
+    """Return whether a linear, perhaps adapted by LoRA or QA-LoRA, stores GGUF blocks."""
+    known = type(linear) in (Linear, LoraLinear) and type(linear.base) is Linear
+    return known and isinstance(linear.base.weight, BlockWeight)

@@ -1,12 +1,12 @@
 """Causal attention head by head: scores exist for QUERIES rows at a time, and only up to the diagonal.
 
-    forward    S = q kᵀ / √D,  P = exp(S − top) / total with top = max S and total = Σ exp(S − top) kept,  y = P v
+    forward    S = q kᵀ / √D,  P = exp(S − top) / total,  y = P v;  kept: top = max S, total = Σ exp(S − top)
     backward   P again;  dv = Pᵀ dy,  dP = dy vᵀ,  dS = P (dP − Σ P dP) / √D,  dq = dS k,  dk = dSᵀ q
 
-as in FlashAttention (arXiv 2205.14135), but with whole rows of scores, which fit into the cache. All arrays are
-flat float32: q, y and their gradients (B, T, H, D), k and v (B, T, K, D), tops and totals (B, H, T). `segments` is
-(B·T,) int64 or empty. `scratch` holds an edge (see `multiply_panel`), panels of keys and values, and blocks of
-scores. tests/test_compiled_math.py compares with `functional` in float64.
+as in FlashAttention (arXiv 2205.14135), but with whole rows of scores, which fit into the cache. All arrays
+are flat float32: q, y and their gradients (B, T, H, D), k and v (B, T, K, D), tops and totals (B, H, T).
+`segments` is (B·T,) int64 or empty. `scratch` holds an edge (see `multiply_panel`), panels of keys and
+values, and blocks of scores. tests/test_compiled_math.py compares with `functional` in float64.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def times_values(
     at: int,
     row: int,
 ) -> None:
-    """Write y_i = Σ_j P[i, j] v_j for m queries from `first` on; P begins at scratch[p], `deep` values are packed."""
+    """Write y_i = Σ_j P[i, j] v_j for m queries from `first` on: P is at scratch[p], `deep` keys long."""
     for i in range(0, m, MR_NARROW):
         rows = min(MR_NARROW, m - i)
         left, to, keys = p + i * stride, at + i * row, first + i + rows
@@ -171,7 +171,7 @@ def times_values(
 def times_queries(
     p: int, stride: int, m: int, first: int, queries: int, D: int, scratch: Array, y: Array, at: int, row: int
 ) -> None:
-    """Add y_j += Σ_i P[i, j] q_i for keys up to those of m queries from `first` on, all of which are packed."""
+    """Add y_j += Σ_i P[i, j] q_i for keys up to those of m queries from `first` on, which are packed."""
     for j in range(0, first + m, MR_NARROW):
         above, rows = max(0, j - first), min(MR_NARROW, first + m - j)  # queries before key j
         left, to = p + above * stride + j, at + j * row

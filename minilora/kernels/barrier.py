@@ -1,7 +1,7 @@
 """What threads need inside a compiled function: a barrier, and arrays behind addresses.
 
-A waiting thread spins, since to sleep and to be woken takes longer than most waits here. Now and then it yields
-its core: two threads on one core would otherwise wait for each other's whole time slices.
+A waiting thread spins, since to sleep and to be woken takes longer than most waits here. Now and then it
+yields its core: two threads on one core would otherwise wait for each other's whole time slices.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ SPINS = 2000
 def meet(sync: Array, phase: int, threads: int) -> int:
     """Wait until all threads have come to their meeting number `phase`, and return the number of the next.
 
-    `sync` (2,) int64, zeros at the start, holds how many have arrived in all meetings together, and whether to
-    stop waiting. What a thread wrote before it came is seen by all that have left.
+    `sync` (2,) int64, zeros at the start, holds how many have arrived in all meetings together, and whether
+    to stop waiting. What a thread wrote before it came is seen by all that have left.
     """
     if threads > 1:
         _add(sync, 0, 1)

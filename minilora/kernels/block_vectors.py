@@ -1,18 +1,18 @@
 """The two kernels of `block_codes` in vectors: GGUF's blocks Q4_0, Q4_1 and Q8_0. Read `block_codes` first.
 
-`dequantize_blocks` gives the same bits. `multiply_blocks` never forms a weight: with w = d·q + m, a block's part
-of a product is
+`dequantize_blocks` gives the same bits. `multiply_blocks` never forms a weight: with w = d·q + m, a block's
+part of a product is
 
     Σ w·x  =  d · Σ q·x  +  m · Σ x        (Q4_0: m = -8·d;  Q8_0: m = 0)
 
-Σ x is the same for all rows, and one multiplication by d serves 32 weights. Where d·q and m cancel, digits are
-lost that the sum of w·x would keep. The error is at most (in + 4)·2^-24·Σ (|d·q| + |m|)·|x|. A quantizer uses the
-codes at both ends of a block, so |d·q| + |m| is at most about three times the block's largest |w|.
+Σ x is the same for all rows, and one multiplication by d serves 32 weights. Where d·q and m cancel, digits
+are lost that the sum of w·x would keep. The error is at most (in + 4)·2^-24·Σ (|d·q| + |m|)·|x|. A quantizer
+uses the codes at both ends of a block, so |d·q| + |m| is at most about three times the block's largest |w|.
 
-Codes of four bits are converted where they lie. An int32 holds eight of them: once the others are masked away,
-code n is the number 16^n·q, which float32 holds exactly. The factor 16^-n is in the input, which `order_input`
-arranges in the order of the codes. tests/test_blocks.py and tests/test_kernels.py compare with `block_codes` and
-with exact sums.
+Codes of four bits are converted where they lie. An int32 holds eight of them: once the others are masked
+away, code n is the number 16^n·q, which float32 holds exactly. The factor 16^-n is in the input, which
+`order_input` arranges in the order of the codes. tests/test_blocks.py and tests/test_kernels.py compare with
+`block_codes` and with exact sums.
 """
 
 from __future__ import annotations
@@ -123,7 +123,8 @@ def multiply_rows(
 ) -> None:
     """Write out[r] = Σ_c W[r, c]·x[c] for rows r = first … last - 1.
 
-    x and block_sums are what `order_input` writes; for Q8_0 x is in its own order, and block_sums are not read.
+    x and block_sums are what `order_input` writes; for Q8_0 x is in its own order, and block_sums are not
+    read.
     """
     at = first * block_sums.size * size
     for r in range(first, last):
@@ -140,7 +141,7 @@ def multiply_rows(
 def _multiply_four(
     blocks: Array, size: int, x: Array, block_sums: Array, first: int, last: int, out: Array
 ) -> None:
-    """Do what `multiply_rows` does for four rows of x (4, in), of which out (1 to 4, rows) wants the first."""
+    """Do what `multiply_rows` does for four rows of x (4, in); out (1 to 4, rows) wants the first."""
     width, per_row = x.shape[1], block_sums.shape[1]
     flat, flat_sums = x.reshape(-1), block_sums.reshape(-1)
     at = first * per_row * size
@@ -169,7 +170,7 @@ def _total(sums: Any, size: int) -> Any:
 
 @kernel
 def order_input(x: Array, ordered: Array, block_sums: Array) -> None:
-    """Write x (in,) in the order and without the factors of `_nibbles_in_place`, and the sum of each block."""
+    """Write x (in,) as `_nibbles_in_place` needs it, and the sum of each block."""
     one, two, three = np.float32(2.0**-4), np.float32(2.0**-8), np.float32(2.0**-12)
     for b in range(block_sums.size):
         total = np.float32(0)
@@ -202,7 +203,7 @@ _SUMS = _Sums(f"float32 x {2 * LANES}")
 
 @intrinsic
 def _nibbles(typing: Any, array: Any, at: Any) -> Any:
-    """Return 32 codes of four bits in the order of the weights: low halves of 16 bytes, then high halves."""
+    """Return 32 codes of four bits in the order of the weights: 16 low halves of bytes, then 16 high."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         both = builder.load(pointer(context, builder, signature, arguments, 0, vector(I8, 16)), align=1)
@@ -261,7 +262,7 @@ def _add_block(typing: Any, sums: Any, blocks: Any, at: Any, codes: Any, x: Any,
         parts = [[pick(builder, v, range(k, k + LANES)) for v in (codes, x)] for k in range(0, 32, LANES)]
         product = builder.fmul(*parts[0], flags=KEEP_ORDER)
         for part in parts[1:]:
-            product = multiply_add(builder, *part, product)
+            product = multiply_add(builder, part[0], part[1], product)
         dots, others = (pick(builder, sums, range(k, k + LANES)) for k in (0, LANES))
         dots = multiply_add(builder, product, pick(builder, header, [0] * LANES), dots)
         others = multiply_add(builder, whole, broadcast(builder, total, LANES), others)

@@ -2,10 +2,10 @@
 
 LLVM finds no vector instruction for a table lookup, but processors have them:
 
-* AVX-512's `vpermps` looks up 16 float32 numbers in a table of 16. The table is that of a block: its 16 levels
-  times its scale plus its offset, so that a lookup gives the weight itself.
-* AVX2's `vpshufb` looks up 32 bytes in tables of 16. A level is a float32 of four bytes, so four lookups, their
-  bytes interleaved, give 32 levels.
+* AVX-512's `vpermps` looks up 16 float32 numbers in a table of 16. The table is that of a block: its 16
+  levels times its scale plus its offset, so that a lookup gives the weight itself.
+* AVX2's `vpshufb` looks up 32 bytes in tables of 16. A level is a float32 of four bytes, so four lookups,
+  their bytes interleaved, give 32 levels.
 * AVX2's `vpermilps` looks up float32 numbers in tables of 4, enough for a binary search.
 
 Arguments are those of `codes`, but bits = 4, and widths, starts and block sizes are multiples of 32. Weights,
@@ -70,7 +70,7 @@ NO_OFFSET = np.float32(-0.0)
 
 @kernel
 def quantize_codebook(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
-    """Do what `codes.quantize_codebook` does, for 15 midpoints other than -0, whole blocks and finite weights."""
+    """Do what `codes.quantize_codebook` does for 15 midpoints other than -0, whole blocks, finite weights."""
     tables = _search_tables(midpoints)
     for block in range(absmax.size):
         first = block * block_size
@@ -153,8 +153,8 @@ I16x16, I32x4, I32x8, I32x16 = vector(I16, 16), vector(I32, 4), vector(I32, 8), 
 def _tables(typing: Any, table: Any) -> Any:
     """Return what `_weights` looks up in.
 
-    With AVX-512 it is the 16 levels, twice. With AVX2 it is 128 bytes: the first byte of each level, twice (for
-    two lanes), then the second, third and fourth. `table` is `codes.lookup_table` of 4 bits, where
+    With AVX-512 it is the 16 levels, twice. With AVX2 it is 128 bytes: the first byte of each level, twice
+    (for two lanes), then the second, third and fourth. `table` is `codes.lookup_table` of 4 bits, where
     table[16·code, 0] is the level of a code.
     """
 
@@ -196,7 +196,7 @@ def _lookup16(builder: Any, table: Any, indices: Any) -> Any:
 
 
 def _levels_avx512(builder: Any, packed: Any, table: Any) -> Any:
-    """Return the entries of 32 codes. An int32 holds eight codes; each lane shifts its own to the lowest bits."""
+    """Return the entries of 32 codes: an int32 holds eight, and each lane shifts its own to the right."""
     table, words = pick(builder, table, range(16)), builder.bitcast(packed, I32x4)
     shifts = numbers(I32, 2 * [4, 0, 12, 8, 20, 16, 28, 24])
     a, b = (
@@ -252,9 +252,9 @@ def _interleave(builder: Any, a: Any, b: Any) -> list[Any]:
 def _search_tables(typing: Any, midpoints: Any) -> Any:
     """Return what `_store_ranks` searches in.
 
-    After s steps a value has one of 2^s ranks k, and is compared with the middle of the k-th of 2^s parts of the
-    midpoints. With AVX-512 that is entry 2^s + k of one table. With AVX2 it is entry -k mod 4 of table s of five
-    tables of 4: after three steps there are 8 ranks, and those from 4 on are in the fifth table.
+    After s steps a value has one of 2^s ranks k, and is compared with the middle of the k-th of 2^s parts of
+    the midpoints. With AVX-512 that is entry 2^s + k of one table. With AVX2 it is entry -k mod 4 of table s
+    of five tables of 4: after three steps there are 8 ranks, and those from 4 on are in the fifth table.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -287,7 +287,7 @@ def _store_ranks(typing: Any, values: Any, tables: Any, out: Any, i: Any) -> Any
 
 
 def _ranks_avx512(builder: Any, values: Any, tables: Any) -> Any:
-    """Return 32 ranks as bytes. The sign of middle - value, 1 if the value is above, is the entry's next bit."""
+    """Return 32 ranks as bytes: the sign of middle - value, 1 if the value is above, is the next bit."""
     table, found = pick(builder, tables, range(16)), []
     for k in (0, 16):
         x, entry = pick(builder, values, range(k, k + 16)), numbers(I32, [1] * 16)

@@ -1,7 +1,8 @@
 """One token of one sequence through a model of GGUF blocks: the arithmetic that several threads run together.
 
-`minilora.decoding` knows models and calls this. Norm, rotation, SwiGLU and exp are those of `rows`. Letters of
-the shapes: see `minilora.functional`. tests/test_decoding.py compares with the plain path, `generation.decode`.
+`minilora.decoding` knows models and calls this. Norm, rotation, SwiGLU and exp are those of `rows`. Letters
+of the shapes: see `minilora.functional`. tests/test_decoding.py compares with the plain path,
+`generation.decode`.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ def decode_token(
 ) -> None:
     """Do one thread's part of a token.
 
-    x (C,) is the token's embedding and is overwritten. `table` (L, 7, 7) and `head` (1, 7) describe the weights
-    (see `Decoder._entry`), `norms` is (2L + 1, C), keys and values are (L, K, S, D). Threads hand results to each
-    other in `shared` (7, widest); logits (1, V) are the result.
+    x (C,) is the token's embedding and is overwritten. `table` (L, 7, 7) and `head` (1, 7) describe the
+    weights (see `Decoder._entry`), `norms` is (2L + 1, C), keys and values are (L, K, S, D). Threads hand
+    results to each other in `shared` (7, widest); logits (1, V) are the result.
     """
     C, K, D = x.size, keys.shape[1], keys.shape[3]
     q, k, v, y = shared[0, : H * D], shared[1], shared[2], shared[3, :C]
@@ -85,7 +86,7 @@ def _share(count: int, thread: int, threads: int) -> tuple[int, int]:
 
 @kernel
 def _multiply(weights: Array, x: Array, out: Array, thread: int, threads: int) -> None:
-    """Write this thread's rows of W x to a row of `out` for each weight, which is a row of `Decoder`'s tables."""
+    """Write this thread's rows of W x to a row of `out` for each weight (a row of `Decoder`'s tables)."""
     ordered, sums = np.empty(x.size, np.float32), np.empty(x.size // 32, np.float32)
     order_input(x, ordered, sums)
     for i in range(len(weights)):
@@ -134,7 +135,7 @@ def _attend(
     group: int,
     out: Array,
 ) -> None:
-    """Rotate and store key head `head`, and write what its `group` of query heads see: keys and values (S, D)."""
+    """Rotate and store one key head, and write what its query heads see: keys and values (S, D)."""
     D = keys.shape[1]
     rope(cos, sin, 1, D, 1.0, k[head * D : (head + 1) * D])
     rope(cos, sin, group, D, 1.0, q[head * group * D : (head + 1) * group * D])

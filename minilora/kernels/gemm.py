@@ -2,13 +2,14 @@
 
     linear_forward   x wᵀ + s·h bᵀ      linear_dx   dy w + s·dh a      linear_dw   dyᵀ x
 
-BLAS has no low-rank term inside of a product, which would have to be written to memory and read again. And its
-rows depend on how many stand beside them: here a row has the same bits in any batch, shard or tile.
+BLAS has no low-rank term inside of a product, which would have to be written to memory and read again. And
+its rows depend on how many stand beside them: here a row has the same bits in any batch, shard or tile.
 
-The method is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3),
-2008), with the names of that literature. The right factor is packed into panels of KC × NR numbers, each of which
-stays in the cache while all rows of the left factor pass it, MR at a time, through the micro-kernel. README.md in
-this folder explains the picture; tests/test_compiled_math.py compares with float64.
+The method is that of Goto and van de Geijn (Anatomy of High-Performance Matrix Multiplication, ACM TOMS
+34(3), 2008), with the names of that literature. The right factor is packed into panels of KC × NR numbers,
+each of which stays in the cache while all rows of the left factor pass it, MR at a time, through the
+micro-kernel. README.md in this folder explains the picture; tests/test_compiled_math.py compares with
+float64.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ EDGE = max(MR * NR, MR_NARROW * NR_NARROW)
 
 @kernel
 def panel_width(n: int, pair: bool) -> int:
-    """Return the columns of the narrowest tile that has room for n; `pair`: whether two steps of k may share a line."""
+    """Return the columns of the narrowest tile for n; with `pair` two steps of k may share a line."""
     if n <= LANES // 2 and pair:
         return LANES // 2
     return LANES if n <= LANES else NR_NARROW if n <= NR_NARROW else NR
@@ -54,7 +55,7 @@ def panel_width(n: int, pair: bool) -> int:
 
 @kernel
 def aligned(x: Array) -> int:
-    """Return the index of the first whole cache line in x: vectors that straddle two lines load half as fast."""
+    """Return the index of the first whole cache line in x: vectors across two lines load half as fast."""
     return -(x.ctypes.data // 4) % LANES
 
 
@@ -63,12 +64,6 @@ def pack_panel(
     b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int, width: int
 ) -> None:
     """Write panel[panel_at + i·width + j] = b[at + i·b_k + j·b_n] for i < k, j < n, and 0 up to the width."""
-    if width < LANES:  # two steps of k share a line: see `microkernel._tile`
-        for i in range(k):
-            for j in range(width):
-                value = b[at + i * b_k + j * b_n] if j < n else np.float32(0)
-                panel[panel_at + i // 2 * LANES + 2 * j + i % 2] = value
-        return
     whole = n // LANES * LANES
     done = 0  # rows of the panel whose first `whole` columns are written
     if b_n == 1:
@@ -88,6 +83,15 @@ def pack_panel(
                 panel[line + j] = b[at + i * b_k + j * b_n]
             for j in range(n, width):
                 panel[line + j] = 0
+
+
+@kernel
+def pack_pairs(b: Array, at: int, b_k: int, b_n: int, k: int, n: int, panel: Array, panel_at: int) -> None:
+    """Pack n ≤ LANES / 2 columns, two steps of k to a line (see `microkernel._tile`): k is even."""
+    for i in range(k):
+        for j in range(LANES // 2):
+            value = b[at + i * b_k + j * b_n] if j < n else np.float32(0)
+            panel[panel_at + i // 2 * LANES + 2 * j + i % 2] = value
 
 
 @kernel
@@ -112,10 +116,10 @@ def multiply_panel(
     n: int,
     add: bool,
 ) -> None:
-    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] panel[k, j] + Σ_l a2[i, l] panel[k + l, j], i < m, j < n.
+    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] panel[k, j] + Σ_l a2[i, l] panel[k + l, j].
 
-    Arguments as in `microkernel.tile`; `width` (NR, NR_NARROW or LANES) chooses the tile. `edge` begins with EDGE
-    numbers of scratch.
+    i < m and j < n; other arguments as in `microkernel.tile`. `width` chooses the tile. `edge` begins with
+    EDGE numbers of scratch.
     """
     height = MR if width == NR else MR_NARROW
     for i in range(0, m, height):
@@ -231,11 +235,11 @@ def multiply(
     c_at: int,
     c_row: int,
 ) -> None:
-    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] b[k, j] + Σ_l a2[i, l] · scale · b2[l, j]: flat arrays.
+    """Write, or with `add` add to, c[i, j] = Σ_k a[i, k] b[k, j] + Σ_l a2[i, l] · scale · b2[l, j].
 
-    a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[k·b_k + j·b_n], likewise b2; a2 is (m, rank); rows of c are
-    c_row apart. Panels are `depth` deep. `scratch` holds an edge, a panel and, where a is read by columns, m rows
-    of a: what the tile reads as a row would lie far apart in memory.
+    Arrays are flat: a[i, k] = a[a_at + i·a_row + k·a_step], b[k, j] = b[k·b_k + j·b_n], likewise b2; a2 is
+    (m, rank); rows of c are c_row apart. Panels are `depth` deep. `scratch` holds an edge, a panel and, where
+    a is read by columns, m rows of a: what the tile reads as a row would lie far apart in memory.
     """
     panel = EDGE + aligned(scratch)
     packed_a = panel + (depth + rank) * NR
@@ -250,7 +254,11 @@ def multiply(
         for j in range(0, n, NR):
             columns = min(NR, n - j)
             width = panel_width(columns, left_step == 1 and rank == 0 and deep % 2 == 0)
-            pack_panel(b, first * b_k + j * b_n, b_k, b_n, deep, columns, scratch, panel, width)
+            at = first * b_k + j * b_n
+            if width < LANES:
+                pack_pairs(b, at, b_k, b_n, deep, columns, scratch, panel)
+            else:
+                pack_panel(b, at, b_k, b_n, deep, columns, scratch, panel, width)
             if a2_k:
                 end = panel + deep * width
                 pack_panel(b2, j * b2_n, b2_k, b2_n, rank, columns, scratch, end, width)

@@ -4,8 +4,8 @@ Three kinds of reader use them:
 
 * `microkernel` takes the helpers, such as `pointer` and `pick`, and writes its own tiles;
 * `rows` takes operations on one number: `fma`, `power_of_two`, `to_bits`, `from_bits`;
-* `codes_vectors` and `block_vectors` take vectors of 32 float32 numbers, which are two registers of AVX-512 or
-  four of AVX2. Numba sees such a vector as one value of type `FLOATS`.
+* `codes_vectors` and `block_vectors` take vectors of 32 float32 numbers, which are two registers of AVX-512
+  or four of AVX2. Numba sees such a vector as one value of type `FLOATS`.
 
 An operation with flags of its own keeps them. An operation without flags gets those of the policy `kernel`,
 which let LLVM change the order of additions.
@@ -93,7 +93,7 @@ def start(context: Any, builder: Any, signature: Any, arguments: Any, array: int
 
 
 def pointer(context: Any, builder: Any, signature: Any, arguments: Any, array: int, kind: Any = None) -> Any:
-    """Return the pointer to element arguments[array + 1] of the flat array arguments[array], as one to `kind`."""
+    """Return the pointer, to `kind`, to element arguments[array + 1] of the flat array arguments[array]."""
     place = builder.gep(start(context, builder, signature, arguments, array), [arguments[array + 1]])
     return place if kind is None else builder.bitcast(place, kind.as_pointer())
 
@@ -205,7 +205,7 @@ def store(typing: Any, values: Any, array: Any, i: Any) -> Any:
 def fetch(typing: Any, array: Any, i: Any) -> Any:
     """Prefetch array[i : i + 32], to be read or, if the array is writable, written. It may lie past the end.
 
-    Prefetching what is written doubles the speed of AVX-512 stores, which would wait for one line after another.
+    AVX-512 stores alone would wait for one cache line after another.
     """
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -220,7 +220,7 @@ def fetch(typing: Any, array: Any, i: Any) -> Any:
 
 @intrinsic
 def float_at(typing: Any, array: Any, i: Any) -> Any:
-    """Return array[i] as float32. Arrays of uint16 hold bits of float16; in uint8, bytes i and i + 1 are one."""
+    """Return array[i] as float32. In uint16 it is a float16; in uint8, bytes i and i + 1 are one."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         dtype = signature.args[0].dtype
@@ -266,7 +266,8 @@ def plus_product(typing: Any, sums: Any, a: Any, b: Any) -> Any:
     """Return sums + a·b, number by number, each rounded once."""
 
     def build(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return multiply_add(builder, *arguments[1:], arguments[0])
+        sums, a, b = arguments
+        return multiply_add(builder, a, b, sums)
 
     return FLOATS(sums, a, b), build
 

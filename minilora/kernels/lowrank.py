@@ -9,7 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels.gemm import EDGE, Array, aligned, flat, multiply_panel, pack_panel, panel_width
+from minilora.kernels.gemm import (
+    EDGE,
+    Array,
+    aligned,
+    flat,
+    multiply_panel,
+    pack_pairs,
+    pack_panel,
+    panel_width,
+)
 from minilora.kernels.intrinsics import read_only
 from minilora.kernels.jit import kernel
 from minilora.kernels.microkernel import LANES, NR_NARROW
@@ -33,9 +42,10 @@ def add_outer(
     out: Array,
     add: bool,
 ) -> None:
-    """Write, or with `add` add to, out[i, j] = Σ_k a[at + k·r + i] x[x_at + k·n + j] over a few rows k: out (r, n).
+    """Write, or with `add` add to, out[i, j] = Σ_k a[at + k·r + i] x[x_at + k·n + j] over a few rows k.
 
-    x is multiplied where it lies; only a last panel that is not full is packed, to scratch[ragged].
+    out is (r, n). x is multiplied where it lies; only a last panel that is not full is packed, to
+    scratch[ragged].
     """
     for j in range(0, n, NR_NARROW):
         columns = min(NR_NARROW, n - j)
@@ -68,14 +78,18 @@ def low_rank_gradients(
 ) -> None:
     """Write dh = dy b; add scale · dyᵀ h to db and scale · dhᵀ p to da, each unless it is empty.
 
-    dy (m, n), h and dh (m, r), p (m, k), b and db (n, r), da (r, k), all flat. db_t (r, n) and da_s (r, k) hold
-    the sums until they are added.
+    dy (m, n), h and dh (m, r), p (m, k), b and db (n, r), da (r, k), all flat. db_t (r, n) and da_s (r, k)
+    hold the sums until they are added.
     """
     ragged = EDGE + aligned(scratch)
     panels = ragged + BLOCK * NR_NARROW
     for j in range(0, r, NR_NARROW):
         columns = min(NR_NARROW, r - j)
-        pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, panel_width(columns, n % 2 == 0))
+        width = panel_width(columns, n % 2 == 0)
+        if width < LANES:
+            pack_pairs(b, j, r, 1, n, columns, scratch, panels + j * n)
+        else:
+            pack_panel(b, j, r, 1, n, columns, scratch, panels + j * n, width)
     for first in range(0, m, BLOCK):
         rows = min(BLOCK, m - first)
         for j in range(0, r, NR_NARROW):
@@ -120,9 +134,9 @@ def adapter_backward(
 ) -> Array:
     """Return dh = dy b, and add to the gradients of y = s·h bᵀ, h = p aᵀ: db += s·dyᵀ h, da += s·dhᵀ p.
 
-    Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). A gradient that is None (its
-    factor is frozen) is skipped. All in one call: threads that make many short calls wait for each other's
-    interpreter lock.
+    Shapes: dy (…, out), h and dh (…, r), p (…, in), b and db (out, r), da (r, in). A gradient that is None
+    (its factor is frozen) is skipped. All in one call: threads that make many short calls wait for each
+    other's interpreter lock.
     """
     (n, r), k = b.shape, p.shape[-1]
     m = dy.size // n

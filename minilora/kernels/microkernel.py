@@ -7,8 +7,9 @@ For each k it adds one number of each row times a few vectors of columns, by fus
 Numba knows no vectors, so the tile is written in LLVM's language. Its instructions are LLVM's own and not a
 processor's: AVX-512, AVX2 and NEON differ in `LANES` and in how many vectors find room in the registers.
 
-The order of the sum is that of k, whatever lies around the tile. So an element of a product does not depend on how
-rows are divided among tiles, shards or threads. tests/test_compiled_math.py compares products with float64.
+The order of the sum is that of k, whatever lies around the tile. So an element of a product does not depend
+on how rows are divided among tiles, shards or threads. tests/test_compiled_math.py compares products with
+float64.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ NR = (2 if AVX2 and not AVX512 else 4) * LANES
 MR_NARROW = 4 if AVX2 and not AVX512 else 8
 """Rows of the narrow tiles: a divisor of the blocks of queries in attention."""
 NR_NARROW = 2 * LANES
-"""Columns of the widest narrow tile, for heads of 32 or 64 and large ranks. The others: LANES and LANES / 2."""
+"""Columns of the widest narrow tile, for heads of 32 or 64 and large ranks. The others: LANES and LANES /
+2."""
 
 VECTOR = vector(F32, LANES)
 
@@ -95,8 +97,8 @@ def _add_products(
 def _tile(height: int, columns: int) -> Any:
     """Return the intrinsic of a tile of height × columns.
 
-    With LANES / 2 columns two steps of k share a vector: a line of the panel holds panel[2k, n], panel[2k + 1, n]
-    for one n after the other, and the two sums are added at the end. It needs step = 1 and has no a2.
+    With LANES / 2 columns two steps of k share a vector: a line of the panel holds panel[2k, n], panel[2k +
+    1, n] for one n after the other, and the two sums are added at the end. It needs step = 1 and has no a2.
     """
     vectors, pair = max(1, columns // LANES), columns < LANES
 
@@ -122,8 +124,9 @@ def _tile(height: int, columns: int) -> Any:
     ) -> Any:
         """Write, or with `add` add to, c[c_at + m·c_row + n] the sum above for m < rows.
 
-        a[m, k] is a[at + m·row + k·step], a2 (…, a2_depth) has whole rows, lines of the panel are `line` apart.
-        Rows from `rows` on are computed as copies of the last one: c must have room for `height` of them.
+        a[m, k] is a[at + m·row + k·step], a2 (…, a2_depth) has whole rows, lines of the panel are `line`
+        apart. Rows from `rows` on are computed as copies of the last one: c must have room for `height` of
+        them.
         """
 
         def build(context: Any, builder: Any, signature: Any, v: Any) -> Any:

@@ -1,7 +1,7 @@
 """Functions of one row or one number, each in one pass over memory where NumPy needs one pass per operation.
 
-The formulas are those of `minilora.functional`, whose names these kernels carry. All arrays are flat float32
-(ids and targets int64); a row has C numbers. tests/test_compiled_math.py compares every kernel with
+The formulas are those of `minilora.functional`, whose names these kernels carry. All arrays are flat float32;
+a row has C numbers. tests/test_compiled_math.py compares every kernel with
 `functional` in float64.
 """
 
@@ -55,15 +55,6 @@ def largest(x: Array) -> Any:
 
 
 @kernel
-def embedding_backward(ids: Array, dy: Array, C: int, dtable: Array) -> None:
-    """Add each row of dy (N, C) to its token's row of dtable (V, C): dtable[ids[n]] += dy[n]."""
-    for n in range(ids.size):
-        row, out = dy[n * C : (n + 1) * C], dtable[ids[n] * C : (ids[n] + 1) * C]
-        for c in range(C):
-            out[c] += row[c]
-
-
-@kernel
 def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array) -> None:
     """Write y = weight · x · rstd with rstd = 1/√(mean(x²) + eps): x and y (N, C), rstd (N,)."""
     C = weight.size
@@ -82,7 +73,7 @@ def rms_norm_forward(x: Array, weight: Array, eps: float, y: Array, rstd: Array)
 def rms_norm_backward(weight: Array, x: Array, rstd: Array, dx: Array, dweight: Array) -> None:
     """Turn dy, which dx (N, C) holds at first, into dx; add to dweight (C,) unless it is empty.
 
-    dx = rstd (dxhat − xhat · mean(dxhat · xhat)) with dxhat = dy · weight, xhat = x · rstd; dweight = Σ dy · xhat
+    dx = rstd (dxhat − xhat · mean(dxhat · xhat)), dweight = Σ dy · xhat; dxhat = dy · weight, xhat = x · rstd
     """
     C = weight.size
     for n in range(rstd.size):
@@ -132,27 +123,6 @@ def swiglu_backward(gate: Array, up: Array, dgate: Array, dup: Array) -> None:
         sigma, dy = ONE / (ONE + exp(-gate[i])), dup[i]
         dup[i] = dy * gate[i] * sigma
         dgate[i] = dy * up[i] * sigma * (ONE + gate[i] * (ONE - sigma))
-
-
-@kernel
-def cross_entropy(targets: Array, V: int, logits: Array) -> float:
-    """Return Σ (log Σ exp logits − logits[target]) in float64; logits (N, V) become probabilities in place.
-
-    One array serves both: with two, LLVM would check for overlap and, where there is some, use no vectors.
-    """
-    loss = 0.0
-    for n in range(targets.size):
-        row = logits[n * V : (n + 1) * V]
-        top = largest(row)
-        picked, total = np.float64(row[targets[n]] - top), np.float32(0)
-        for v in range(V):
-            row[v] = exp(row[v] - top)
-            total += row[v]
-        loss += np.log(np.float64(total)) - picked
-        inverse = ONE / total
-        for v in range(V):
-            row[v] *= inverse
-    return loss
 
 
 @kernel

@@ -67,7 +67,7 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
     >>> plan("llama-7b", method="lora", r=64).trainable
     159907840
     """
-    c, shape, stored = _resolved(config, changes)
+    c, shape, stored, tokens = _resolved(config, changes)
     deep = shape.num_hidden_layers if _blocks_are_alike(c, shape, stored) else None
     paged = c.optimizer.startswith("paged")
     with metered(Meter()):
@@ -80,7 +80,7 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
         held = held_entries(twin, {} if paged else states, maps)
     found = profile(
         twin,
-        shape_batch(shape, c.batch_size, c.context),
+        shape_batch(shape, c.batch_size, tokens),
         shards=c.shards,
         checkpoint=c.gradient_checkpointing,
         accumulation=min(c.gradient_accumulation_steps, BATCHES_ALIKE),
@@ -118,8 +118,8 @@ def plan(config: PlanConfig | str = "tiny", **changes: Any) -> Ledger:
 
 def _resolved(
     config: PlanConfig | str, changes: dict[str, Any]
-) -> tuple[PlanConfig, ModelConfig, Stored | None]:
-    """Return the whole configuration, its context filled in, the model's shape, and how a file stores it."""
+) -> tuple[PlanConfig, ModelConfig, Stored | None, int]:
+    """Return the whole configuration, the model's shape, how a file stores it, and the tokens of a row."""
     known = [f.name for f in fields(PlanConfig)]
     for name in changes:
         require(name in known, name, changes[name], f"no such setting; there are {', '.join(known)}")
@@ -140,7 +140,7 @@ def _resolved(
         tokens,
         f"{c.model} has positions for {shape.context_length} tokens",
     )
-    return replace(c, context=tokens), shape, stored
+    return replace(c, context=tokens), shape, stored, tokens
 
 
 def _blocks_are_alike(c: PlanConfig, shape: ModelConfig, stored: Stored | None) -> bool:

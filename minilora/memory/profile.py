@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from minilora.data.tasks import Batch
-from minilora.layers import Array
 from minilora.memory.entries import Entry, deepen, kept_entries, name_gradients, passing_entries
 from minilora.memory.reasons import Kept, kept_by_attention, kept_by_mlp, kept_by_model
 from minilora.memory.shapes import Meter
 from minilora.memory.twin import run_step
+from minilora.parameters import Array
 from minilora.transformer import Transformer
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from minilora.config import QuantConfig, require
-from minilora.layers import Array
 from minilora.memory.shapes import Meter, ShapeArray, metered
+from minilora.parameters import Array
 from minilora.quant.blocks import few_rows
 from minilora.quant.packed import PackedWeight, in_vectors
 from minilora.quant.reference import packed_size

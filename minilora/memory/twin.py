@@ -18,11 +18,11 @@ from minilora.adapter import Adapter, AnyLinear
 from minilora.building import build_model, parameter_shapes
 from minilora.config import ModelConfig, QuantConfig
 from minilora.data.tasks import Batch
-from minilora.layers import Array, Embedding, Linear, RMSNorm
+from minilora.layers import Embedding, Linear, RMSNorm
 from minilora.lora import LoraLinear
 from minilora.memory.shape_weights import ShapeWeight
 from minilora.memory.shapes import Meter, ShapeArray, metered
-from minilora.parameters import DenseWeight, Parameter
+from minilora.parameters import Array, DenseWeight, Parameter
 from minilora.threads import Workers
 from minilora.training.loss import loss_and_grads
 from minilora.transformer import Transformer

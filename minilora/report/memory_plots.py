@@ -16,7 +16,6 @@ from tqdm import tqdm
 from minilora.composed import PlanConfig
 from minilora.config import ADAPTERS
 from minilora.formats.files import writable_folder
-from minilora.layers import Array
 from minilora.memory.budget import most_r
 from minilora.memory.compare import compare, settings_of
 from minilora.memory.ledger import HELD, PASSING, Ledger
@@ -24,6 +23,7 @@ from minilora.memory.planner import model_shape, plan, planned_twin
 from minilora.memory.profile import profile
 from minilora.memory.shapes import Meter, metered
 from minilora.memory.twin import shape_batch
+from minilora.parameters import Array
 from minilora.report.drawing import new_figure, save_figure
 from minilora.report.labels import METHOD_NAMES
 

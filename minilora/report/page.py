@@ -188,6 +188,15 @@ def write_report(
 
     The page has findings, tables, how to read them, and provenance.
 
+    Parameters
+    ----------
+    folder
+        The folder of the sweep; the runs that it kept are in its `runs/`.
+    intro
+        Markdown below the title.
+    command
+        The command line that made the rows.
+
     Raises
     ------
     ResultsError

@@ -1,4 +1,8 @@
-"""Figures of a sweep: each function draws rows on axes and returns them."""
+"""Figures of a sweep: each function draws rows on axes and returns them.
+
+All functions take the `rows` of a sweep and the axes `ax` to draw on (by default those of a new figure).
+`metric` is a column, `task` one of the rows' tasks; it may be left out if there is only one.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from minilora.config import QuantConfig
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.report.drawing import light_frame, new_figure, save_figure
 from minilora.report.labels import BIT_MARKERS, GREY, PALETTE
 from minilora.sweep.results import ResultsError

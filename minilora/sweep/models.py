@@ -159,8 +159,8 @@ def export(opened: Opened, out: str | Path, quant_type: str | None = None) -> li
 
 
 def as_q4_1(linear: Adapter) -> bool:
-    """Whether an adapter merges into GGUF's Q4_1: it pools over groups of 32 of 4-bit codes."""
-    weight = linear.base.weight
+    """Return whether an adapter merges into GGUF's Q4_1: it pools over groups of 32 of 4-bit codes."""
+    weight: Any = linear.base.weight
     return linear.pool == GGUF_BLOCK and weight.offset_group == GGUF_BLOCK and weight.bits == 4
 
 

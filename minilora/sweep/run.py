@@ -26,8 +26,9 @@ from minilora.sweep.run_models import build, check_gptq_blocks
 from minilora.sweep.saved_runs import ADAPTER, claim_folder
 from minilora.sweep.settings import RunConfig
 from minilora.threads import Workers
+from minilora.training.resume import CHECKPOINT
 from minilora.training.schedule import batch_indices
-from minilora.training.trainer import CHECKPOINT, Trainer
+from minilora.training.trainer import Trainer
 from minilora.transformer import Transformer
 
 

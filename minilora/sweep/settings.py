@@ -203,6 +203,12 @@ class RunConfig:
             )
         elif bits is not None or about_quant & given.keys() or self.quant is not None:
             given["quant_type"] = self._quant_type(method, bits)
+        if (
+            self.quant is not None
+            and self.quant.quantizer == "hqq"
+            and given.get("quantizer") in ("rtn", "gptq")
+        ):
+            given = {"fit": "minmax"} | given  # hqq is a fit, too
         return change(self, given)
 
     def _quant_type(self, method: str, bits: int | None) -> str:

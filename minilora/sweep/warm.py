@@ -56,8 +56,7 @@ def _start_helper() -> subprocess.Popen[bytes]:
 
 
 def warm_beside() -> None:
-    """What the second process compiles: an adapter's narrow product, which the first needs last, and what
-    quantizes."""
+    """Compile in the second process: what quantizes, and an adapter's narrow product."""
     kernels.linear_forward(np.ones((16, 16), np.float32), np.ones((2, 16), np.float32))
     compile_kernels()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from minilora.config import QuantConfig, require
 from minilora.formats.bitsandbytes import BLOCK_SIZES, QUANT_TYPES, to_arrays
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.quant import codebooks
 from minilora.quant.affine import AffineWeight
 from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE

@@ -94,7 +94,7 @@ def _check_one(
         largest = np.argsort(-np.nan_to_num(np.abs(flat), nan=np.inf))[:32]
         others = rng.choice(np.setdiff1d(chosen, largest), 32, replace=False)
         chosen = np.concatenate([largest, others])
-    analytic, numeric = flat[chosen], np.array([difference_at(index) for index in chosen])
+    analytic, numeric = flat[chosen], np.array([difference_at(int(index)) for index in chosen])
     scale = max(float(np.abs(flat[np.isfinite(flat)]).max(initial=0.0)), 1e-12)
     with np.errstate(invalid="ignore"):
         errors = np.abs(numeric - analytic) / np.maximum(scale, np.abs(numeric))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import numpy as np
 
 from minilora.config import require
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.threads import single_blas
 from minilora.transformer import Transformer
 
@@ -71,7 +71,7 @@ def start_with_induction(model: Transformer, rng: np.random.Generator, std: floa
     )
 
     # each embedding is a common part, from which positions are read, plus a content of its own, equally long
-    table = model.embedding.weight.param.data
+    table = model.embedding.weight.dense()  # the array itself
     common = orthonormal(rng, c.hidden_size, 1, np.zeros((c.hidden_size, 1)))  # (C, 1)
     content = table - (table @ common) @ common.T
     content /= np.linalg.norm(content, axis=1, keepdims=True)

@@ -8,8 +8,8 @@ import numpy as np
 
 from minilora.data.tasks import Batch
 from minilora.kernels import cross_entropy_backward, cross_entropy_forward
-from minilora.layers import Array, Key
-from minilora.parameters import Gradients
+from minilora.layers import Key
+from minilora.parameters import Array, Gradients
 from minilora.threads import Workers
 from minilora.training.shards import add_gradients, split_batch
 from minilora.transformer import Transformer

@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from minilora.data.tasks import Batch
-from minilora.layers import Array
-from minilora.parameters import Gradients
+from minilora.parameters import Array, Gradients
 from minilora.training.paging import hand_back
 from minilora.training.states import piece, pieces
 from minilora.transformer import Transformer

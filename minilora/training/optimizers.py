@@ -1,4 +1,4 @@
-"""AdamW, SGD and gradient clipping.
+"""AdamW, the choice of an optimizer, and gradient clipping.
 
 `states` and `paging` say how states are kept in 8 bits or on disk; the step is the same for all.
 """
@@ -14,13 +14,11 @@ import numpy as np
 from minilora import functional
 from minilora.config import TrainConfig
 from minilora.kernels import is_plain
-from minilora.layers import Array
-from minilora.parameters import Gradients, Parameter
+from minilora.parameters import Array, Gradients, Parameter
 from minilora.threads import Workers
-from minilora.training.states import make_moments, piece, pieces, put_piece, state_layout
-
-LORA_PLUS = ("lora_B.weight", "lora_magnitude_vector")
-"""Ends of the names whose rate LoRA+ multiplies (arXiv 2402.12354): B and, as in PEFT, DoRA's lengths."""
+from minilora.training.schedule import parameter_rate
+from minilora.training.sgd import SGD
+from minilora.training.states import make_moments, piece, pieces, put_piece
 
 
 class AdamW:
@@ -85,43 +83,6 @@ def _adamw() -> Callable[..., None]:
     return adamw
 
 
-class SGD:
-    """Stochastic gradient descent with momentum: u ← μu + g;  p ← p − lr·(u + λp).
-
-    It keeps u for each trainable parameter, and no state without momentum (`config.momentum` = 0).
-    """
-
-    def __init__(self, parameters: Sequence[Parameter], config: TrainConfig):
-        self.parameters = [p for p in parameters if p.trainable]
-        self.config, self.t = config, 0
-        layout = state_layout(self.parameters, "sgd", config.momentum > 0)
-        self._arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.items()}
-
-    def state(self) -> dict[str, Array]:
-        """Return the live state arrays by name."""
-        return dict(self._arrays)
-
-    def step(self, grads: Gradients, lr: float, workers: Workers | None = None) -> None:
-        """Update every parameter in place, in this thread."""
-        c = self.config
-        self.t += 1
-        for p in self.parameters:
-            u, rate = self._arrays.get(f"u.{p.name}"), parameter_rate(p, lr, c)
-            for where in pieces(p.data.size):
-                x, step = piece(p.data, where), piece(grads[p], where)
-                if u is not None:
-                    momentum = piece(u, where)
-                    momentum *= c.momentum
-                    momentum += step
-                    step = momentum
-                update = c.weight_decay * x
-                update += step
-                update *= rate
-                x -= update
-                put_piece(p.data, where, x)
-                del update  # one piece of scratch at a time
-
-
 Optimizer = AdamW | SGD
 
 
@@ -130,11 +91,6 @@ def make_optimizer(
 ) -> Optimizer:
     """Return the optimizer that the configuration names; a paged one keeps its file in `folder`."""
     return SGD(parameters, config) if config.optimizer == "sgd" else AdamW(parameters, config, folder)
-
-
-def parameter_rate(p: Parameter, lr: float, config: TrainConfig) -> float:
-    """Return the learning rate of one parameter: LoRA+ multiplies B's."""
-    return float(lr) * (config.lora_plus_ratio if p.name.endswith(LORA_PLUS) else 1.0)
 
 
 def clip_(grads: Gradients, max_norm: float, workers: Workers | None = None) -> float:

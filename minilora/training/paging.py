@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from minilora.formats.files import FileError
-from minilora.layers import Array
+from minilora.parameters import Array
 
 Layout = dict[str, tuple[tuple[int, ...], np.dtype[Any]]]
 """Name → (shape, dtype)."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from minilora.config import TrainConfig
 from minilora.formats.files import FileError, read_tensors, write_tensors
-from minilora.layers import Array
+from minilora.parameters import Array
 from minilora.training.paging import hand_back
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -7,6 +7,10 @@ import math
 import numpy as np
 
 from minilora.config import TrainConfig
+from minilora.parameters import Parameter
+
+LORA_PLUS = ("lora_B.weight", "lora_magnitude_vector")
+"""Ends of the names whose rate LoRA+ multiplies (arXiv 2402.12354): B and, as in PEFT, DoRA's lengths."""
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> np.ndarray:
@@ -37,3 +41,8 @@ def learning_rate(step: int, config: TrainConfig) -> float:
         return config.peak_learning_rate
     done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return config.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def parameter_rate(p: Parameter, lr: float, config: TrainConfig) -> float:
+    """Return the learning rate of one parameter: LoRA+ multiplies B's."""
+    return float(lr) * (config.lora_plus_ratio if p.name.endswith(LORA_PLUS) else 1.0)

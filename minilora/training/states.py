@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 
 from minilora.config import OPTIMIZERS, require
-from minilora.layers import Array
-from minilora.parameters import Parameter
+from minilora.parameters import Array, Parameter
 from minilora.quant.codebooks import dynamic_map
-from minilora.quant.weights import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
+from minilora.quant.dynamic import DYNAMIC_BLOCK_SIZE, dynamic_decode, dynamic_encode
 from minilora.training.paging import Layout, hand_back, mapped_file_of, zeros_in_file, zeros_in_memory
 
 CHUNK = 65536
@@ -144,7 +143,7 @@ def _blocks(where: slice) -> slice:
 
 def state_layout(parameters: Sequence[Parameter], optimizer: str, momentum: bool = False) -> Layout:
     """Return name → (shape, dtype) of each state array; a frozen parameter has none."""
-    kinds = MOMENTS
+    kinds: tuple[str, ...] = MOMENTS
     if optimizer == "sgd":
         kinds = ("u",) if momentum else ()
     layout: Layout = {}

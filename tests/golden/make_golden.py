@@ -1,7 +1,7 @@
 """Make the golden files: logits, loss and all gradients of transformers' LlamaForCausalLM on small random
 models.
 
-    python tests/golden/make_golden.py        # needs torch and transformers; test_golden.py reads the files without them
+    python tests/golden/make_golden.py  # needs torch and transformers; the test needs neither
 
 Each file holds the weights as well, since NumPy does not promise the same random numbers in its next version.
 All is float32, as torch computes it. The GELU files replace each MLP by down(gelu_tanh(up(x))), composed of

@@ -1,7 +1,7 @@
 """Make the files of golden/quant: what bitsandbytes stores and decodes for a few matrices in 4 bits, also
 doubly quantized.
 
-    python tests/golden/make_quant_golden.py        # needs torch and bitsandbytes; test_quant_golden.py reads without them
+    python tests/golden/make_quant_golden.py  # needs torch and bitsandbytes; the test neither
 
 Rows are whole blocks, so that every code path of bitsandbytes agrees on them. Each file holds one matrix
 ``w`` and, for each type and block size, arrays named nf4.64.packed (bytes), .absmax, .dense (decoded; of a

@@ -67,8 +67,7 @@ def test_gpt_3_differs_by_biases_positions_and_two_vectors_a_norm():
 
 
 def test_gpt_3_has_what_its_paper_says():
-    """ "175.0B" (arXiv 2005.14165, table 2.1) is rounded up from 174.6 billion; what is left out here is under
-    0.03 % of it."""
+    """arXiv 2005.14165, table 2.1, rounds 174.6 billion up to "175.0B"; what is left out is under 0.03 %."""
     shape = ARCHITECTURES["gpt3-175b"]
     C, L, V, T = shape.hidden_size, shape.num_hidden_layers, shape.vocab_size, shape.context_length
     ours = plan("gpt3-175b", method="lora", r=1, target_modules="q_proj", context=4).parameters - L * 2 * C

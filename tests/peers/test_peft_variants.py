@@ -108,7 +108,8 @@ PISSA = [
 
 def name_of(config):
     """A test's name."""
-    return f"r{config.r} a{config.lora_alpha:g} {'rs ' * config.use_rslora}{len(config.target_modules)}{'d' * config.use_dora}"
+    rs, dora = "rs " if config.use_rslora else "", "d" if config.use_dora else ""
+    return f"r{config.r} a{config.lora_alpha:g} {rs}{len(config.target_modules)}{dora}"
 
 
 def base():

@@ -36,7 +36,8 @@ TEXTS = [
     "  leading, trailing  \n",
     "tabs\t\tand\r\n\r\nlines\n\n\n   end   ",
     "caf\u00e9 cafe\u0301 \u0915\u094d\u0937\u093f \u1e69 s\u0323\u0307 \ufb01",
-    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 \U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7 \u2764\ufe0f",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466 "
+    "\U0001f44d\U0001f3fd \U0001f1eb\U0001f1f7 \u2764\ufe0f",
     "日本語のテキスト、中文字符。한국어 العربية עברית ไทย Ελληνικά Русский",
     "def f(x: int) -> str:\n    return f'{x!r}'  # no\n\nif __name__ == '__main__':\n\tprint(f(1))\n",
     "<|im_start|>user\nHi<|im_end|>\n<|endoftext|> <|im_end|>x<file_sep><|im_start |>",
