@@ -306,7 +306,7 @@ def _kernels(rows: Rows) -> str:
             body.append(cells(r, [*values, _ratio(r["ratio"].get("peer nf4"))]))
         parts.append(f"\n{op.capitalize()}, {unit}\n\n" + markdown_table(head, body))
     checks = dict.fromkeys(f"{r['op']}: {r['check'].split(' (')[0]}" for r in rows if "check" in r)
-    return "\n".join(parts) + "\n\n" + KERNELS + "; ".join(checks) + "."
+    return "\n".join(parts) + "\n\n" + f"{KERNELS} " + "; ".join(checks) + "."
 
 
 def _startup(rows: Rows) -> str:

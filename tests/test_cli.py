@@ -143,7 +143,7 @@ def test_train_generate_merge_in_a_row(tmp_path, capsys):
         "offsets, float32",
         "offsets, whole zero points",
     ):
-        assert f"| {way} |" in text
+        assert f"| {way} " in text
     assert (out / "merges.md").read_text() in text
     assert call("merge", "--run", out, "--offsets", "zero", "--out", tmp_path / "hf") == 0
     assert (

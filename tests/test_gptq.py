@@ -14,7 +14,7 @@ from minilora.config import ConfigError, LoraConfig, QuantConfig
 from minilora.injection import inject_lora
 from minilora.kernels import gptq_columns
 from minilora.memory import peak_bytes, unique_bytes
-from minilora.quant import AffineWeight, CodebookWeight, quantize_weight, reference
+from minilora.quant import AffineWeight, CodebookWeight, codebooks, quantize_weight, reference
 from minilora.quant.gptq import Hessian, _Grid, gptq, inverse_factor
 from minilora.quant.model import quantize_model
 
@@ -134,10 +134,23 @@ def test_the_kernel_compiled_and_run_by_python_does_what_the_reference_does(quan
     given = inverse_factor(h, 0.01), scale, offset, grid.levels, grid.midpoints
     expected = reference.round_columns(w.astype(np.float64), *given)
     by_python = np.empty((5, 32), np.uint8), np.empty((5, 32))
-    gptq_columns._round_columns.py_func(w.astype(np.float64), *given, *by_python)
+    inverse = np.float32(1) / np.maximum(scale, np.float32(1e-38))
+    gptq_columns._round_columns.py_func(
+        w.astype(np.float64), given[0], scale, inverse, *given[2:], *by_python
+    )
     for ranks, errors in (gptq_columns.round_columns(w.astype(np.float64), *given), by_python):
         assert ranks.dtype == np.uint8 and np.array_equal(ranks, expected[0])
         np.testing.assert_allclose(errors, expected[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_beside_a_threshold_it_rounds_as_round_to_nearest_does(quant_type):
+    """Each number is within an ulp of a tie: w·(1/absmax) and w/absmax would differ."""
+    midpoints, _ = codebooks.thresholds(codebooks.code_map(quant_type))
+    absmax = np.random.default_rng(0).uniform(0.01, 10, (200, 1)).astype(np.float32)
+    w = np.tile(np.concatenate([absmax, midpoints * absmax], axis=1), 2)
+    plain = CodebookWeight.quantize(w, quant_type, 32, double_quant=False)
+    assert np.array_equal(gptq(w, np.eye(32), settings(quant_type))[0].codes, plain.codes)
 
 
 @pytest.mark.parametrize("quant_type", ALL)

@@ -121,6 +121,20 @@ def test_a_tie_takes_the_lower_code_and_the_next_float_the_higher():
             assert quantize(w, midpoints, 4)[0].tolist() == [15, rank, rank + 1]
 
 
+@pytest.mark.parametrize("quant_type", CODEBOOKS)
+@pytest.mark.parametrize("width", [1, 2])
+def test_numbers_beside_a_threshold_are_multiplied_by_the_reciprocal(quant_type, width):
+    """Each number is within an ulp of a tie: w·(1/absmax) and w/absmax would differ."""
+    midpoints, order = codebooks.thresholds(codebooks.code_map(quant_type))
+    absmax = np.random.default_rng(0).uniform(0.01, 10, (100, 1)).astype(np.float32)
+    w = np.concatenate([absmax, midpoints * absmax], axis=1)
+    w = frozen(np.tile(w, width).reshape(-1), np.float32)
+    block_size = (len(midpoints) + 1) * width  # 2·16 weights are whole vectors
+    expected, _ = naive.quantize_codebook(w, codebooks.code_map(quant_type), block_size)
+    for quantize in versions("quantize_codebook"):
+        assert order[quantize(w, midpoints, block_size)[0]].tolist() == expected
+
+
 def dynamic_numbers(signed, n=4 * 65536 + 77, seed=0):
     rng = np.random.default_rng(seed)
     x = (rng.standard_normal(n) * 10.0 ** rng.uniform(-9, 0, n)).astype(np.float32)

@@ -21,7 +21,7 @@ from minilora.injection import full
 from minilora.kernels import plain
 from minilora.parameters import Gradients, Parameter
 from minilora.quant import codebooks
-from minilora.quant.weights import dynamic_decode, dynamic_encode
+from minilora.quant.dynamic import dynamic_decode, dynamic_encode
 from minilora.training.optimizers import AdamW, make_optimizer
 from minilora.training.paging import hand_back
 from minilora.training.resume import CHECKPOINT

@@ -286,7 +286,7 @@ def test_what_cannot_be_injected_is_refused(base, settings, message):
 
 
 def test_what_contradicts_itself_is_refused(base):
-    with pytest.raises(ConfigError, match="use_dora=True: use_qalora needs an offset"):
+    with pytest.raises(ConfigError, match="use_dora=True: use_qalora merges ΔW into offsets"):
         config(use_dora=True, use_qalora=True)
     with pytest.raises(ConfigError, match="init_lora_weights='pissa': starts from a decomposition"):
         config(init_lora_weights="pissa", use_qalora=True)

@@ -116,7 +116,7 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     is_pissa = config.init_lora_weights == "pissa"
     if is_pissa and not all(isinstance(lora.base.weight, DenseWeight) for _, lora in adapted):
         raise ConfigError(
-            "init_lora_weights='pissa': the residual W - s·BA was quantized, and the adapter means nothing "
+            "init_lora_weights='pissa': the residual W - s·B A was quantized, and the adapter means nothing "
             "without it; merge and save_model, or inject PiSSA into the dense model"
         )
     twice = 2 if is_pissa else 1

@@ -125,27 +125,41 @@ def _search_tables(midpoints: bytes) -> tuple[Array, Array]:
 
 
 @kernel
-def _quantize_by_comparing(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
-    """Count the midpoints below each w·(1/absmax): 15 ascending ones, +inf where the codebook has fewer."""
+def _inverse_absmax(w: Array, block_size: int, absmax: Array, inverse: Array) -> None:
+    """Write max|w| of each block, and 1/max|w|.
+
+    The reciprocals go through memory: with a single use, LLVM would turn x·(1/absmax) into x/absmax, which
+    rounds otherwise.
+    """
     w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
-    ranks = np.empty(min(block_size, w.size), np.int32)
     for block in range(absmax.size):
-        start = block * block_size
-        end = min(start + block_size, w.size)
-        x, x_bits, rank, codes = w[start:end], w_bits[start:end], ranks[: end - start], out[start:end]
-        largest = np.uint32(0)
-        for i in range(x.size):  # the bits of |x| as whole numbers are ordered as |x| is, and vectorise
+        x_bits, largest = w_bits[block * block_size : (block + 1) * block_size], np.uint32(0)
+        for i in range(x_bits.size):  # the bits of |x| as whole numbers are ordered as |x| is, and vectorise
             largest = max(largest, x_bits[i] & np.uint32(0x7FFFFFFF))
         absmax_bits[block] = largest
-        inverse = np.float32(1) / max(absmax[block], SMALLEST_ABSMAX)
-        for i in range(x.size):
-            value = x[i] * inverse
-            count = np.int32(0)
-            for j in range(15):  # a constant, so that LLVM unrolls this loop and vectorises the one over i
-                count += np.int32(value > midpoints[j])
-            rank[i] = count
-        for i in range(x.size):
-            codes[i] = rank[i]
+        inverse[block] = np.float32(1) / max(absmax[block], SMALLEST_ABSMAX)
+
+
+@kernel
+def _quantize_by_comparing(w: Array, midpoints: Array, block_size: int, absmax: Array, out: Array) -> None:
+    """Count the midpoints below each w·(1/absmax): 15 ascending ones, +inf where the codebook has fewer."""
+    at_once = max(1, 8192 // block_size)  # blocks that stay in the first-level cache
+    inverse, ranks = np.empty(at_once, np.float32), np.empty(min(block_size, w.size), np.int32)
+    for first in range(0, absmax.size, at_once):
+        run = absmax[first : first + at_once]
+        _inverse_absmax(w[first * block_size : (first + at_once) * block_size], block_size, run, inverse)
+        for block in range(run.size):
+            start = (first + block) * block_size
+            x, codes = w[start : start + block_size], out[start : start + block_size]
+            reciprocal = inverse[block]
+            for i in range(x.size):
+                value = x[i] * reciprocal
+                count = np.int32(0)
+                for j in range(15):  # a constant, so that LLVM unrolls this loop and vectorises that over i
+                    count += np.int32(value > midpoints[j])
+                ranks[i] = count
+            for i in range(x.size):
+                codes[i] = ranks[i]
 
 
 @kernel
@@ -157,16 +171,8 @@ def _quantize_by_table(
     `below` = `rank_table(midpoints)` gives each number's bucket the rank of its lower end. One comparison
     decides the rest.
     """
-    w_bits, absmax_bits = w.view(np.uint32), absmax.view(np.uint32)
-    # through memory: else LLVM makes x/absmax of x·(1/absmax), and rounds otherwise
-    inverse = np.empty(absmax.size, np.float32)
-    for block in range(absmax.size):
-        largest = np.uint32(0)
-        for bits in w_bits[block * block_size : (block + 1) * block_size]:
-            largest = max(largest, bits & np.uint32(0x7FFFFFFF))
-        absmax_bits[block] = largest
-        inverse[block] = np.float32(1) / max(absmax[block], SMALLEST_ABSMAX)
-    scaled = np.empty(min(block_size, w.size), np.float32)
+    inverse, scaled = np.empty(absmax.size, np.float32), np.empty(min(block_size, w.size), np.float32)
+    _inverse_absmax(w, block_size, absmax, inverse)
     scaled_bits = scaled.view(np.int32)
     half = np.int32(below.size // 2)
     for block in range(absmax.size):

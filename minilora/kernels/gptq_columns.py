@@ -20,7 +20,9 @@ def round_columns(
     upper, scale, offset, levels, midpoints = (
         read_only(np.ascontiguousarray(a)) for a in (upper, scale, offset, levels, midpoints)
     )
-    _round_columns(w, upper, scale, offset, levels, midpoints, ranks, errors)
+    # divided here: LLVM would turn value·(1/scale) into value/scale, which rounds otherwise
+    inverse = read_only(np.float32(1) / np.maximum(scale, SMALLEST_ABSMAX))
+    _round_columns(w, upper, scale, inverse, offset, levels, midpoints, ranks, errors)
     return ranks, errors
 
 
@@ -29,6 +31,7 @@ def _round_columns(
     w: Array,
     upper: Array,
     scale: Array,
+    inverse: Array,
     offset: Array,
     levels: Array,
     midpoints: Array,
@@ -41,7 +44,7 @@ def _round_columns(
             s, o = scale[r, i], offset[r, i]
             value = np.float32(w[r, i])
             if midpoints.size:
-                value *= np.float32(1) / max(s, SMALLEST_ABSMAX)
+                value *= inverse[r, i]
                 rank = 0
                 while rank < midpoints.size and value > midpoints[rank]:
                     rank += 1

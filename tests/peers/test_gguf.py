@@ -8,7 +8,8 @@ import time
 import numpy as np
 import pytest
 
-from minilora.formats.gguf import GGML_TYPES, GGUFFile, write_gguf
+from minilora.formats.gguf import GGML_TYPES, GGUFFile
+from minilora.formats.gguf_writer import write_gguf
 from minilora.parameters import DenseWeight, Parameter
 from minilora.quant.affine import AffineWeight
 from minilora.quant.blocks import BlockWeight
