@@ -13,6 +13,7 @@ import numpy as np
 
 from minilora.adapter import Adapter, AnyLinear
 from minilora.config import ConfigError, QuantConfig
+from minilora.functional import group_repeat
 from minilora.layers import Linear
 from minilora.parameters import Array, DenseWeight, Parameter, Weight
 from minilora.quant.affine import AffineWeight
@@ -90,7 +91,13 @@ def _merge_offsets(adapted: Adapter) -> AffineWeight:
             f"{weight.group_size}; only an adapter that is constant within each group merges exactly"
         )
     # w = scale·q + offset, so w + ΔW = scale·q + (offset + ΔW) where ΔW is one number for each group
-    per_group = adapted.delta()[:, :: weight.group_size]  # (out, in/g)
+    delta = adapted.delta()
+    per_group = delta[:, :: weight.group_size]  # (out, in/g)
+    if not np.array_equal(group_repeat(per_group, weight.group_size), delta):
+        raise ConfigError(
+            f"how='offsets': ΔW of {adapted.name} is not constant within groups of {weight.group_size} inputs; use "
+            "dense or requantize"
+        )
     return weight.with_offset((weight.offset + per_group).astype(np.float32))
 
 

@@ -22,6 +22,7 @@ from helpers import (
 
 import minilora
 from minilora.config import ConfigError, LoraConfig, QuantConfig, TrainConfig
+from minilora.formats.peft import save_adapter
 from minilora.injection import inject, inject_lora
 from minilora.lora import LoraLinear
 from minilora.memory import arrays_in, count_parameters, measure, model_bytes, unique_bytes
@@ -157,6 +158,25 @@ def test_a_checkpoint_of_training_resumes_to_the_same_bytes(tmp_path):
         np.array_equal(p.data, q.data)
         for p, q in zip(whole.model.trainable(), again.model.trainable(), strict=True)
     )
+
+
+def test_an_offset_takes_up_only_what_is_constant_within_its_group():
+    """An adapter that says it pools, and does not, is refused: its columns between would be lost."""
+
+    class Liar(own.LoraFALinear):
+        pool = 4
+
+    base = quantize_model(make_model(dtype=np.float32, trainable=False), QuantConfig("int4", group_size=4))
+    model = inject(base, lambda linear: randomized(Liar(linear, 2, 1.0, RNG(0))), ("q_proj",))
+    with pytest.raises(ConfigError, match="is not constant within groups of 4 inputs; use dense"):
+        merge(model, "offsets")
+    assert merge(model, "dense")[1]
+
+
+def test_peft_has_no_form_for_an_adapter_of_ones_own(tmp_path):
+    model = inject(make_model(dtype=np.float32, trainable=False), lora_fa, ("q_proj",))
+    with pytest.raises(ConfigError, match="q_proj has a LoraFALinear, for which PEFT has no form; merge it"):
+        save_adapter(model, LoraConfig(r=3), tmp_path)
 
 
 def test_what_is_no_adapter_is_refused_with_the_fix():

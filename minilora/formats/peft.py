@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from minilora.adapter import Adapter
 from minilora.config import SVD_INITS, ConfigError, LoraConfig, expand_modules, matches
 from minilora.formats.files import (
     Array,
@@ -103,6 +104,12 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     """
     folder = Path(folder)
     adapted = [(linear, lora) for _, linear in model.linears() if (lora := lora_of(linear)) is not None]
+    others = [x for _, x in model.linears() if isinstance(x, Adapter) and lora_of(x) is None]
+    if others:
+        raise ConfigError(
+            f"model: {others[0].name} has a {type(others[0]).__name__}, for which PEFT has no form; merge it and "
+            "save the merged model"
+        )
     if not adapted:
         raise ConfigError("model: has no adapter to save; inject_lora makes one")
     targets = {

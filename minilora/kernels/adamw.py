@@ -14,15 +14,16 @@ Array = np.ndarray
 
 def adamw(p: Array, g: Array, m: Array, v: Array, t: int, lr: float, c: Any) -> None:
     """Do what `functional.adamw` does, for arrays (n,) of one dtype, which all numbers take too."""
-    numbers = _numbers(p.dtype.type, t, lr, c.beta1, c.beta2, c.eps, c.weight_decay)
-    _update(g, *numbers, p, m, v)
+    update: Any = _update
+    update(g, *_numbers(p.dtype, t, lr, c.beta1, c.beta2, c.eps, c.weight_decay), p, m, v)
 
 
 @lru_cache(maxsize=8)  # the same for all parameters of a step that share dtype and rate
 def _numbers(
-    one: Any, t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
+    dtype: np.dtype[Any], t: int, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> tuple[Any, ...]:
     """Return what a step multiplies by, in the arrays' dtype: a float64 would make float64 of all."""
+    one: Any = dtype.type
     rate = one(lr)
     means = one(beta1), one(1 - beta1), one(beta2), one(1 - beta2)
     return *means, one(1 - beta2**t), one(eps), rate / one(1 - beta1**t), rate * one(weight_decay)
