@@ -107,8 +107,8 @@ def save_adapter(model: Transformer, config: LoraConfig, folder: str | Path) -> 
     others = [x for _, x in model.linears() if isinstance(x, Adapter) and lora_of(x) is None]
     if others:
         raise ConfigError(
-            f"model: {others[0].name} has a {type(others[0]).__name__}, for which PEFT has no form; merge it and "
-            "save the merged model"
+            f"model: {others[0].name} has a {type(others[0]).__name__}, for which PEFT has no form; "
+            "merge it and save the merged model"
         )
     if not adapted:
         raise ConfigError("model: has no adapter to save; inject_lora makes one")
