@@ -95,7 +95,7 @@ def _merge_offsets(adapted: Adapter) -> AffineWeight:
     per_group = delta[:, :: weight.group_size]  # (out, in/g)
     if not np.array_equal(group_repeat(per_group, weight.group_size), delta):
         raise ConfigError(
-            f"how='offsets': ΔW of {adapted.name} is not constant within groups of {weight.group_size} inputs; "
+            f"how='offsets': ΔW of {adapted.name} varies within groups of {weight.group_size} inputs; "
             "use dense or requantize"
         )
     return weight.with_offset((weight.offset + per_group).astype(np.float32))
