@@ -18,6 +18,7 @@ SLOW = {
     "test_memory_plots.py::test_files_are_whole_and_the_same_again": 0,
     "test_merging.py::test_the_study_writes_rows_and_a_page_with_means_over_seeds": 0,
     "test_notebooks.py::test_notebook_runs_and_prints_the_same_text": 0,
+    "test_own_adapters.py::test_vera_learns_the_task": 0,
     "test_plain.py::test_training_agrees_to_rounding": 3,
     "test_planner.py::test_planned_and_measured": 10,
     "test_run.py::test_a_gptq_base_is_the_same_bytes_every_time_and_never_sees_the_test_split": 0,
