@@ -96,9 +96,10 @@ def loss_and_grads(
         Several run one after another and count as one (gradient accumulation).
     shards : int
         Pieces that each batch is cut into; a worker runs one at a time.
-    stream : (seed, step), optional
-        What dropout draws from; without it there is none.
-    checkpoint, logits_chunk
+    stream : tuple of int, optional
+        (seed, step), the seed of dropout; without it there is none.
+    checkpoint : bool
+    logits_chunk : int
         As in `Transformer.forward` and `head_loss`: less memory, more time.
     """
     batches = [batches] if isinstance(batches, Batch) else batches
