@@ -99,8 +99,9 @@ def loss_and_grads(
     stream : tuple of int, optional
         (seed, step), the seed of dropout; without it there is none.
     checkpoint : bool
+        Keep only what is expensive to recompute, as in `Transformer.forward`: less memory, more time.
     logits_chunk : int
-        As in `Transformer.forward` and `head_loss`: less memory, more time.
+        Rows of logits at a time, as in `head_loss`: less memory, more time.
     """
     batches = [batches] if isinstance(batches, Batch) else batches
     count = sum(int(batch.mask.sum()) for batch in batches)
