@@ -14,12 +14,13 @@ class Adapter(ABC):
     """A frozen Linear with something trainable beside it: base class of LoRA and of adapters of your own.
 
     A subclass defines four methods. `forward(x, key)` returns y (…, out) and its cache. `backward(dy, cache,
-    grads, need_dx, onto)` adds to `grads` and returns dx (…, in), added to `onto` if that is given.
-    `trained()` lists the parameters. `delta()` returns ΔW (out, in) in float64, for merging.
+    grads, need_dx, onto)` adds the adapter's gradients to `grads` and returns dx (…, in). With `onto` it adds
+    dx to that array and returns it. `trained()` lists the parameters. `delta()` returns ΔW (out, in) in
+    float64, for merging. `docs/adapter.md` has all rules.
     """
 
     pool = 1
-    """Neighbouring inputs that are summed before they reach the adapter (QA-LoRA)."""
+    """Number of neighbouring inputs that are summed before A (QA-LoRA); 1 for no pooling."""
 
     def __init__(self, base: Linear):
         self.base = base
@@ -44,18 +45,18 @@ class Adapter(ABC):
         """Map x (…, in) to y (…, out)."""
 
     def cache_of(self, x: Array, key: Key = None) -> Cache:
-        """Return the cache of `forward`, for a block that is computed again."""
+        """Return the cache of `forward`, to recompute a checkpointed block. An override may skip y."""
         return self.forward(x, key)[1]
 
     @abstractmethod
     def backward(
         self, dy: Array, cache: Any, grads: Gradients, need_dx: bool = True, onto: Array | None = None
     ) -> Any:
-        """Return dx (…, in) for dy (…, out)."""
+        """Add to `grads`; return dx (…, in) for dy (…, out), or None if not `need_dx`."""
 
     @abstractmethod
     def trained(self) -> list[Parameter]:
-        """Return the adapter's parameters, frozen ones included."""
+        """Return all parameters of the adapter, frozen ones too."""
 
     @abstractmethod
     def delta(self) -> Array:

@@ -96,9 +96,9 @@ class ModelConfig:
     hidden_act
         `silu` is the SwiGLU MLP (gate, up, down); `gelu_pytorch_tanh` the two-matrix MLP (up, down) of the
         LoRA paper's figure.
-    rope_factors : (head_dim / 2,)
-        Divisors of the rotary pairs' speeds. All equal is linear scaling; Llama 3 slows only the slow pairs.
-        None leaves the speeds.
+    rope_factors : tuple of float, optional
+        The head_dim / 2 divisors of the rotary pairs' speeds. All equal is linear scaling; Llama 3 slows only
+        the slow pairs. None leaves the speeds.
 
     Examples
     --------
@@ -193,7 +193,7 @@ class LoraConfig:
     -----
     `normal` draws A with standard deviation 1/√(3·in): PEFT's `kaiming` has the same variance, and both are
     independent of r. `gaussian` depends on r and so confounds a rank sweep. B starts at zero. `pissa` and
-    `loftq` start both factors from a decomposition (`minilora.initial`).
+    `loftq` start both factors from a decomposition (`minilora.variants`).
 
     References
     ----------

@@ -1,14 +1,15 @@
 """The mathematics of LoRA and of the transformer: forward/backward pairs without state.
 
 Each backward stands right under its forward. It undoes the forward in reverse order and quotes the line that
-it differentiates. `dx` is the gradient of the loss with respect to `x`. `with minilora.plain():` trains
-through these very functions. One legend for the whole package:
+it differentiates. `dx` is the gradient of the loss with respect to `x`. Inside `with minilora.plain():`,
+training runs these functions. One legend for the whole package:
 
     B batch   T time   C hidden size   H heads   K key/value heads   D head size   V vocabulary
     F width of the MLP   r rank   g group size   N any number of rows
 
-Functions return new arrays; only `adamw` and an `out=` write to an argument. float32 stays float32, and
-float64 stays float64.
+Only `adamw` and `out=` write to an argument. `flat`, and `group_sum` or `group_repeat` with g = 1, return a
+view or the argument itself, and a cache holds arguments. All other results are new arrays. float32 stays
+float32, and float64 stays float64.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def linear_backward(dy: Array, x: Array, w: Array) -> tuple[Array, Array]:
 
 
 def linear_dx(dy: Array, w: Array) -> Array:
-    """Return dx = dy w (…, in): all that a frozen w needs, and it needs no x."""
+    """Return dx = dy w (…, in). It needs no x, so a frozen Linear keeps none."""
     return dy @ w
 
 
@@ -77,7 +78,7 @@ def low_rank_backward(dy: Array, cache: Cache, a: Array, b: Array, s: float) -> 
 
 
 def embedding_backward(dy: Array, ids: Array, V: int) -> Array:
-    """Add each row of dy (…, C) to the row of dtable (V, C) that its token took."""
+    """Return dtable (V, C): row i is the sum of dy (…, C) over all positions whose token is i."""
     dtable = np.zeros((V, dy.shape[-1]), dy.dtype, like=dy)
     np.add.at(dtable, ids.reshape(-1), dy.reshape(-1, dy.shape[-1]))
     return dtable
@@ -95,14 +96,14 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
 def rms_norm_backward(
     dy: Array, weight: Array, cache: Cache, need_dweight: bool = True
 ) -> tuple[Array, Array | None]:
-    """Return dx (…, C) and dweight (C,) of `rms_norm_forward`; dweight is None if `need_dweight` is False."""
+    """Return dx (…, C) and dweight (C,) of `rms_norm_forward`. Without `need_dweight`, dweight is None."""
     x, rstd = cache
     # y = x * rstd * weight
     xhat = x * rstd
     C = x.shape[-1]
     dweight = np.einsum("nc,nc->c", dy.reshape(-1, C), xhat.reshape(-1, C)) if need_dweight else None
     dxhat = dy * weight
-    # rstd = (mean(x²) + eps)^-½, so each xhat pulls x back along itself:
+    # rstd depends on x too: dx = rstd · (dxhat − xhat · mean(dxhat ∘ xhat))
     pull = np.einsum("...c,...c->...", dxhat, xhat)[..., None] / x.dtype.type(x.shape[-1])
     xhat *= pull
     dxhat -= xhat
@@ -146,7 +147,7 @@ def softmax(x: Array, out: Array | None = None) -> Array:
 
 
 class AttentionCache(NamedTuple):
-    """What attention keeps: q / √D (B, T, H, D), k and v (B, T, K, D), the probabilities."""
+    """Cache of attention: q / √D (B, T, H, D), k and v (B, T, K, D), probs (B, K, G, T, T) with G = H/K."""
 
     q: Array
     k: Array
@@ -155,10 +156,10 @@ class AttentionCache(NamedTuple):
 
 
 def attention_mask(T: int, segments: Array | None, like: Array) -> Array:
-    """Return what is added to the scores: 0 where a query may look, −inf elsewhere.
+    """Return the mask that is added to the scores: 0 where a query may attend, −inf elsewhere.
 
-    A query sees the keys of its own segment up to its own position. So examples packed into one row do not
-    see each other. Their positions need no reset: rotary scores depend on the distance of query and key only.
+    A query attends to keys of its own segment, up to its own position. So packed examples stay separate.
+    Positions are not reset for each example: rotary scores depend only on the distance of query and key.
 
     Shapes: segments (B, T) or None → mask (B, 1, 1, T, T) or (T, T). `like` gives the dtype.
     """
@@ -175,12 +176,12 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Any = None) -> tup
     Shapes: q (B, T, H, D), k and v (B, T, K, D) with K dividing H → y (B, T, H, D). Query head h reads key
     head h // (H/K). `segments` (B, T) number the packed examples (`attention_mask`).
     """
-    scaled = q * q.dtype.type(q.shape[-1] ** -0.5)  # cheaper here than on the T × T scores
+    scaled = q * q.dtype.type(q.shape[-1] ** -0.5)  # scaling q costs T·D products, the scores T·T
     return attention_from_scaled(scaled, k, v, segments)
 
 
 def attention_from_scaled(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
-    """Do what `attention_forward` does after q was divided by √D, as it is in the cache: the same bits."""
+    """Return `attention_forward` for a q already divided by √D, as in the cache. The bits are the same."""
     B, T, H, D = q.shape
     K = k.shape[2]
     G = H // K  # query heads that share one key head
@@ -203,7 +204,7 @@ def attention_backward(dy: Array, cache: Cache) -> tuple[Array, Array, Array]:
     k5 = k.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     v5 = v.transpose(0, 2, 1, 3)[:, :, None]  # (B, K, 1, T, D)
     dy5 = dy.reshape(B, T, K, G, D).transpose(0, 2, 3, 1, 4)  # (B, K, G, T, D)
-    # y = probs @ v; the G query heads that share a value head add up
+    # y = probs @ v; sum over the G query heads that share a value head
     dv = (probs.swapaxes(-1, -2) @ dy5).sum(axis=2).transpose(0, 2, 1, 3)  # (B, T, K, D)
     dscores = dy5 @ v5.swapaxes(-1, -2)  # = dprobs (B, K, G, T, T)
     # probs = softmax(scores): dscores = probs ∘ (dprobs − Σ dprobs ∘ probs)
@@ -236,7 +237,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
 def swiglu_backward(dy: Array, cache: Cache) -> tuple[Array, Array]:
     """Return dgate and dup (…, F) of `swiglu_forward`."""
     gate, up = cache
-    # to keep σ would cost a fifth of a block's memory, to compute it again costs 1 % of its time
+    # recompute σ: that costs 1 % of a block's time, and keeping it a fifth of a block's memory
     sigma = sigmoid(gate)
     # y = silu(gate) * up
     silu = gate * sigma
@@ -294,8 +295,8 @@ def cross_entropy_forward(
 ) -> tuple[float, Cache]:
     """Return the cross-entropy in nats, loss = Σ (log Σ exp logits − logits[target]) / normalizer.
 
-    Shapes: logits (N, V), targets (N,). The normalizer counts the targets of the whole batch, so that the
-    losses of shards add up. The sum runs in float64. `out`, for the probabilities, may be `logits`.
+    Shapes: logits (N, V), targets (N,). `normalizer` is the number of targets in the whole batch, so that
+    losses of shards can be added. The sum runs in float64. `out`, for the probabilities, may be `logits`.
     """
     probs = np.subtract(logits, logits.max(axis=-1, keepdims=True), out=out)
     rows = np.arange(len(targets))
@@ -308,7 +309,7 @@ def cross_entropy_forward(
 
 
 def cross_entropy_backward(cache: Cache, out: Array | None = None) -> Array:
-    """Return dlogits = (softmax(logits) − onehot(target)) / normalizer (N, V); `out` may be the cache's."""
+    """Return dlogits = (softmax(logits) − onehot(target)) / normalizer (N, V). `out` may be probs itself."""
     probs, targets, normalizer = cache
     dlogits = np.divide(probs, probs.dtype.type(normalizer), out=out)
     dlogits[np.arange(len(targets)), targets] -= probs.dtype.type(1 / normalizer)
@@ -319,7 +320,7 @@ def group_sum(x: Array, g: int) -> Array:
     """Sum each group of g neighbours of the last axis: (…, in) → (…, in/g).
 
     This is QA-LoRA's pooling (arXiv 2309.14717, Algorithm 1). The paper's text takes the mean and multiplies
-    by g; the sum says that once. g = 1 changes nothing.
+    by g, which is the sum. g = 1 returns x itself.
 
     >>> group_sum(np.array([1., 2., 3., 4.]), 2)
     array([3., 7.])
@@ -328,7 +329,7 @@ def group_sum(x: Array, g: int) -> Array:
 
 
 def group_repeat(dy: Array, g: int) -> Array:
-    """Give each member of a group the group's gradient, (…, in/g) → (…, in): the backward of `group_sum`."""
+    """Repeat each group's value g times, (…, in/g) → (…, in): the backward of `group_sum`."""
     return dy if g == 1 else np.repeat(dy, g, axis=-1)
 
 

@@ -103,7 +103,7 @@ def generate(
 
     Parameters
     ----------
-    eos : int or several, optional
+    eos : int or collection of int, optional
         Tokens that end a text.
     threads : int, optional
         By default one for each core; any number gives the same bytes.

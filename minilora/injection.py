@@ -1,4 +1,4 @@
-"""Which parts of a model train: adapters (`inject`, `inject_lora`), everything (`full`), or some (`subset`).
+"""Choose what trains: adapters (`inject`, `inject_lora`), all weights (`full`) or some (`subset`).
 
 Each function returns a new model that shares the frozen arrays of the base.
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 def inject(
     model: Transformer, make: Callable[[Linear], Adapter], target_modules: tuple[str, ...] = LINEAR_MODULES
 ) -> Transformer:
-    """Return a new model in which `make(linear)` stands around each targeted linear.
+    """Return a new model in which `make(linear)` replaces each targeted linear.
 
     Parameters
     ----------
@@ -62,7 +62,7 @@ def inject_lora(
 ) -> Transformer:
     """Return a new model with LoRA, DoRA or QA-LoRA adapters on `config.target_modules`.
 
-    Several adapters over one base are several injected models.
+    To put several adapters over one base, inject once for each; every call returns its own model.
 
     Parameters
     ----------
@@ -110,8 +110,8 @@ def full(model: Transformer) -> Transformer:
 def subset(model: Transformer, modules: tuple[str, ...]) -> Transformer:
     """Return a new model in which only some modules are trainable copies.
 
-    A parameter trains if its name contains one of `modules` as whole parts: `("layers.3",)` is the last block
-    of four, `("q_proj", "v_proj")` are two projections of every block. ConfigError if a name matches nothing.
+    A parameter trains if one of `modules` matches whole parts of its name. `("layers.3",)` is block 3.
+    `("q_proj", "v_proj")` are two projections of every block. ConfigError if a name matches nothing.
     """
     _refuse_quantized(model, "subset")
     names = [p.name.removesuffix(".weight") for p in model.parameters()]
@@ -158,7 +158,7 @@ def _chosen(names: list[str], targets: tuple[str, ...]) -> set[str]:
 
 
 def _offset_group(linear: Linear, frozen: Transformer) -> int:
-    """Return the inputs that share one float offset, into which QA-LoRA merges."""
+    """Return the number of inputs that share one float offset, into which QA-LoRA merges."""
     weight = linear.weight
     if not weight.offset_group:
         if weight is frozen.embedding.weight:
@@ -176,7 +176,7 @@ def _check_targets(field: str, targets: tuple[str, ...], names: list[str]) -> No
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
     for target in targets:
         if targets == LINEAR_MODULES and target == "gate_proj":
-            continue  # "all-linear" means all that there are: the two-matrix MLP has no gate
+            continue  # "all-linear" takes the linears that exist, and the two-matrix MLP has no gate
         if not any(matches(name, target) for name in names):
             raise ConfigError(
                 f"{field}={target!r}: matches no module; there are {', '.join(kinds)} "

@@ -3,17 +3,17 @@
     y, cache = layer.forward(x)
     dx = layer.backward(dy, cache, grads)     # adds to grads; never touches the layer
 
-`cache` is in the return statement. So a layer can run twice or in two threads, and its memory can be counted.
-`grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no input, builds no dW and still
-passes dx on. The letters of the shapes are those of `minilora.functional`.
+Forward returns its cache and stores nothing in the layer. So a layer can run twice, or in two threads, and
+its memory can be counted. `grads` holds arrays for *trainable* parameters only. A frozen Linear keeps no
+input, builds no dW and still passes dx on. The letters of the shapes are those of `minilora.functional`.
 Parameters, gradients and weights are in `minilora.parameters`; adapters wrap a Linear (`minilora.adapter`).
 
 Three arguments recur:
 
-* `key`: what random layers draw from, a tuple (seed, step, shard, …). None means evaluation. Only an
-  adapter's dropout uses it. A recomputed forward pass draws the same numbers from the same key.
+* `key`: the seed of an adapter's dropout, a tuple (seed, step, shard, …), or None in evaluation. A recomputed
+  forward pass draws the same numbers from the same key.
 * `need_dx=False`: nothing below trains, so backward fills `grads`, skips the product with W and returns None.
-* `onto`: an array to which a linear adds its dx inside the product; backward then returns that array.
+* `onto`: an array. Backward adds dx to it, in the same pass as the product, and returns it.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Linear:
             yield self.weight.param
 
     def forward(self, x: Array, key: Key = None) -> tuple[Array, Cache]:
-        """Map x (…, in) to y (…, out). The input is kept only if W trains."""
+        """Map x (…, in) to y (…, out). The cache holds x only if W trains."""
         return self.weight.matmul(x), self.cache_of(x)
 
     def cache_of(self, x: Array, key: Key = None) -> Cache:
-        """Return the cache of `forward` without its product, for a block that is computed again."""
+        """Return the cache of `forward` without computing y, to recompute a checkpointed block."""
         return (x,) if self.weight.trainable else ()
 
     def backward(
@@ -87,7 +87,7 @@ class Embedding:
         return self.weight.rows(ids), (ids,) if self.weight.trainable else ()
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients) -> None:
-        """Add each row's dy to the gradient of that row; token ids have no gradient."""
+        """Add dy of each position to the gradient of its token's row. Token ids have no gradient."""
         if isinstance(self.weight, DenseWeight) and cache:
             (ids,) = cache
             grads.add(self.weight.param, F.embedding_backward(dy, ids, self.weight.shape[0]))
@@ -108,7 +108,7 @@ class RMSNorm:
         return F.rms_norm_forward(x, self.weight.data, self.eps)
 
     def backward(self, dy: Array, cache: Cache, grads: Gradients, in_place: bool = False) -> Array:
-        """Return dx (…, C) for dy (…, C), which may take the place of dy."""
+        """Return dx (…, C) for dy (…, C). With `in_place`, dx may overwrite dy."""
         w = self.weight
         dx, dweight = F.rms_norm_backward(dy, w.data, cache, w.trainable, in_place=in_place)
         if dweight is not None:
@@ -154,7 +154,7 @@ class Attention:
         return y, AttentionCache(rope, cache_q, cache_k, cache_v, mix, cache_o)
 
     def restore(self, x: Array, kept: Checkpoint, rope: Rope, key: Key, segments: Any) -> AttentionCache:
-        """Return the cache of `forward(x)` from queries, keys and values: no product with a base weight."""
+        """Return the cache of `forward(x)` from the kept q, k and v, without a product with a base weight."""
         cache_q, cache_k, cache_v = (p.cache_of(x, key) for p in (self.q_proj, self.k_proj, self.v_proj))
         mixed, mix = F.attention_from_scaled(kept.q, kept.k, kept.v, segments)
         cache_o = self.o_proj.cache_of(mixed.reshape(*x.shape[:2], -1), key)
@@ -173,7 +173,7 @@ class Attention:
 
 
 class MLPCache(NamedTuple):
-    """What `MLP` keeps: the caches of its projections, () without a gate, and of SwiGLU or GELU."""
+    """Cache of `MLP`: those of its projections and of SwiGLU or GELU. Without a gate, `gate_proj` is ()."""
 
     gate_proj: Cache
     up_proj: Cache
@@ -218,21 +218,21 @@ class MLP:
 
 
 class HalfCache(NamedTuple):
-    """What half a block keeps: the cache of its norm, and that of its attention or MLP."""
+    """Cache of one half of a block: of its norm, and of its attention or MLP."""
 
     norm: Cache
     inner: Any
 
 
 class BlockCache(NamedTuple):
-    """What a block keeps."""
+    """Cache of a block: its attention half and its MLP half."""
 
     attention: HalfCache
     mlp: HalfCache
 
 
 class Checkpoint(NamedTuple):
-    """What a checkpointed block keeps: the inputs x and mixed of its halves (B, T, C); q, k and v."""
+    """What a checkpointed block keeps: x and mixed (B, T, C), the inputs of its two halves; q, k and v."""
 
     x: Array
     mixed: Array
@@ -281,7 +281,7 @@ class Block:
 
     def backward_mlp(self, dy: Array, cache: HalfCache, grads: Gradients) -> Array:
         """Return dmixed (B, T, C) for dy (B, T, C)."""
-        # y = mixed + mlp(norm(mixed)): the gradient takes both ways
+        # y = mixed + mlp(norm(mixed)): the gradient flows through both terms
         dnormed = self.mlp.backward(dy, cache.inner, grads)
         dmixed = self.post_norm.backward(dnormed, cache.norm, grads, in_place=True)
         dmixed += dy
@@ -300,22 +300,23 @@ class Block:
 
     @staticmethod
     def checkpoint(cache: BlockCache) -> Checkpoint:
-        """Return the part of a cache (a quarter, of QA-LoRA's a third) that is expensive to compute again.
+        """Return what a checkpoint keeps: the arrays that are expensive to recompute.
 
-        To recompute it would take four products with base weights. Norms, probabilities and the wide part of
-        the MLP are computed again (selective recomputation, arXiv 2205.05198, §4).
+        They are a quarter of the cache (QA-LoRA: a third), and would take four products with base weights.
+        Norms, probabilities and the wide part of the MLP are recomputed (selective recomputation, arXiv
+        2205.05198, §4).
         """
         mix = cache.attention.inner.mix
         return Checkpoint(cache.attention.norm[0], cache.mlp.norm[0], mix.q, mix.k, mix.v)
 
     def restore_mlp(self, kept: Checkpoint, key: Key = None) -> HalfCache:
-        """Return the cache of the MLP half again, bit by bit."""
+        """Recompute the cache of the MLP half, with the same bits."""
         normed, cache_norm = self.post_norm.forward(kept.mixed)
         return HalfCache(cache_norm, self.mlp.cache_of(normed, key))
 
     def restore_attention(
         self, kept: Checkpoint, rope: Rope, key: Key = None, segments: Array | None = None
     ) -> HalfCache:
-        """Return the cache of the attention half again, bit by bit."""
+        """Recompute the cache of the attention half, with the same bits."""
         normed, cache_norm = self.input_norm.forward(kept.x)
         return HalfCache(cache_norm, self.attention.restore(normed, kept, rope, key, segments))

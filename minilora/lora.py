@@ -25,7 +25,7 @@ from minilora.parameters import Array, Gradients, Parameter
 
 
 class LoraCache(NamedTuple):
-    """What LoRA keeps: its input p (…, in/g), h = p Aᵀ (…, r), and a bit for each p that dropout left."""
+    """Cache of LoRA: p = pool(x) after dropout (…, in/g), h = p Aᵀ (…, r), dropout's mask in bits or None."""
 
     p: Array
     h: Array
@@ -44,7 +44,7 @@ class LoraLinear(Adapter):
     rng : numpy.random.Generator
         Draws A; B starts at zero.
     pool : int
-        Inputs that are summed before they reach A; for QA-LoRA the group size of the affine base.
+        Number of neighbouring inputs that are summed before A. For QA-LoRA: the base's group size.
 
     Raises
     ------
@@ -65,7 +65,7 @@ class LoraLinear(Adapter):
         super().__init__(base)
         out, in_ = base.shape
         config = config.of(base.name)
-        # with pooling the rank of ΔW is capped at in/pool; a larger r trains, but only adds parameters
+        # with pooling, ΔW has at most rank in/pool; a larger r is allowed, but adds only parameters
         require(
             config.r <= min(out, in_),
             "r",
@@ -90,7 +90,7 @@ class LoraLinear(Adapter):
         return self.base.weight.matmul(x, low_rank), LoraCache(p, h, mask)
 
     def cache_of(self, x: Array, key: Key = None) -> LoraCache:
-        """Return the cache of `forward` without the product with the base."""
+        """Return the cache of `forward` without computing the base's product."""
         p, mask = self._adapter_input(x, key)
         return LoraCache(p, F.linear_forward(p, self.lora_A.data), mask)
 
@@ -105,11 +105,11 @@ class LoraLinear(Adapter):
         if not need_dx:
             return None
         if mask is not None:
-            # p = mask ∘ p / (1 − dropout)
+            # p = mask ∘ pool(x) / (1 − dropout)
             dp = F.multiplied(dp)
             dp *= np.unpackbits(mask, count=dp.size).reshape(dp.shape)
             dp *= dp.dtype.type(1 / (1 - self.dropout))
-        # p = pool(x), and x also went through the base
+        # x reached y twice: through p = pool(x), and through the base
         return self.base.weight.matmul_t(dy, F.group_repeat(dp, self.pool), onto)
 
     def _adapter_input(self, x: Array, key: Key) -> tuple[Array, Array | None]:
@@ -123,12 +123,12 @@ class LoraLinear(Adapter):
         return p, np.packbits(mask)
 
     def dropout_mask(self, p: Array, key: tuple[int, ...]) -> Array:
-        """Return which elements of p stay, from a stream of its own for each (seed, step, shard, layer)."""
+        """Draw which elements of p dropout keeps; each (seed, step, shard, layer) has its own stream."""
         rng = np.random.default_rng([*key, zlib.crc32(self.name.encode())])
         return rng.random(p.shape, np.float32) >= self.dropout
 
     def delta(self) -> Array:
-        """Return ΔW = scaling · B A in float64, each column repeated over its group: (out, in)."""
+        """Return ΔW = scaling · B A (out, in) in float64. With pooling, a group's inputs share one column."""
         a, b = (p.data.astype(np.float64) for p in (self.lora_A, self.lora_B))
         return F.group_repeat(self.scaling * (b @ a), self.pool)
 
@@ -136,7 +136,9 @@ class LoraLinear(Adapter):
 def init_a(config: LoraConfig, shape: tuple[int, int], in_features: int, rng: np.random.Generator) -> Array:
     """Draw A (r, in/g). `in_features` is the layer's true width, also when its input is pooled.
 
-    normal N(0, 1/(3·in)) · kaiming U(±1/√in), PEFT's default, of the same variance · gaussian N(0, 1/r²).
+    * `normal`: N(0, 1/(3·in)).
+    * `kaiming`: U(−1/√in, 1/√in), PEFT's default, with the same variance.
+    * `gaussian`: N(0, 1/r²).
     """
     if config.init_lora_weights == "kaiming":
         return rng.uniform(-1, 1, shape) / in_features**0.5

@@ -1,4 +1,4 @@
-"""Merging: functions that return new weights and the error they caused; the model with adapters stays valid.
+"""Merging: return new weights and the error of storing them. The model with adapters stays valid.
 
 LoRA merges into float32, W + s·B A. QLoRA, merged and rounded again, loses part of ΔW. QA-LoRA's ΔW is one
 number for each group, so it goes into the offsets, and the codes stay the same object.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MergeError:
-    """How far a merged weight is from W + ΔW, computed in float64 and in units of the weight.
+    """Difference between a merged weight and W + ΔW, computed in float64.
 
     `relative` is ‖merged − exact‖ / ‖ΔW‖: 1 means that the error is as large as what was learnt.
     """
@@ -49,11 +49,16 @@ class MergeError:
 def merge_linear(
     adapted: Adapter, how: str = "auto", quant: QuantConfig | None = None
 ) -> tuple[Weight, MergeError]:
-    """Return a new weight W + ΔW and the error that storing it caused; the adapted layer stays valid.
+    """Return a new weight W + ΔW and its storage error. The adapted layer stays valid.
 
-    `how`: `dense` · `requantize`, rounded to `quant` again, which loses some of ΔW · `offsets`, QA-LoRA's
-    offset += ΔW with the same codes object · `auto`, offsets if the adapter pools, else dense. ConfigError
-    if `offsets` finds a weight without float offsets, or a ΔW that is not constant within its groups.
+    `how` is one of:
+
+    * `dense`: store W + ΔW in floating point.
+    * `requantize`: round W + ΔW to `quant` again, which loses part of ΔW.
+    * `offsets`: add ΔW to the offsets and keep the codes (QA-LoRA).
+    * `auto`: `offsets` if the adapter pools its input, else `dense`.
+
+    Raises ConfigError if `offsets` finds no float offsets, or `pool` is no multiple of the group size.
     """
     weight = adapted.base.weight
     if how == "auto":
@@ -102,7 +107,7 @@ def _merge_offsets(adapted: Adapter) -> AffineWeight:
 
 
 def unmerge_linear(merged: Weight, adapted: Adapter) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again, for the lesson; return the base and its largest error, which is rounding."""
+    """Subtract ΔW again; return the base and its largest rounding error. Only tests use it."""
     base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
     error = float(np.abs(base - adapted.base.weight.dense()).max())
     return DenseWeight(Parameter(f"{adapted.name}.weight", base)), error
@@ -113,7 +118,7 @@ def merge(
 ) -> tuple[Transformer, dict[str, MergeError]]:
     """Merge every adapter into a new model without adapters; also return the error of each layer.
 
-    A merged tied head becomes a head of its own. The injected model stays valid. `how` and `quant`: see
+    A tied head that is merged is no longer tied. The injected model stays valid. `how` and `quant`: see
     `merge_linear`. Raises ConfigError if there is no adapter.
     """
     errors: dict[str, MergeError] = {}
@@ -133,7 +138,7 @@ def merge(
 
 
 def merge_errors(model: Transformer, merged: Transformer) -> dict[str, MergeError]:
-    """Return the error of each layer of `merged`, however it was merged, against the model with adapters."""
+    """Return each layer's error in `merged`, made in any way, against the model with adapters."""
     weights = {name: linear.base.weight for name, linear in merged.linears()}
     return {
         name: MergeError.of(weights[name], linear.base.weight.dense(), linear.delta())

@@ -1,4 +1,4 @@
-"""What layers hold: parameters, their gradients, and weights that know how to multiply."""
+"""Parameters, their gradient arrays, and dense weights."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ class Gradients(dict[Parameter, Array]):
         super().__init__((p, np.zeros_like(p.data)) for p in parameters if p.trainable)
 
     def add(self, parameter: Parameter, gradient: Array) -> None:
-        """Add to the gradient of a parameter; of a frozen one nothing is kept."""
+        """Add to a parameter's gradient; do nothing for a frozen parameter."""
         if parameter.trainable:
             self[parameter] += gradient
 
     def of(self, parameter: Parameter) -> Array | None:
-        """Return the array to which a gradient is added, or None for a frozen parameter."""
+        """Return a parameter's gradient array, or None for a frozen parameter."""
         return self[parameter] if parameter.trainable else None
 
 
@@ -62,7 +62,7 @@ class Gradients(dict[Parameter, Array]):
 
 
 class Weight(Protocol):
-    """What a Linear asks of its weight W (out, in), however the numbers are stored."""
+    """What `Linear` needs from a weight W (out, in), dense or quantized."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -70,15 +70,15 @@ class Weight(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of dense numbers."""
+        """Dtype of W when it is dense."""
 
     @property
     def trainable(self) -> bool:
-        """Whether a Linear must keep its input for dW."""
+        """Whether W trains, so that `Linear` must keep its input."""
 
     @property
     def offset_group(self) -> int:
-        """Inputs that share one float offset, into which QA-LoRA merges; 0 without such offsets."""
+        """Number of inputs that share one float offset, into which QA-LoRA merges; 0 if there are none."""
 
     def matmul(self, x: Array, low_rank: LowRank | Array | None = None) -> Array:
         """Return x Wᵀ + low_rank: (…, in) → (…, out)."""
@@ -95,7 +95,7 @@ class Weight(Protocol):
         """Return W as one (out, in) array."""
 
     def arrays(self) -> dict[str, list[Array]]:
-        """Return the stored arrays by class of bytes: weights, codes, scales, offsets, code_maps."""
+        """Return the stored arrays by kind: weights, codes, scales, offsets or code_maps."""
 
 
 class DenseWeight:
@@ -140,5 +140,5 @@ class DenseWeight:
         return self.param.data
 
     def arrays(self) -> dict[str, list[Array]]:
-        """Return one class: weights."""
+        """Return one kind: weights."""
         return {"weights": [self.param.data]}

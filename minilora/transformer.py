@@ -18,7 +18,7 @@ from minilora.parameters import Array, DenseWeight, Gradients, Parameter, Weight
 
 
 class ForwardCache(NamedTuple):
-    """What `Transformer.forward` keeps; a block below the lowest trainable one keeps None."""
+    """Cache of `Transformer.forward`. A block below the lowest trainable one has None."""
 
     embedding: Cache
     rope: Rope
@@ -69,7 +69,7 @@ class Transformer:
         return isinstance(self.head, Linear) and self.head.weight is self.embedding.weight
 
     def map_linears(self, change: Callable[[Any], Any]) -> Transformer:
-        """Return a new model whose linears, the head included, are `change(linear)`; all else is shared."""
+        """Return a new model with `change(linear)` for each linear and the head; all else is shared."""
         new = copy.copy(self)
         new.blocks = []
         for old in self.blocks:
@@ -82,7 +82,7 @@ class Transformer:
         return new
 
     def map_parameters(self, change: Callable[[Parameter], Parameter]) -> Transformer:
-        """Return a new model whose dense parameters are `change(p)`, once each, so a tied head stays tied."""
+        """Return a new model with `change(p)` in place of each dense parameter. A tied head stays tied."""
         done: dict[Parameter, Parameter] = {}
         weights: dict[int, DenseWeight] = {}
 
@@ -109,7 +109,7 @@ class Transformer:
         return new
 
     def lowest_trainable(self) -> int:
-        """Return where backward stops: a block, −1 if the embedding trains, len(blocks) if no block does."""
+        """Return the lowest block that trains: −1 for the embedding, len(blocks) if no block trains."""
         if any(p.trainable for p in self.embedding.parameters()):
             return -1
         for i, block in enumerate(self.blocks):
@@ -132,11 +132,12 @@ class Transformer:
         *,
         with_cache: bool = True,
     ) -> tuple[Array, ForwardCache]:
-        """Map token ids (B, T) to hidden states (B, T, C) after the last norm; the head is the caller's.
+        """Map token ids (B, T) to hidden states (B, T, C) after the last norm. The caller applies the head.
 
-        `checkpoint` keeps only what is expensive to compute again (arXiv 1604.06174; `Block.checkpoint`).
-        `segments` (B, T) number the packed examples, which do not see each other. `with_cache=False` keeps
-        nothing for a backward pass. Raises ValueError for ids outside the vocabulary or beyond the context.
+        `checkpoint` keeps only what is expensive to recompute (arXiv 1604.06174; `Block.checkpoint`).
+        `segments` (B, T) number the packed examples, which do not attend to each other. `with_cache=False`
+        keeps no cache for a backward pass. Raises ValueError for ids outside the vocabulary or beyond the
+        context.
         """
         check_ids(ids, self.config)
         if segments is not None and segments.shape != ids.shape:
@@ -159,14 +160,14 @@ class Transformer:
         return x, ForwardCache(cache_embedding, rope, key, caches, cache_norm, segments)
 
     def backward(self, dx: Array, cache: ForwardCache, grads: Gradients) -> None:
-        """Add to `grads`, from dx (B, T, C) down to the lowest trainable layer. The cache is used up."""
+        """Add gradients to `grads`, from dx (B, T, C) down to the lowest trainable layer; empty the cache."""
         lowest = self.lowest_trainable()
         if lowest == len(self.blocks) and not self.norm.weight.trainable:
             return
         dx = self.norm.backward(dx, cache.norm, grads)
         for i in reversed(range(max(lowest, 0), len(self.blocks))):
             block, kept, need_dx = self.blocks[i], cache.blocks.pop(), i != lowest
-            if isinstance(kept, Checkpoint):  # one half after the other, so that only one is there at a time
+            if isinstance(kept, Checkpoint):  # restore one half at a time: only its cache is in memory
                 dx = block.backward_mlp(dx, block.restore_mlp(kept, cache.key), grads)
                 half = block.restore_attention(kept, cache.rope, cache.key, cache.segments)
                 dx = block.backward_attention(dx, half, grads, need_dx)
@@ -187,7 +188,7 @@ class Transformer:
 
 
 def check_ids(ids: Array, config: ModelConfig) -> None:
-    """Refuse token ids that are no integers, are outside the vocabulary or exceed the context."""
+    """Raise ValueError unless ids are integers (B, T) inside the vocabulary and the context length."""
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
         raise ValueError(f"ids: must be an integer array (batch, time), not {ids.dtype} {ids.shape}")
     if ids.shape[1] > config.context_length:

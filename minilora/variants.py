@@ -1,7 +1,7 @@
 """Variants of LoRA, built on `LoraLinear`: DoRA, PiSSA and LoftQ.
 
-DoRA trains the length of each row of W + ΔW apart. PiSSA starts from the singular values of W, LoftQ from
-those of W's rounding error.
+DoRA trains the length of each row of W + ΔW separately. PiSSA starts A and B from the SVD of W, and LoftQ
+from the SVD of W's rounding error.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from minilora.quant.weights import quantize_weight
 
 
 class DoraCache(NamedTuple):
-    """What DoRA keeps: LoRA's cache, z = base(x) + s·x Aᵀ Bᵀ (…, out), and the row lengths n (out,)."""
+    """Cache of DoRA: LoRA's cache, z = base(x) + s·x Aᵀ Bᵀ (…, out), and the row lengths n (out,)."""
 
     lora: LoraCache
     z: Array
@@ -36,7 +36,7 @@ class DoraLinear(Adapter):
 
         y = (m / n) ∘ (base(x) + s·x Aᵀ Bᵀ),   n = ‖W + s·B A‖ of each row
 
-    The gradient takes n for a constant (section 4.3).
+    Backward treats n as a constant (section 4.3).
     """
 
     def __init__(self, lora: LoraLinear):
@@ -72,7 +72,7 @@ class DoraLinear(Adapter):
         s = b.dtype.type(self.lora.scaling)
         cross = self.base.weight.matmul(a).T  # W Aᵀ: (out, r)
         squares = self.row_squares + (b * (2 * s * cross + s * s * (b @ (a @ a.T)))).sum(axis=1)
-        # a row of zeros has no direction, and must not divide by 0
+        # avoid 0/0 in a row of zeros
         return np.sqrt(np.maximum(squares, np.finfo(b.dtype).tiny))
 
     def delta(self) -> Array:
@@ -90,7 +90,7 @@ class DoraLinear(Adapter):
 
 
 class SvdLinear(LoraLinear):
-    """A LoraLinear that starts as PiSSA or LoftQ says, over the base that belongs to that start."""
+    """A LoraLinear with PiSSA's or LoftQ's first A, B and base."""
 
     def __init__(
         self, base: Linear, config: LoraConfig, rng: np.random.Generator, quant: QuantConfig | None = None
@@ -100,7 +100,7 @@ class SvdLinear(LoraLinear):
         super().__init__(new_base, config, rng)
         self.lora_A.data, self.lora_B.data = a, b
         self.start = (a.copy(), b.copy())
-        """The first A and B. With them the adapter is no update of W itself, but of W − s·B₀A₀."""
+        """The first A and B, (A₀, B₀). Relative to W, the update is s·(B A − B₀ A₀)."""
 
 
 def adapt(
@@ -110,7 +110,7 @@ def adapt(
     pool: int = 1,
     quant: QuantConfig | None = None,
 ) -> LoraLinear | DoraLinear:
-    """Return the adapter that a `LoraConfig` describes; `quant` stores the base that an SVD start makes."""
+    """Return the adapter that a `LoraConfig` describes. `quant` quantizes the base of PiSSA and LoftQ."""
     if config.init_lora_weights in ("pissa", "loftq"):
         lora: LoraLinear = SvdLinear(base, config, rng, quant)
     else:
@@ -119,14 +119,14 @@ def adapt(
 
 
 def lora_of(linear: Any) -> LoraLinear | None:
-    """Return the LoraLinear that a linear is, or that a DoraLinear has; None for any other."""
+    """Return the LoraLinear itself, or the one inside a DoraLinear; None for anything else."""
     if isinstance(linear, DoraLinear):
         return linear.lora
     return linear if isinstance(linear, LoraLinear) else None
 
 
 def warn_if_it_cannot_train(adapter: Any) -> None:
-    """Warn of an adapter whose A and B can never change: dA is a product with B, and dB with A."""
+    """Warn if A and B can never change: dA is a product with B, and dB with A. Other adapters pass."""
     lora = lora_of(adapter)
     if lora is None or not isinstance(lora.lora_A.data, np.ndarray):  # shapes without data (minilora.memory)
         return
@@ -146,10 +146,7 @@ def warn_if_it_cannot_train(adapter: Any) -> None:
 
 
 def merged_over(linear: LoraLinear | DoraLinear, w: Array) -> Array:
-    """Return the merged weight over another W (out, in) than the adapter's base, in float64.
-
-    W is the dense weight from which a quantized or PiSSA base came.
-    """
+    """Return W + ΔW in float64, for the W (out, in) before it was quantized or split by PiSSA."""
     lora = linear.lora if isinstance(linear, DoraLinear) else linear
     whole = w.astype(np.float64) + lora.delta()
     if isinstance(lora, SvdLinear):
@@ -159,7 +156,7 @@ def merged_over(linear: LoraLinear | DoraLinear, w: Array) -> Array:
 
 
 def svd_factors(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
-    """Return A (r, in) and B (out, r) in float64 whose s·B A is the best approximation of M of rank r.
+    """Return A (r, in) and B (out, r) in float64; s·B A is the best rank-r approximation of M.
 
     M = U S Vᵀ, A = √(S/s) Vᵀ, B = U √(S/s). Signs are arbitrary in a decomposition; here the largest element
     of each row of A is positive.
@@ -178,7 +175,7 @@ def svd_factors(matrix: Array, r: int, scaling: float) -> tuple[Array, Array]:
 def pissa(w: Array, r: int, scaling: float) -> tuple[Array, Array, Array]:
     """Return (residual W − s·B A, A, B): the r principal directions of W train (arXiv 2404.02948, section 3).
 
-    W = residual + s·B A, so nothing has changed yet.
+    W = residual + s·B A, so the model's output does not change.
     """
     a, b = (x.astype(w.dtype) for x in svd_factors(w, r, scaling))
     residual = w - scaling * (b.astype(np.float64) @ a.astype(np.float64))
@@ -192,7 +189,7 @@ def loftq(
 
     for t in 1 … steps:  Q = quantize(W − s·B A);  s·B A = svd_r(W − Q)    LoftQ (arXiv 2310.08659, Alg. 1)
 
-    The decomposition is divided by s. PEFT leaves that out, so that its start is right only when α = r.
+    A and B are divided by √s each. PEFT does not do so, and its start is right only for s = 1, as with α = r.
     """
     low: Array = np.zeros_like(w)
     for _ in range(steps):

@@ -6,6 +6,7 @@ import ast
 import csv
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -65,6 +66,7 @@ def test_code_runs_and_prints_what_it_says(name, tmp_path):
     text = TEXT[name]
     script = tmp_path / "blocks.py"  # one file, and a process of its own: blocks may start others
     script.write_text("\n".join(blocks(text, "python")), encoding="utf-8")
+    shutil.copy(ROOT / "docs" / "own_adapters.py", tmp_path)  # as docs/adapter.md says
     found = subprocess.run(
         [sys.executable, "-W", "error", script], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from test_imports import DAY
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -35,8 +37,8 @@ def test_papers_are_linked():
 
 
 def test_the_days_reading_names_files_that_exist():
-    section = README.split("## Read it")[1].split("## Where")[0]
-    paths = [p for chain in re.findall(r"`([^`]* → [^`]*)`", section) for p in chain.split(" → ")]
-    assert len(paths) == 14
-    for path in paths:
-        assert (ROOT / "minilora" / f"{path}.py").is_file(), path
+    section = README.split("## Read it")[1].split("\n- ")[0]
+    paths = re.findall(r"\[([\w/]+)\]\(minilora/([\w/]+)\.py\)", section)
+    assert tuple(path.replace("/", ".") for path, _ in paths) == DAY
+    for name, path in paths:
+        assert name == path and (ROOT / "minilora" / f"{path}.py").is_file(), path

@@ -38,7 +38,7 @@ class Example:
         The learnt text, if there are no messages.
     prompt : str or None
         What stands before the completion and is not learnt; None for a text.
-    messages : tuple of mappings
+    messages : tuple of mapping
         A conversation; the assistant's turns are learnt.
     given : int
         How many of the messages belong to the prompt.

@@ -260,7 +260,7 @@ def collate(
 
     Parameters
     ----------
-    rows : sequence of sequences
+    rows : sequence of sequence
         The examples of each row: their ids, and which of them are learnt.
     pad_id : int
         Fills short rows.

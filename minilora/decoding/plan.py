@@ -73,6 +73,7 @@ class NextLogits:
     Parameters
     ----------
     model : Transformer
+        Decodes the tokens and has the head.
     kv_cache : KVCache
         Filled with the prompts; sequences that end are dropped from it by the caller.
     workers : Workers

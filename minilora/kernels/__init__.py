@@ -1,13 +1,14 @@
-"""The switch: functions of `minilora.functional`, compiled where that is possible. Read those first.
+"""Choose, call by call, between `minilora.functional` and a compiled kernel. Read `functional` first.
 
-Names, arguments and results are those of `functional`, up to float32 rounding. Functions whose cache differs
-say so. With `in_place` the result may take the place of the first argument. Layers call the functions here.
-Four things run the mathematics of `functional` itself:
+Names and numbers are those of `functional`, up to float32 rounding. Functions whose cache differs say so.
+Some arguments and results differ, to save passes over memory: products take a `low_rank` term, gradients are
+added to given arrays (`da`, `db`, `onto`), and with `in_place` the result may overwrite the first argument.
+Layers call these functions. Four things run the mathematics of `functional` itself:
 
 * everything under `plain()` or with the environment variable ``MINILORA_PLAIN=1``;
 * float64, as in gradient checks;
 * a processor without vectors (AVX2, AVX-512 or NEON);
-* products of a few rows, which NumPy's BLAS does as fast.
+* products of at most `BLAS_ROWS` rows, where NumPy's BLAS is as fast.
 
 All compiled code lives in this folder; its README says how to read it. It is imported on first use.
 """
@@ -60,7 +61,7 @@ __all__ = [
 ]
 
 BLAS_ROWS = 8
-"""Products of at most this many rows go to BLAS: packing the other factor into panels would not repay."""
+"""Products of at most this many rows go to BLAS: packing panels would cost more than it saves."""
 
 # --- the switch --------------------------------------------------------------------------------------------
 
@@ -74,10 +75,10 @@ def is_plain() -> bool:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Run everything inside through readable NumPy code, in float32 too: what one reads is what runs.
+    """Run everything inside this block through `functional` and `quant.reference`, in float32 too.
 
-    The environment variable ``MINILORA_PLAIN=1`` does the same for a whole process; processes that are
-    started inside inherit it. Results agree with the compiled ones up to rounding.
+    ``MINILORA_PLAIN=1``, set before minilora is imported, does the same for a whole process. Processes that
+    are started inside the block inherit it. Results agree with the compiled ones up to rounding.
 
     >>> with plain():
     ...     is_plain()
@@ -104,9 +105,9 @@ def load(name: str) -> Any:
 
 @cache
 def has_vectors() -> bool:
-    """Return whether the processor has vectors and fused multiply-adds that repay code of our own.
+    """Return whether the processor has the vectors and fused multiply-adds that our kernels need.
 
-    All modules are imported at once here, so that no later step pays for one.
+    Import the modules of a training step now, so that no later step waits for them.
     """
     for name in ("attention", "gemm", "lowrank", "rows"):
         load(name)
@@ -145,7 +146,7 @@ def _read_only(a: Array) -> Array:
 
 
 class LowRank(NamedTuple):
-    """A low-rank term that is still to be multiplied: compiled products add it without ever making it.
+    """A low-rank term that is not yet multiplied. Compiled products add it without storing it.
 
     In a forward pass s·h bᵀ with h (…, r), b (out, r); in a backward pass s·dh a with dh (…, r), a (r, in).
     """
@@ -160,7 +161,7 @@ def linear_forward(
 ) -> Array:
     """Return x wᵀ + low_rank: x (…, in), w (out, in) → (…, out).
 
-    `low_rank` is what `low_rank_forward` returns. `out` (N, ≥ out) takes the result from a column on.
+    `low_rank` is what `low_rank_forward` returns. The result goes into `out` (N, ≥ out) from `column` on.
 
     >>> linear_forward(np.ones((2, 3)), np.ones((4, 3)), np.ones((2, 4))).tolist()
     [[4.0, 4.0, 4.0, 4.0], [4.0, 4.0, 4.0, 4.0]]
@@ -185,7 +186,7 @@ def linear_dx(
 ) -> Array:
     """Return dy w + low_rank: dy (…, out), w (out, in) → (…, in), added to `onto` if that is given.
 
-    `low_rank` is what `low_rank_backward` returns. dy may have more columns: those from `column` on count.
+    `low_rank` is what `low_rank_backward` returns. Of dy, only the columns from `column` on are used.
     """
     factors = low_rank if isinstance(low_rank, LowRank) else None
     if dy.size > BLAS_ROWS * dy.shape[-1] and compiled(dy, w, *(factors or ())[:2]):
@@ -224,7 +225,7 @@ def low_rank_forward(p: Array, a: Array, b: Array, s: float) -> tuple[LowRank | 
 def low_rank_backward(
     dy: Array, cache: Cache, a: Array, b: Array, s: float, da: Array | None = None, db: Array | None = None
 ) -> LowRank | Array:
-    """Return dp of `low_rank_forward` and add to da and db, each of them unless it is None (frozen).
+    """Return dp of `low_rank_forward`; add to da and db. None for a frozen factor skips it.
 
     Compiled, one kernel reads dy once for all of them, and dp is left to `linear_dx` as a `LowRank`.
     """
@@ -240,7 +241,7 @@ def low_rank_backward(
 
 
 def multiplied(dp: LowRank | Array) -> Array:
-    """Return dp of `low_rank_backward` as an array (…, in), for what must change it further."""
+    """Multiply out dp of `low_rank_backward`: return it as an array (…, in)."""
     if not isinstance(dp, LowRank):
         return dp
     product = linear_dx(dp.h, dp.b)
@@ -268,7 +269,7 @@ def rms_norm_forward(x: Array, weight: Array, eps: float) -> tuple[Array, Cache]
 def rms_norm_backward(
     dy: Array, weight: Array, cache: Cache, need_dweight: bool = True, *, in_place: bool = False
 ) -> tuple[Array, Array | None]:
-    """Return dx (…, C) and dweight (C,); dweight is None if `need_dweight` is False."""
+    """Return dx (…, C) and dweight (C,). Without `need_dweight`, dweight is None."""
     x, rstd = cache
     if not compiled(dy, weight, x):
         return functional.rms_norm_backward(dy, weight, cache, need_dweight)
@@ -314,7 +315,7 @@ def attention_forward(q: Array, k: Array, v: Array, segments: Any = None) -> tup
 
 
 def attention_from_scaled(q: Array, k: Array, v: Array, segments: Any = None) -> tuple[Array, AttentionCache]:
-    """Do `attention_forward` again from the first three arrays of its cache: the same bits."""
+    """Repeat `attention_forward` from the q, k and v of its cache, with the same bits."""
     again = attention_forward if compiled(q, k, v) else functional.attention_from_scaled
     return again(q, k, v, segments)
 
@@ -352,7 +353,7 @@ def swiglu_forward(gate: Array, up: Array) -> tuple[Array, Cache]:
 
 
 def swiglu_backward(dy: Array, cache: Cache, *, in_place: bool = False) -> tuple[Array, Array]:
-    """Return dgate and dup (…, F); dup may take the place of dy."""
+    """Return dgate and dup (…, F). With `in_place`, dup may overwrite dy."""
     if not compiled(dy, *cache):
         return functional.swiglu_backward(dy, cache)
     dgate, dup = np.empty_like(dy), dy if in_place else dy.copy()
@@ -392,7 +393,7 @@ def group_sum(x: Array, g: int) -> Array:
 
 
 def group_repeat(dp: LowRank | Array, g: int) -> Any:
-    """Give each member of a group the group's gradient, (…, in/g) → (…, in); of s·dh a only a is repeated."""
+    """Repeat each group's value g times: (…, in/g) → (…, in). Of a `LowRank` term, repeat only a."""
     if isinstance(dp, LowRank):
         return dp._replace(b=functional.group_repeat(dp.b, g))
     return functional.group_repeat(dp, g)

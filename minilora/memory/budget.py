@@ -188,7 +188,7 @@ def fit(
         A size, as `parse_size` reads it.
     model : str
         As in PlanConfig.
-    methods, ranks : sequences
+    methods, ranks : sequence
         What to try; by default r = 8 and 64, and the largest rank is looked for too.
     own : int, optional
         Bytes that Python and its libraries take; by default what this process has, kernels loaded.

@@ -62,7 +62,7 @@ def held_entries(
         Real, or over arrays without data.
     states : dict, optional
         The optimizer's states by name, m.<parameter> and so on.
-    maps : sequence of arrays
+    maps : sequence of Array
         Code maps that 8-bit states are decoded with.
     """
     seen: set[int] = set()
@@ -150,8 +150,8 @@ def kept_entries(kept: Iterable[tuple[Any, str, str]], skip: set[int]) -> list[E
 
     Parameters
     ----------
-    kept : iterable of (array, layer, reason)
-        From `reasons.kept_by_model`.
+    kept : iterable of tuple
+        (array, layer, reason) of each array, from `reasons.kept_by_model`.
     skip : set of int
         Ids of buffers that do not count, those of the parameters.
     """

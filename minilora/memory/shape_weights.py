@@ -23,8 +23,9 @@ class ShapeWeight(PackedWeight):
 
     Parameters
     ----------
-    shape : (out, in)
-    arrays : dict
+    shape : tuple of int
+        (out, in).
+    arrays : dict of str to list
         Stored arrays without data, by class: codes, scales, offsets, code_maps.
     offset_group : int
         Inputs that share a float offset; 0 without offsets.
@@ -34,8 +35,10 @@ class ShapeWeight(PackedWeight):
         float32 arrays of one number for each block, which decoding a tile makes.
     few : int
         Most rows of a product that is computed while the weight is decoded.
-    bits, quant_type
-        As the real weight's.
+    bits : int
+        Bits of a code, as the real weight's.
+    quant_type : str
+        Type of the codes, as the real weight's.
     """
 
     def __init__(

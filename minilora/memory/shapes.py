@@ -54,10 +54,10 @@ class Meter:
         Bytes now, and at most so far.
     log : list of Buffer
         All buffers, in the order of their births.
-    marks : list of (time, what)
-        What began when.
-    headers : list of (born, died, bytes, buffer)
-        The array objects themselves, without their data.
+    marks : list of tuple
+        (time, what): what began when.
+    headers : list of tuple
+        (born, died, bytes, buffer) of the array objects themselves, without their data.
     """
 
     def __init__(self, names: dict[int, str] | None = None):

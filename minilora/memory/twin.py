@@ -55,8 +55,8 @@ def base_twin(
     ----------
     config : ModelConfig
         The shape.
-    dtype : dtype
-        Of dense arrays.
+    dtype : numpy.dtype
+        Dtype of dense arrays.
     quant : QuantConfig, optional
         How block projections are quantized.
     stored : callable, optional

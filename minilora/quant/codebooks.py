@@ -1,6 +1,6 @@
-"""Codebooks: which 2^k values a k-bit code stands for. Derived step by step, then frozen.
+"""Code maps: which 2^k values a k-bit code stands for. Derived step by step, then frozen.
 
-A code map is a float32 array of 2^k values in [-1, 1], indexed by the code. There are three kinds:
+A code map (codebook) is a float32 array of 2^k values in [-1, 1], indexed by the code. There are three kinds:
 
 - NormalFloat (NF-k): quantiles of the normal distribution (`normal_float_quantiles`) over the largest of them
   (`normal_float`);
@@ -173,8 +173,9 @@ def _dynamic_map(signed: bool) -> Float32:  # one array, however it is asked for
 def thresholds(values: Float32) -> tuple[Float32, NDArray[np.uint8]]:
     """Return the (2^k - 1,) midpoints between neighbouring values, and the code of each of the 2^k ranks.
 
-    The rank of a number x is how many midpoints t have x > t, so a tie takes the lower rank. `order[rank]` is
-    its code. The order is the identity except for FP4, whose codes are not in the order of their values.
+    The rank (position among the sorted values) of a number x is how many midpoints t have x > t, so a tie
+    takes the lower rank. `order[rank]` is its code. The order is the identity except for FP4, whose codes are
+    not in the order of their values.
 
     >>> midpoints, order = thresholds(np.array([0, 1, -1, -0.5], np.float32))
     >>> midpoints.tolist(), order.tolist()

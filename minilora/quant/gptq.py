@@ -64,9 +64,9 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
     Parameters
     ----------
     w : Array
-        (out, in). Codebook blocks must lie within rows.
+        The weight (out, in). Codebook blocks must lie within rows.
     hessian : Array
-        (in, in), that of the layer's inputs. An input that is always 0 gets the value nearest to 0.
+        The Hessian (in, in) of the layer's inputs. An input that is always 0 gets the value nearest to 0.
     config : QuantConfig
         `damp_percent` of the mean diagonal is added to the Hessian's diagonal. `desc_act` takes the columns
         with the largest diagonal first; it needs `static_groups`. Double-quantized scales are always static,
@@ -75,6 +75,7 @@ def gptq(w: Array, hessian: Array, config: QuantConfig) -> tuple[CodebookWeight 
     Returns
     -------
     weight : CodebookWeight or AffineWeight
+        The quantized weight.
     loss : float
         Σ e²/2, GPTQ's own loss.
     """

@@ -3,14 +3,14 @@
 NF4 with double quantization (QLoRA), from 32-bit weights to bytes and back:
 
 >>> from minilora.quant.codebooks import code_map, dynamic_map, thresholds
->>> NF4, FP8, none = code_map("nf4"), dynamic_map(), np.empty(0, np.float32)
+>>> NF4, DYNAMIC, none = code_map("nf4"), dynamic_map(), np.empty(0, np.float32)
 >>> w = np.random.default_rng(0).standard_normal(64 * 300).astype(np.float32)
 >>> codes, absmax = quantize_codebook(w, thresholds(NF4)[0], 64)  # NF4's codes are ranks
 >>> packed = pack(codes, 4)
 >>> mean = absmax.mean()  # double quantization: the scales, around their mean, in 8 bits
->>> codes2, absmax2 = quantize_codebook(absmax - mean, thresholds(FP8)[0], 256)
+>>> codes2, absmax2 = quantize_codebook(absmax - mean, thresholds(DYNAMIC)[0], 256)
 >>> scales, decoded = np.empty(300, np.float32), np.empty(w.size, np.float32)
->>> dequantize(codes2, FP8, absmax2, none, 256, 0, scales)
+>>> dequantize(codes2, DYNAMIC, absmax2, none, 256, 0, scales)
 >>> dequantize(packed, NF4, scales + mean, none, 64, 0, decoded)
 >>> packed.nbytes + codes2.nbytes + absmax2.nbytes + 4, bool(np.abs(decoded - w).mean() < 0.075)
 (9912, True)
@@ -35,11 +35,11 @@ SMALLEST_ABSMAX = np.float32(1e-38)  # divides a block of zeros
 
 
 def quantize_codebook(w: Array, midpoints: Array, block_size: int) -> tuple[Array, Array]:
-    """Divide each block by its max|w|, and rank each weight among the values of a code map.
+    """Divide each block by its max|w|, and find the rank of each weight among the values of a code map.
 
-    rank = number of midpoints below w·(1/absmax), so a tie takes the lower value. The reciprocal is part of
-    the format: w/absmax would round otherwise. (QLoRA, arXiv 2305.14314, section 3; block-wise quantization:
-    8-bit optimizers, arXiv 2110.02861, section 2.)
+    rank (position among the sorted values) = number of midpoints below w·(1/absmax), so a tie takes the lower
+    value. The reciprocal is part of the format: w/absmax would round otherwise. (QLoRA, arXiv 2305.14314,
+    section 3; block-wise quantization: 8-bit optimizers, arXiv 2110.02861, section 2.)
 
     Parameters
     ----------
@@ -99,7 +99,7 @@ def dequantize(
     levels : Array
         (2^bits,) float32: a code map, or 0, 1, 2, … for affine groups.
     scales, offsets : Array
-        float16 or float32, one a block, from the block of weight `start` on. Empty offsets are 0.
+        float16 or float32, one for each block, from the block of weight `start` on. Empty offsets are 0.
     start, out : int, Array
         First weight to decode, and (n,) float32 to write n weights to.
     """

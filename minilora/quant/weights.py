@@ -2,11 +2,11 @@
 
 Both store packed codes and, for each block of the flattened row-major tensor, a scale (and an offset):
 
-    w[i] = levels[code[i]] · scale[i // block_size] + offset[i // block_size]
+    w[i] = code_map[code[i]] · scale[i // block_size] + offset[i // block_size]
 
-A codebook's levels are NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An affine
-weight's levels are 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks of the
-flattened tensor. The arithmetic is in `quant.reference`.
+A codebook weight's code map holds NF4's or FP4's values, its scale is the block's max|w|, its offset 0. An
+affine weight's code map is 0, 1, 2, …; since a group never crosses a row, groups along the input are blocks
+of the flattened tensor. The arithmetic is in `quant.reference`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DoubleQuant:
 
 
 class CodebookWeight(CodedWeight):
-    """W (out, in) as codes of a NormalFloat or FP4 codebook: w = code_map[code]·scale[block].
+    """W (out, in) as codes of a NormalFloat or FP4 code map: w = code_map[code]·scale[block].
 
     The scale is max|w| of a block of the flattened tensor; the last block may be short. Codes, packing and
     decoding of NF4 and FP4 are bitsandbytes', bit by bit.

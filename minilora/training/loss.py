@@ -96,10 +96,12 @@ def loss_and_grads(
         Several run one after another and count as one (gradient accumulation).
     shards : int
         Pieces that each batch is cut into; a worker runs one at a time.
-    stream : (seed, step), optional
-        What dropout draws from; without it there is none.
-    checkpoint, logits_chunk
-        As in `Transformer.forward` and `head_loss`: less memory, more time.
+    stream : tuple of int, optional
+        (seed, step), the seed of dropout; without it there is none.
+    checkpoint : bool
+        Keep only what is expensive to recompute, as in `Transformer.forward`: less memory, more time.
+    logits_chunk : int
+        Rows of logits at a time, as in `head_loss`: less memory, more time.
     """
     batches = [batches] if isinstance(batches, Batch) else batches
     count = sum(int(batch.mask.sum()) for batch in batches)

@@ -86,7 +86,7 @@ class BlockwiseMoment:
         float32, (⌈size/256⌉,).
     signed : bool
         True for m. False for v, which is never negative and spends the sign's bit on precision.
-    dtype : dtype
+    dtype : numpy.dtype
         What `read` returns.
 
     References
