@@ -34,7 +34,7 @@ from minilora.quant import CodebookWeight, codebooks, quantize_weight
 from minilora.quant.model import quantize_model
 from minilora.training.loss import shard_loss
 from minilora.training.optimizers import AdamW
-from minilora.variants import DoraLinear, loftq
+from minilora.variants import DoraLinear, loftq, lora_of
 
 pytestmark = pytest.mark.peers
 EPS = float(np.finfo(np.float32).eps)
@@ -184,9 +184,10 @@ def amplification(model):
     worst = 2.0
     for linear in adapters(model):
         w, a, b = (
-            x.astype(np.float64) for x in (linear.base.weight.dense(), linear.lora_A.data, linear.lora_B.data)
+            x.astype(np.float64)
+            for x in (linear.base.weight.dense(), lora_of(linear).lora_A.data, lora_of(linear).lora_B.data)
         )
-        s = linear.scaling
+        s = lora_of(linear).scaling
         terms = (w * w).sum(1) + (
             np.abs(b) * (2 * s * np.abs(w @ a.T) + s * s * (np.abs(b) @ np.abs(a @ a.T)))
         ).sum(1)
@@ -297,9 +298,9 @@ def test_pissa_starts_as_theirs(torch, peft, config):
         w, layer = ARRAYS[f"{linear.name}.weight"], peer[linear.name]
         a, b = (getattr(layer, k)["default"].weight.detach().numpy() for k in ("lora_A", "lora_B"))
         angle, span = svd_rounding(w, len(a))
-        sign = np.sign((a * linear.lora_A.data).sum(axis=1))
-        assert_close(linear.lora_A.data, sign[:, None] * a, angle, "A")
-        assert_close(linear.lora_B.data, sign * b, angle, "B")
+        sign = np.sign((a * lora_of(linear).lora_A.data).sum(axis=1))
+        assert_close(lora_of(linear).lora_A.data, sign[:, None] * a, angle, "A")
+        assert_close(lora_of(linear).lora_B.data, sign * b, angle, "B")
         # W − s·B A of ours and theirs differ by how the span turns, times σ₁ ≤ the largest element times
         # √(out·in)
         residual = layer.base_layer.weight.detach().numpy()
@@ -316,7 +317,9 @@ def test_our_pissa_folder_is_ordinary_lora_for_peft(torch, peft, config, tmp_pat
     """Over the original base, in rank 2r, PEFT computes what our model does over its residual."""
     model = injected(config)
     for linear in adapters(model):
-        linear.lora_A.data, linear.lora_B.data = moved(linear.lora_A.data, linear.lora_B.data)
+        lora_of(linear).lora_A.data, lora_of(linear).lora_B.data = moved(
+            lora_of(linear).lora_A.data, lora_of(linear).lora_B.data
+        )
         if isinstance(linear, DoraLinear):
             linear.magnitude.data *= 1.1
     save_adapter(model, config, tmp_path)
@@ -338,7 +341,9 @@ def test_pefts_own_conversion_of_pissa_gives_the_same_delta(torch, peft, config,
     model = injected(config)
     layers = layers_of(peer)
     for linear in adapters(model):
-        linear.lora_A.data, linear.lora_B.data = moved(linear.lora_A.data, linear.lora_B.data)
+        lora_of(linear).lora_A.data, lora_of(linear).lora_B.data = moved(
+            lora_of(linear).lora_A.data, lora_of(linear).lora_B.data
+        )
         a, b = layers[linear.name].lora_A["default"].weight, layers[linear.name].lora_B["default"].weight
         a.data, b.data = map(torch.from_numpy, moved(a.detach().numpy(), b.detach().numpy()))
     peer.save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
@@ -350,7 +355,7 @@ def test_pefts_own_conversion_of_pissa_gives_the_same_delta(torch, peft, config,
     assert (converted.r, dict(converted.rank_pattern)) == (own.r, dict(own.rank_pattern))
     for linear, other in zip(adapters(found), adapters(again), strict=True):
         w = ARRAYS[f"{linear.name}.weight"]
-        _, span = svd_rounding(w, len(linear.lora_A.data) // 2)
+        _, span = svd_rounding(w, len(lora_of(linear).lora_A.data) // 2)
         # the span of the start turns by its rounding; `moved` stretches by at most ‖left‖·‖right‖ < 2²
         assert np.linalg.norm(linear.delta() - other.delta(), 2) <= 4 * span * np.linalg.norm(w, 2), (
             linear.name
@@ -470,9 +475,10 @@ def same_modules(model, peer):
     assert set(layers) == {linear.name for linear in adapters(model)}
     for linear in adapters(model):
         layer = layers[linear.name]
-        assert (layer.r["default"], layer.scaling["default"]) == (len(linear.lora_A.data), linear.scaling), (
-            linear.name
-        )
+        assert (layer.r["default"], layer.scaling["default"]) == (
+            len(lora_of(linear).lora_A.data),
+            lora_of(linear).scaling,
+        ), linear.name
 
 
 @every_pattern
@@ -480,7 +486,9 @@ def test_patterns_mean_what_they_mean_to_peft(torch, peft, config):
     model = trained(config)
     peer = theirs(peft, torch, config, model)
     same_modules(model, peer)
-    assert len({(len(linear.lora_A.data), linear.scaling) for linear in adapters(model)}) > 1
+    assert (
+        len({(len(lora_of(linear).lora_A.data), lora_of(linear).scaling) for linear in adapters(model)}) > 1
+    )
     assert_close(model.logits(IDS), logits_of(torch, peer), RTOL * amplification(model))
 
 
@@ -515,14 +523,14 @@ def test_peft_sorts_patterns_on_writing_and_so_changes_their_meaning(torch, peft
     model = trained(config)
     peer = theirs(peft, torch, config, model)
     same_modules(model, peer)
-    assert {linear.scaling for linear in adapters(model)} == {3 / 4}
+    assert {lora_of(linear).scaling for linear in adapters(model)} == {3 / 4}
     peer.save_pretrained(tmp_path / "theirs")
     assert list(read_json(tmp_path / "theirs" / "adapter_config.json")["alpha_pattern"]) == sorted(
         config.alpha_pattern
     )
     found, again = load_adapter(base(), tmp_path / "theirs")[0], opened(peft, tmp_path / "theirs")
     same_modules(found, again)
-    assert {linear.scaling for linear in adapters(found)} == {3 / 4, 9 / 4}
+    assert {lora_of(linear).scaling for linear in adapters(found)} == {3 / 4, 9 / 4}
     assert_close(found.logits(IDS), logits_of(torch, again), RTOL)
     save_adapter(model, config, tmp_path / "ours")  # ours keeps the order, and so the meaning
     same_modules(model, opened(peft, tmp_path / "ours"))
