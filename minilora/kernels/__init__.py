@@ -132,10 +132,10 @@ def _run(kernel: Any, inputs: Cache, numbers: tuple[float, ...], outputs: Cache)
     """Call a kernel with flat arrays; arrays without data (`minilora.memory`) leave nothing to compute."""
     if not isinstance(outputs[0], np.ndarray):
         return 0.0
-    return kernel(*map(_read_only, inputs), *numbers, *(a.reshape(-1) for a in outputs))
+    return kernel(*map(read_only_flat, inputs), *numbers, *(a.reshape(-1) for a in outputs))
 
 
-def _read_only(a: Array) -> Array:
+def read_only_flat(a: Array) -> Array:
     """Return a flat read-only view: kernels are compiled once, for such views."""
     view = a.reshape(-1)
     view.flags.writeable = False

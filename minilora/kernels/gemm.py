@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels import LowRank
+from minilora.kernels import LowRank, read_only_flat
 from minilora.kernels.intrinsics import read_only
 from minilora.kernels.jit import kernel
 from minilora.kernels.microkernel import (
@@ -126,82 +126,22 @@ def multiply_panel(
         rows = min(height, m - i)
         whole = rows == height and n == width
         out, out_at, out_row = (c, c_at + i * c_row, c_row) if whole else (edge, 0, width)
-        left, left2, adds = at + i * row, a2_at + i * a2_k, add and whole
+        left, at2, adds = at + i * row, a2_at + i * a2_k, add and whole
         if width == NR:
             tile_main(
-                a,
-                left,
-                row,
-                step,
-                k,
-                a2,
-                left2,
-                a2_k,
-                panel,
-                panel_at,
-                line,
-                out,
-                out_at,
-                out_row,
-                rows,
-                adds,
+                a, left, row, step, k, a2, at2, a2_k, panel, panel_at, line, out, out_at, out_row, rows, adds
             )
         elif width == NR_NARROW:
             tile_two(
-                a,
-                left,
-                row,
-                step,
-                k,
-                a2,
-                left2,
-                a2_k,
-                panel,
-                panel_at,
-                line,
-                out,
-                out_at,
-                out_row,
-                rows,
-                adds,
+                a, left, row, step, k, a2, at2, a2_k, panel, panel_at, line, out, out_at, out_row, rows, adds
             )
         elif width == LANES:
             tile_one(
-                a,
-                left,
-                row,
-                step,
-                k,
-                a2,
-                left2,
-                a2_k,
-                panel,
-                panel_at,
-                line,
-                out,
-                out_at,
-                out_row,
-                rows,
-                adds,
+                a, left, row, step, k, a2, at2, a2_k, panel, panel_at, line, out, out_at, out_row, rows, adds
             )
         else:
             tile_half(
-                a,
-                left,
-                row,
-                step,
-                k,
-                a2,
-                left2,
-                a2_k,
-                panel,
-                panel_at,
-                LANES,
-                out,
-                out_at,
-                out_row,
-                rows,
-                adds,
+                a, left, row, step, k, a2, at2, a2_k, panel, panel_at, LANES, out, out_at, out_row, rows, adds
             )
         if not whole:
             for r in range(rows):
@@ -290,14 +230,7 @@ def multiply(
 # --- from NumPy --------------------------------------------------------------------------------------------
 
 
-def flat(a: Array) -> Array:
-    """Return a read-only view with one axis: kernels are compiled once, for such views."""
-    view = a.reshape(-1)
-    view.flags.writeable = False
-    return view
-
-
-NONE = flat(np.empty(0, np.float32))
+NONE = read_only_flat(np.empty(0, np.float32))
 
 
 def _multiply(
@@ -325,15 +258,15 @@ def _multiply(
     rows_of_a = m * depth if a_row == 1 and m > NR else 0
     scratch = np.empty(EDGE + LANES - 1 + (depth + rank) * NR + rows_of_a, np.float32, like=c)
     if isinstance(c, np.ndarray):
-        a2, b2 = (flat(low_rank.h), flat(low_rank.b)) if low_rank else (NONE, NONE)
+        a2, b2 = (read_only_flat(low_rank.h), read_only_flat(low_rank.b)) if low_rank else (NONE, NONE)
         scale = np.float32(low_rank.s if low_rank else 1)
         b2_k, b2_n = (1, rank) if b_k == 1 else (n, 1)
         multiply(
-            flat(a),
+            read_only_flat(a),
             a_at,
             a_row,
             a_step,
-            flat(b),
+            read_only_flat(b),
             b_k,
             b_n,
             a2,

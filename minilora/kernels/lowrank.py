@@ -9,16 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from minilora.kernels.gemm import (
-    EDGE,
-    Array,
-    aligned,
-    flat,
-    multiply_panel,
-    pack_pairs,
-    pack_panel,
-    panel_width,
-)
+from minilora.kernels import read_only_flat
+from minilora.kernels.gemm import EDGE, Array, aligned, multiply_panel, pack_pairs, pack_panel, panel_width
 from minilora.kernels.intrinsics import read_only
 from minilora.kernels.jit import kernel
 from minilora.kernels.microkernel import LANES, NR_NARROW
@@ -146,10 +138,10 @@ def adapter_backward(
     scratch = np.empty(size, np.float32, like=dy)
     if isinstance(dy, np.ndarray):
         low_rank_gradients(
-            flat(dy),
-            flat(h),
-            flat(p),
-            flat(b),
+            read_only_flat(dy),
+            read_only_flat(h),
+            read_only_flat(p),
+            read_only_flat(b),
             np.float32(s),
             m,
             n,

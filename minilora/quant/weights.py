@@ -58,7 +58,9 @@ class DoubleQuant:
 
     def decode(self, first: int, last: int) -> Array:
         """Return the scales of blocks first … last - 1, float32."""
-        return dynamic_decode(self.codes, self.absmax, first=first, last=last) + self.offset
+        scales = dynamic_decode(self.codes, self.absmax, first=first, last=last)
+        scales += self.offset
+        return scales
 
 
 class CodebookWeight(CodedWeight):
