@@ -107,7 +107,10 @@ def _merge_offsets(adapted: Adapter) -> AffineWeight:
 
 
 def unmerge_linear(merged: Weight, adapted: Adapter) -> tuple[DenseWeight, float]:
-    """Subtract ΔW again; return the base and its largest rounding error. Only tests use it."""
+    """Subtract ΔW again; return the base and its largest rounding error.
+
+    Seldom needed: the model that was merged stays valid, and its base is exact.
+    """
     base = (merged.dense().astype(np.float64) - adapted.delta()).astype(adapted.base.weight.dtype)
     error = float(np.abs(base - adapted.base.weight.dense()).max())
     return DenseWeight(Parameter(f"{adapted.name}.weight", base)), error
